@@ -1,0 +1,25 @@
+//! The nouns that every farfork crate shares. May not: do I/O, read a clock, draw randomness, use async, touch KVM.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`id`] | ids of images and machines, BLAKE3 digests |
+//! | [`unit`] | pages, extents, guest and host addresses, memory sizes: every number that is a place has its own type |
+//! | [`extents`] | [`extents::ExtentMap`], the flat index from a region's extents to the layer that holds them |
+//! | [`profile`] | what CPU an image was made on, and whether this host may resume it |
+//! | [`manifest`] | the description of an image that leaves the node: a head of at most 64 KiB, and hash pages |
+//! | [`reason`] | the closed list of reasons why a machine or an operation ended, with the exit codes of the CLI |
+#![forbid(unsafe_code)]
+
+pub mod extents;
+pub mod id;
+pub mod manifest;
+pub mod profile;
+pub mod reason;
+pub mod unit;
+
+pub use extents::{ExtentMap, LayerIndex, Run, Source};
+pub use id::{Digest, ImageId, MachineId};
+pub use manifest::{Head, Manifest, RegionHead, RegionKind};
+pub use profile::CpuProfile;
+pub use reason::{ExitCode, Reason};
+pub use unit::{EXTENT_PAGES, EXTENT_SIZE, ExtentIndex, GuestAddress, HostAddress, MemorySize, PAGE_SIZE, PageIndex};

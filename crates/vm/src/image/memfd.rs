@@ -1,0 +1,109 @@
+//! Memfds: the files that hold guest memory.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
+use types::EXTENT_SIZE;
+
+/// An empty memfd of `bytes`, all holes.
+pub(crate) fn create(name: &str, bytes: u64) -> io::Result<File> {
+    failpoint!("memfd.create", |source| source);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memfd: OwnedFd = rustix::fs::memfd_create(name, flags)?;
+    rustix::fs::ftruncate(&memfd, bytes)?;
+    rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(File::from(memfd))
+}
+
+/// Makes its content final.
+pub(crate) fn seal(memfd: &File) -> io::Result<()> {
+    failpoint!("memfd.seal", |source| source);
+    Ok(rustix::fs::fcntl_add_seals(memfd, SealFlags::WRITE | SealFlags::SEAL)?)
+}
+
+pub(crate) fn size(memfd: &File) -> io::Result<u64> {
+    Ok(memfd.metadata()?.len())
+}
+
+/// Bytes of memory that it takes.
+pub(crate) fn stored_bytes(memfd: &File) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(memfd.metadata()?.blocks() * 512)
+}
+
+/// The extents that are not wholly holes, ascending, disjoint and not adjacent.
+pub(crate) fn data_extents(memfd: &File) -> io::Result<Vec<Range<u32>>> {
+    let mut extents: Vec<Range<u32>> = Vec::new();
+    let mut from = 0;
+    while let Some(data) = next_data(memfd, from)? {
+        let touched = index(data.start / EXTENT_SIZE)..index(data.end.div_ceil(EXTENT_SIZE));
+        match extents.last_mut() {
+            Some(last) if touched.start <= last.end => last.end = last.end.max(touched.end),
+            _ => extents.push(touched),
+        }
+        from = data.end;
+    }
+    Ok(extents)
+}
+
+/// Allocates every hole in `bytes` as zeros.
+pub(crate) fn fill_holes(memfd: &File, bytes: Range<u64>) -> io::Result<()> {
+    let mut from = bytes.start;
+    while from < bytes.end {
+        let data = next_data(memfd, from)?.filter(|data| data.start < bytes.end);
+        let (hole_end, next) = data.map_or((bytes.end, bytes.end), |data| (data.start, data.end));
+        if hole_end > from {
+            failpoint!("memfd.allocate", |source| source);
+            rustix::fs::fallocate(memfd, FallocateFlags::empty(), from, hole_end - from)?;
+        }
+        from = next;
+    }
+    Ok(())
+}
+
+/// The first stretch of data at or after `from`.
+fn next_data(memfd: &File, from: u64) -> io::Result<Option<Range<u64>>> {
+    match rustix::fs::seek(memfd, SeekFrom::Data(from)) {
+        Ok(start) => Ok(Some(start..rustix::fs::seek(memfd, SeekFrom::Hole(start))?)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn index(extent: u64) -> u32 {
+    u32::try_from(extent).expect("at most 64 GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn data_is_found_by_extents_and_holes_are_filled_where_asked() {
+        let memfd = create("test", 64 * EXTENT_SIZE).unwrap();
+        assert_eq!(data_extents(&memfd).unwrap(), []);
+        memfd.write_all_at(&[1], 5 * EXTENT_SIZE + 4096).unwrap();
+        memfd.write_all_at(&[1], 6 * EXTENT_SIZE).unwrap();
+        memfd.write_all_at(&[1], 64 * EXTENT_SIZE - 1).unwrap();
+        assert_eq!(data_extents(&memfd).unwrap(), [5..7, 63..64]);
+        assert_eq!(stored_bytes(&memfd).unwrap(), 3 * 4096);
+        fill_holes(&memfd, 5 * EXTENT_SIZE..7 * EXTENT_SIZE).unwrap();
+        assert_eq!(stored_bytes(&memfd).unwrap(), 2 * EXTENT_SIZE + 4096);
+        fill_holes(&memfd, 0..64 * EXTENT_SIZE).unwrap();
+        assert_eq!(stored_bytes(&memfd).unwrap(), 64 * EXTENT_SIZE);
+    }
+
+    #[test]
+    fn a_sealed_memfd_neither_changes_nor_moves_its_end() {
+        let memfd = create("test", EXTENT_SIZE).unwrap();
+        seal(&memfd).unwrap();
+        assert!(memfd.write_all_at(&[1], 0).is_err());
+        assert!(memfd.set_len(0).is_err());
+        assert!(memfd.set_len(2 * EXTENT_SIZE).is_err());
+    }
+}

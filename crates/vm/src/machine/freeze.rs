@@ -1,0 +1,300 @@
+//! Freeze: an image of one instant of a machine, running or not.
+//!
+//! ```text
+//! first parent     rest ─▶ capture ─▶ map its memfd privately ─▶ seal ─▶ resume          no copy
+//! child            rest ─▶ capture ─▶ scan its private pages ─▶ fork the copier ─▶ resume ─▶ copier writes ─▶ seal
+//! ```
+//!
+//! What can fail is done before the point of no return, and the machine goes on as it was. After a freeze the first parent is
+//! an ordinary child of its own image.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use types::{ExtentMap, LayerIndex, PageIndex, Reason, Source};
+
+use super::state::{self, MachineState, StateError};
+use super::{Backing, Ended, Machine, PauseError};
+use crate::host::Host;
+use crate::image::memfd;
+use crate::image::{Image, Layer, RamRegion};
+use crate::shell::ram_kinds;
+use crate::sys::copier::{Copier, CopyJob, Inherited};
+use crate::sys::pagemap::scan_private;
+use crate::sys::slot::{Content, Piece};
+
+/// An image and what it cost.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Sealed and complete.
+    pub image: Arc<Image>,
+    /// The costs.
+    pub report: FreezeReport,
+}
+
+/// The costs of a freeze.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FreezeReport {
+    /// From the order to rest until the order to run: no vCPU stood still for longer.
+    pub stall: Duration,
+    /// Of the stall: until every vCPU had come to rest.
+    pub rest: Duration,
+    /// Of the stall: reading registers and devices.
+    pub capture: Duration,
+    /// Of the stall: finding the touched pages.
+    pub scan: Duration,
+    /// Of the stall: forking the copier, or changing the first parent's mapping.
+    pub instant: Duration,
+    /// After the stall: the copier's work.
+    pub copy: Duration,
+    /// Pages that the machine had written since it was forked; 0 for a first parent, where nobody counts.
+    pub dirty_pages: u64,
+    /// Extents that were copied into the image's own layer; 0 for a first parent.
+    pub copied_extents: u64,
+}
+
+/// Why no image was made. The machine goes on as it was, unless it had ended.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum FreezeError {
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    #[error("the machine has ended ({0})")]
+    Ended(Ended),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("{step} failed: {source}")]
+    Step { step: &'static str, source: io::Error },
+}
+
+impl FreezeError {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Pause(_) => "look for what keeps its pages away, then fork again from its image",
+            Self::Ended(_) => "fork again from its image",
+            Self::State(error) => error.remedy(),
+            Self::Step { source, .. } => match source.raw_os_error() {
+                Some(libc::ENOMEM | libc::ENOSPC) => "end other machines: the host's memory is full",
+                Some(libc::EMFILE | libc::ENFILE) => "raise the limit on open files (ulimit -n, fs.file-max)",
+                Some(libc::ENOTTY) => "use Linux 6.7 or newer (PAGEMAP_SCAN)",
+                _ => "look for its cause in the kernel log",
+            },
+        }
+    }
+}
+
+impl Machine {
+    /// Makes an image of this instant. The machine is paused for it if it runs, and goes on before the image is complete; the
+    /// call returns when it is.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; see there.
+    pub fn freeze(&mut self, host: &Host) -> Result<Frozen, FreezeError> {
+        if let Some(ended) = self.ended() {
+            return Err(FreezeError::Ended(ended));
+        }
+        match &self.backing {
+            Backing::Own(memfds) => {
+                let layers: io::Result<Vec<File>> = memfds.iter().map(File::try_clone).collect();
+                self.freeze_in_place(host, layers.map_err(step("duplicating a descriptor"))?)
+            }
+            Backing::Image(base) => {
+                let base = Arc::clone(base);
+                self.freeze_by_copier(host, &base)
+            }
+        }
+    }
+
+    fn freeze_in_place(&mut self, host: &Host, layers: Vec<File>) -> Result<Frozen, FreezeError> {
+        // Short holes become stored zeros, so that no child's access can make the image grow. Most of that is done while the
+        // guest still runs; in the pause only what it touched meanwhile changes.
+        for layer in &layers {
+            fill_short_holes(layer).map_err(step("storing short runs of zeros"))?;
+        }
+        let mut pause = Pause::begin(self)?;
+        let state = pause.capture(host, self)?;
+        let maps: io::Result<Vec<ExtentMap>> = layers.iter().map(fill_short_holes).collect();
+        let maps = maps.map_err(step("storing short runs of zeros"))?;
+        pause.report.scan = pause.lap();
+        failpoint!("freeze.remap", |source| FreezeError::Step { step: "mapping the image", source });
+        if let Err(source) = self.map_privately(&maps, &layers) {
+            self.map_shared_again(&layers);
+            return Err(FreezeError::Step { step: "mapping the image", source });
+        }
+        let regions: Vec<RamRegion> = ram_kinds(self.class.memory())
+            .into_iter()
+            .zip(maps)
+            .zip(layers)
+            .map(|((kind, map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]))
+            .collect();
+        let sealed = regions.iter().try_for_each(RamRegion::seal);
+        let image = Arc::new(Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, None));
+        // From the new mapping on this is what the machine rests on, sealed or not: nobody else writes to these memfds.
+        self.backing = Backing::Image(Arc::clone(&image));
+        sealed.map_err(step("sealing the image"))?;
+        pause.report.instant = pause.lap();
+        Ok(Frozen { image, report: pause.end() })
+    }
+
+    fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>) -> Result<Frozen, FreezeError> {
+        let new_layers: io::Result<Vec<File>> =
+            self.memory.slots().iter().map(|(_, slot)| memfd::create("farfork-branch", slot.len() as u64)).collect();
+        let new_layers = new_layers.map_err(step("memfd_create"))?;
+        let inherited = Inherited::prepare(&self.memory).map_err(step("preparing the copier"))?;
+        let mut pause = Pause::begin(self)?;
+        let state = pause.capture(host, self)?;
+        let mut regions = Vec::with_capacity(new_layers.len());
+        let mut jobs = Vec::new();
+        for (number, (region, layer)) in base.ram().iter().zip(&new_layers).enumerate() {
+            let (touched, dirty_pages) = self.touched_extents(host, number).map_err(step("PAGEMAP_SCAN"))?;
+            pause.report.dirty_pages += dirty_pages;
+            let overlay = region.map().overlay(&touched, region.next_layer());
+            for extents in &overlay.copied {
+                let at = u64::from(extents.start) * types::EXTENT_SIZE;
+                let len = usize::try_from(extents.len() as u64 * types::EXTENT_SIZE).expect("64-bit host");
+                pause.report.copied_extents += extents.len() as u64;
+                jobs.push(CopyJob { from: self.memory.slot_address(number, at), len, to: layer.as_fd(), at });
+            }
+            regions.push((region, overlay.map));
+        }
+        pause.report.scan = pause.lap();
+        failpoint!("freeze.copier", |source| FreezeError::Step { step: "forking the copier", source });
+        let copier = inherited.start(&jobs).map_err(step("forking the copier"))?;
+        pause.report.instant = pause.lap();
+        let mut report = pause.end();
+        drop(inherited);
+        let started = Instant::now();
+        finish(copier).map_err(step("copying the touched extents"))?;
+        report.copy = started.elapsed();
+        let regions: io::Result<Vec<RamRegion>> = regions
+            .into_iter()
+            .zip(new_layers)
+            .map(|((base, map), layer)| {
+                let region = base.with_layer(map, Arc::new(Layer::new(layer)));
+                region.seal().map(|()| region)
+            })
+            .collect();
+        let regions = regions.map_err(step("sealing the image"))?;
+        let parent = Some(base.as_ref());
+        let image = Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, parent);
+        Ok(Frozen { image: Arc::new(image), report })
+    }
+
+    /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages.
+    fn touched_extents(&self, host: &Host, region: usize) -> io::Result<(Vec<Range<u32>>, u64)> {
+        let mut touched: Vec<Range<u32>> = Vec::new();
+        let mut dirty_pages = 0;
+        scan_private(&host.pagemap, &self.memory.slots()[region].1, |pages| {
+            dirty_pages += pages.end - pages.start;
+            let extents = PageIndex(pages.start).extent().0..PageIndex(pages.end - 1).extent().0 + 1;
+            match touched.last_mut() {
+                Some(last) if extents.start <= last.end => last.end = last.end.max(extents.end),
+                _ => touched.push(extents),
+            }
+        })?;
+        Ok((touched, dirty_pages))
+    }
+
+    /// Maps each region of a first parent as its children will see it.
+    fn map_privately(&mut self, maps: &[ExtentMap], layers: &[File]) -> io::Result<()> {
+        for (((_, slot), map), layer) in self.memory.slots_mut().iter_mut().zip(maps).zip(layers) {
+            slot.map(map.runs().iter().map(|run| Piece {
+                bytes: run.bytes(),
+                content: match run.source {
+                    Source::Zero => Content::Zero,
+                    Source::Layer(_) => Content::Private(layer.as_fd()),
+                },
+            }))?;
+        }
+        Ok(())
+    }
+
+    /// Takes back a [`Machine::map_privately`] that failed half-way: nothing has been written since, so nothing is lost. A
+    /// machine whose memory cannot be mapped either way has ended.
+    fn map_shared_again(&mut self, layers: &[File]) {
+        for ((_, slot), layer) in self.memory.slots_mut().iter_mut().zip(layers) {
+            let bytes = 0..slot.len() as u64;
+            if let Err(error) = slot.map([Piece { bytes, content: Content::Shared(layer.as_fd()) }]) {
+                let detail = format!("its memory could not be mapped again after a failed freeze ({error})");
+                self.frame.monitor.end(Ended { reason: Reason::Oom, detail });
+                return;
+            }
+        }
+    }
+}
+
+/// A machine at rest for a freeze. Dropping it lets the guest go on, so that no error path forgets to.
+struct Pause {
+    monitor: Option<Arc<super::monitor::Monitor>>,
+    began: Instant,
+    lap: Instant,
+    report: FreezeReport,
+}
+
+impl Pause {
+    fn begin(machine: &Machine) -> Result<Self, FreezeError> {
+        let began = Instant::now();
+        machine.rest()?;
+        let monitor = machine.running.then(|| Arc::clone(&machine.frame.monitor));
+        let mut pause = Self { monitor, began, lap: began, report: FreezeReport::default() };
+        pause.report.rest = pause.lap();
+        match machine.ended() {
+            Some(ended) => Err(FreezeError::Ended(ended)),
+            None => Ok(pause),
+        }
+    }
+
+    fn capture(&mut self, host: &Host, machine: &Machine) -> Result<MachineState, StateError> {
+        let state = state::capture(host, &machine.frame)?;
+        self.report.capture = self.lap();
+        Ok(state)
+    }
+
+    /// Time since the last lap.
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.lap, now)
+    }
+
+    fn end(mut self) -> FreezeReport {
+        self.report.stall = self.began.elapsed();
+        self.report
+    }
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        if let Some(monitor) = &self.monitor {
+            monitor.run();
+        }
+    }
+}
+
+/// Makes sure that only runs of [`types::extents::ZERO_RUN_EXTENTS`] and more are holes, and returns the map that says so.
+fn fill_short_holes(memfd: &File) -> io::Result<ExtentMap> {
+    let extents = memfd::data_extents(memfd)?;
+    let count = u32::try_from(memfd::size(memfd)? / types::EXTENT_SIZE).expect("at most 64 GiB");
+    let map = ExtentMap::from_data(count, &extents, LayerIndex(0));
+    for run in map.data_runs() {
+        memfd::fill_holes(memfd, run.bytes())?;
+    }
+    Ok(map)
+}
+
+fn finish(copier: Copier) -> io::Result<()> {
+    copier.finish()?;
+    failpoint!("freeze.copy", |source| source);
+    Ok(())
+}
+
+fn step(step: &'static str) -> impl Fn(io::Error) -> FreezeError {
+    move |source| FreezeError::Step { step, source }
+}

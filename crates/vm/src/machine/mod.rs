@@ -1,0 +1,177 @@
+//! One machine: its vCPUs, its memory, and what that memory rests on.
+
+pub mod freeze;
+pub(crate) mod monitor;
+pub mod state;
+pub(crate) mod vcpu;
+
+use std::fs::File;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use types::{GuestAddress, MachineId};
+
+use crate::device::serial::Console;
+use crate::image::Image;
+use crate::shell::{Class, ForkStages, Frame};
+use crate::sys::guest_memory::GuestMemory;
+pub use freeze::{FreezeError, FreezeReport, Frozen};
+pub use monitor::Ended;
+
+/// How long a vCPU may take to come to rest. A guest's own code stops at once; what takes long is KVM waiting for a page.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// One virtual machine of this process. Dropping it ends the guest and gives everything back, which takes KVM 1-25 ms: do it
+/// where nobody waits.
+#[derive(Debug)]
+pub struct Machine {
+    id: MachineId,
+    // Before the memory: the VM must be closed before its addresses can be used again.
+    pub(crate) frame: Frame,
+    memory: GuestMemory,
+    backing: Backing,
+    class: Class,
+    identity_page: Option<GuestAddress>,
+    running: bool,
+    stages: ForkStages,
+}
+
+/// What a machine's memory rests on.
+#[derive(Debug)]
+pub(crate) enum Backing {
+    /// The first parent: a shared mapping of a memfd of its own for each region.
+    Own(Vec<File>),
+    /// A child, or a parent that has been frozen: private pages over an image.
+    Image(Arc<Image>),
+}
+
+/// A machine whose vCPUs did not come to rest. It has been ended.
+#[derive(Debug, Error)]
+#[error("machine {id} did not come to rest within {patience:?} and was ended")]
+pub struct PauseError {
+    /// Which machine.
+    pub id: MachineId,
+    /// How long it was given.
+    pub patience: Duration,
+}
+
+impl Machine {
+    pub(crate) fn new(
+        id: MachineId,
+        frame: Frame,
+        memory: GuestMemory,
+        backing: Backing,
+        class: Class,
+        identity_page: Option<GuestAddress>,
+        stages: ForkStages,
+    ) -> Self {
+        Self { id, frame, memory, backing, class, identity_page, running: false, stages }
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn id(&self) -> MachineId {
+        self.id
+    }
+
+    /// Its memory size and number of vCPUs.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// The image it was forked from, or frozen into.
+    #[must_use]
+    pub fn image(&self) -> Option<&Arc<Image>> {
+        match &self.backing {
+            Backing::Own(_) => None,
+            Backing::Image(image) => Some(image),
+        }
+    }
+
+    /// Its RAM.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// What it printed on its serial port.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.frame.console
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&mut self) {
+        self.running = true;
+        self.frame.monitor.run();
+    }
+
+    /// Brings the guest to rest between two instructions.
+    ///
+    /// # Errors
+    /// [`PauseError`] if a vCPU does not come out in time; the machine has been ended with `PAUSE_TIMEOUT`.
+    pub fn pause(&mut self) -> Result<(), PauseError> {
+        self.rest()?;
+        self.running = false;
+        Ok(())
+    }
+
+    /// Whether the guest runs (or would, had it not ended).
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Why the machine ended, if it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.frame.monitor.ended()
+    }
+
+    /// When its first instruction was observed, which is its first exit.
+    #[must_use]
+    pub fn first_exit(&self) -> Option<Instant> {
+        self.frame.monitor.first_exit()
+    }
+
+    /// Waits for the first instruction to be observed. `None` if it is not within `patience`, or the machine ended before.
+    #[must_use]
+    pub fn wait_for_first_exit(&self, patience: Duration) -> Option<Instant> {
+        self.frame.monitor.wait_for_first_exit(patience)
+    }
+
+    /// How long the steps of its fork took.
+    #[must_use]
+    pub fn stages(&self) -> ForkStages {
+        self.stages
+    }
+
+    /// Raises a message-signalled interrupt on vCPU 0, as a device would. At rest it stays pending.
+    ///
+    /// # Errors
+    /// If KVM does not take it.
+    pub fn interrupt(&self, vector: u8) -> std::io::Result<()> {
+        let message = kvm_bindings::kvm_msi { address_lo: 0xFEE0_0000, data: u32::from(vector), ..Default::default() };
+        self.frame.vm.signal_msi(message).map(drop).map_err(crate::sys::kvm::from_errno)
+    }
+
+    /// Types on its serial port.
+    ///
+    /// # Errors
+    /// If the port's input buffer has no room for all of it.
+    pub fn type_in(&self, input: &[u8]) -> std::io::Result<()> {
+        self.frame.bus.lock().unwrap_or_else(PoisonError::into_inner).serial.type_in(input)
+    }
+
+    /// Brings the vCPUs to rest without changing whether the machine counts as running.
+    fn rest(&self) -> Result<(), PauseError> {
+        if self.frame.monitor.pause(PAUSE_PATIENCE) {
+            return Ok(());
+        }
+        let detail = format!("a vCPU did not come to rest within {PAUSE_PATIENCE:?}");
+        self.frame.monitor.end(Ended { reason: types::Reason::PauseTimeout, detail });
+        Err(PauseError { id: self.id, patience: PAUSE_PATIENCE })
+    }
+}

@@ -1,0 +1,328 @@
+//! Registers and devices: captured from a machine at rest, restored into a shell.
+//!
+//! The order of restoring is Firecracker's (`src/vmm/src/arch/x86_64/vcpu.rs`, the best public reference); why each step stands
+//! where it does is said beside it.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::device::{BadDeviceState, SavedDevice};
+use crate::host::Host;
+use crate::shell::Frame;
+use crate::sys::kvm::set_xsave;
+
+/// The version that [`MachineState::encode`] writes.
+const VERSION: u16 = 1;
+const MSR_IA32_TSC: u32 = 0x10;
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6E0;
+
+/// Everything of a machine but its memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    pub(crate) tsc_khz: u32,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pit: kvm_pit_state2,
+    /// The guest's clock in nanoseconds. It goes on from here in every child, however long the image has slept.
+    clock_ns: u64,
+    irqchips: Vec<kvm_irqchip>,
+    devices: Vec<SavedDevice>,
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct VcpuState {
+    mp_state: kvm_mp_state,
+    pub(crate) regs: kvm_regs,
+    sregs: kvm_sregs,
+    /// The XSAVE area in words, less the zeros at its end.
+    xsave: Vec<u32>,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    pub(crate) msrs: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+}
+
+/// The sizes of the kernel's structures. Their serialization pads and truncates silently, so a state from a build with other
+/// sizes is refused by this list.
+type Sizes = [u16; 10];
+
+const SIZES: Sizes = [
+    size_of::<kvm_mp_state>() as u16,
+    size_of::<kvm_regs>() as u16,
+    size_of::<kvm_sregs>() as u16,
+    size_of::<kvm_xcrs>() as u16,
+    size_of::<kvm_debugregs>() as u16,
+    size_of::<kvm_lapic_state>() as u16,
+    size_of::<kvm_vcpu_events>() as u16,
+    size_of::<kvm_pit_state2>() as u16,
+    size_of::<kvm_irqchip>() as u16,
+    size_of::<kvm_xsave>() as u16,
+];
+
+/// Why state could not be captured, read or restored.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum StateError {
+    #[error("{call} failed: {source}")]
+    Kvm { call: &'static str, source: kvm_ioctls::Error },
+    #[error("{call} took {done} of {asked} MSRs; the one it stopped at is {stopped_at:#x}")]
+    Msrs { call: &'static str, done: usize, asked: usize, stopped_at: u32 },
+    #[error("the state has {state} vCPUs; the machine has {machine}")]
+    VcpuCount { state: usize, machine: usize },
+    #[error("the machine state has version {version}; this farfork reads version 1")]
+    UnknownVersion { version: u16 },
+    #[error("the machine state was written by a build with other kernel structures")]
+    ForeignLayout,
+    #[error("the machine state does not decode ({source})")]
+    Malformed { source: postcard::Error },
+    #[error("the machine state has {bytes} bytes after its end")]
+    TrailingBytes { bytes: usize },
+    #[error("the machine state's {what} is out of range")]
+    OutOfRange { what: &'static str },
+    #[error(transparent)]
+    Device(#[from] BadDeviceState),
+}
+
+impl StateError {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Kvm { .. } | Self::Msrs { .. } => {
+                "run on the kernel and CPU that the image was made on, or make it again here"
+            }
+            Self::VcpuCount { .. } => "build the shell for the class of the image (Image::class)",
+            Self::UnknownVersion { .. } | Self::ForeignLayout => {
+                "use the farfork that made the image, or make it again with this one"
+            }
+            Self::Malformed { .. } | Self::TrailingBytes { .. } | Self::OutOfRange { .. } | Self::Device(_) => {
+                "make the image again"
+            }
+        }
+    }
+}
+
+impl MachineState {
+    /// For a manifest.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(&(VERSION, SIZES, self)).expect("plain data")
+    }
+
+    /// From a manifest. Nothing is trusted but that the bytes are those that somebody wrote.
+    ///
+    /// # Errors
+    /// [`StateError`] before anything is made of it.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let malformed = |source| StateError::Malformed { source };
+        let (version, rest) = postcard::take_from_bytes::<u16>(bytes).map_err(malformed)?;
+        if version != VERSION {
+            return Err(StateError::UnknownVersion { version });
+        }
+        let (sizes, rest) = postcard::take_from_bytes::<Sizes>(rest).map_err(malformed)?;
+        if sizes != SIZES {
+            return Err(StateError::ForeignLayout);
+        }
+        let (state, rest) = postcard::take_from_bytes::<Self>(rest).map_err(malformed)?;
+        if !rest.is_empty() {
+            return Err(StateError::TrailingBytes { bytes: rest.len() });
+        }
+        state.check()?;
+        Ok(state)
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// The first thing in which two states differ, of what a fork keeps: all but time stamps and counters that run.
+    #[cfg(feature = "testing")]
+    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
+        for (index, (a, b)) in self.vcpus.iter().zip(&other.vcpus).enumerate() {
+            let same = [
+                ("MP_STATE", a.mp_state == b.mp_state),
+                ("REGS", a.regs == b.regs),
+                ("SREGS", a.sregs == b.sregs),
+                ("XSAVE", a.xsave == b.xsave),
+                ("XCRS", a.xcrs.xcrs[..a.xcrs.nr_xcrs as usize] == b.xcrs.xcrs[..b.xcrs.nr_xcrs as usize]),
+                ("DEBUGREGS", a.debug_regs == b.debug_regs),
+                ("LAPIC", lapic_but_timer(&a.lapic) == lapic_but_timer(&b.lapic)),
+                ("VCPU_EVENTS", a.events == b.events),
+            ];
+            if let Some((what, _)) = same.iter().find(|(_, same)| !same) {
+                return Some(format!("vCPU {index}: {what}"));
+            }
+            let msr = a.msrs.iter().zip(&b.msrs).find(|(a, b)| a != b && !RUNNING_MSRS.contains(&a.0));
+            if let Some((a, b)) = msr {
+                return Some(format!("vCPU {index}: MSR {:#x} is {:#x}, was {:#x}", a.0, a.1, b.1));
+            }
+        }
+        (self.devices != other.devices).then(|| "devices".to_owned())
+    }
+
+    fn check(&self) -> Result<(), StateError> {
+        let chips: Vec<u32> = self.irqchips.iter().map(|chip| chip.chip_id).collect();
+        if chips != IRQCHIPS {
+            return Err(StateError::OutOfRange { what: "list of interrupt controllers" });
+        }
+        for vcpu in &self.vcpus {
+            if vcpu.xsave.len() > XSAVE_WORDS {
+                return Err(StateError::OutOfRange { what: "XSAVE area" });
+            }
+            if vcpu.msrs.len() > MSRS_MAX {
+                return Err(StateError::OutOfRange { what: "number of MSRs" });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The time stamp counter, its deadline, and the performance clocks IA32_MPERF, IA32_APERF.
+#[cfg(feature = "testing")]
+const RUNNING_MSRS: [u32; 4] = [MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, 0xE7, 0xE8];
+
+/// The registers of a local APIC, less the current count of its timer (offset 0x390).
+#[cfg(feature = "testing")]
+fn lapic_but_timer(lapic: &kvm_lapic_state) -> Vec<std::ffi::c_char> {
+    let mut regs = lapic.regs.to_vec();
+    regs[0x390..0x394].fill(0);
+    regs
+}
+
+/// In the order in which they are restored: an IOAPIC that delivers a pending interrupt must find the PICs as they were.
+const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+const XSAVE_WORDS: usize = 1024;
+const MSRS_MAX: usize = 1024;
+
+/// Reads the state of a machine at rest.
+pub(crate) fn capture(host: &Host, frame: &Frame) -> Result<MachineState, StateError> {
+    let vcpus: Result<Vec<_>, _> = (0..frame.vcpus.len()).map(|index| capture_vcpu(host, &frame.vcpu(index))).collect();
+    let irqchips: Result<Vec<_>, StateError> = IRQCHIPS
+        .iter()
+        .map(|chip_id| {
+            let mut chip = kvm_irqchip { chip_id: *chip_id, ..Default::default() };
+            frame.vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        })
+        .collect();
+    Ok(MachineState {
+        tsc_khz: host.cpu().tsc_khz,
+        vcpus: vcpus?,
+        pit: frame.vm.get_pit2().map_err(kvm("KVM_GET_PIT2"))?,
+        clock_ns: frame.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?.clock,
+        irqchips: irqchips?,
+        devices: frame.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner).save(),
+    })
+}
+
+fn capture_vcpu(host: &Host, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
+    // MP_STATE first: reading it makes KVM accept pending INIT and SIPI, which changes what the rest reads.
+    let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
+    let xsave = vcpu.get_xsave().map_err(kvm("KVM_GET_XSAVE"))?;
+    let used = xsave.region.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
+    let mut msrs = get_msrs(vcpu, &host.msrs)?;
+    let tsc = msrs.iter().find(|(index, _)| *index == MSR_IA32_TSC).map_or(0, |(_, value)| *value);
+    for (index, value) in &mut msrs {
+        // KVM clears the deadline when its timer has fired and the interrupt is not delivered yet. Restoring zero would disarm
+        // the timer and lose that interrupt; a deadline of now fires it at once. Without a deadline timer KVM ignores it.
+        if *index == MSR_IA32_TSC_DEADLINE && *value == 0 {
+            *value = tsc;
+        }
+    }
+    Ok(VcpuState {
+        mp_state,
+        regs: vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?,
+        sregs: vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
+        xsave: xsave.region[..used].to_vec(),
+        xcrs: vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?,
+        debug_regs: vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?,
+        lapic: vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
+        msrs,
+        // Last: reading the events is what moves an interrupt under way into a state that can be restored.
+        events: vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))?,
+    })
+}
+
+/// Puts a shell into a captured state. Its memory is mapped, since restoring registers may read it (page-table pointers, the
+/// clock's page).
+pub(crate) fn restore(frame: &Frame, state: &MachineState) -> Result<(), StateError> {
+    if state.vcpus.len() != frame.vcpus.len() {
+        return Err(StateError::VcpuCount { state: state.vcpus.len(), machine: frame.vcpus.len() });
+    }
+    for (index, saved) in state.vcpus.iter().enumerate() {
+        restore_vcpu(&frame.vcpu(index), saved, state.tsc_khz)?;
+    }
+    frame.vm.set_pit2(&state.pit).map_err(kvm("KVM_SET_PIT2"))?;
+    let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+    frame.vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
+    for chip in &state.irqchips {
+        frame.vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+    }
+    // Devices last: theirs may raise interrupts.
+    frame.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner).restore(&state.devices)?;
+    Ok(())
+}
+
+fn restore_vcpu(vcpu: &VcpuFd, saved: &VcpuState, tsc_khz: u32) -> Result<(), StateError> {
+    // CPUID was set when the shell was built. The TSC's rate before any MSR that counts in it.
+    if vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))? != tsc_khz {
+        vcpu.set_tsc_khz(tsc_khz).map_err(kvm("KVM_SET_TSC_KHZ"))?;
+    }
+    vcpu.set_mp_state(saved.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
+    vcpu.set_regs(&saved.regs).map_err(kvm("KVM_SET_REGS"))?;
+    vcpu.set_sregs(&saved.sregs).map_err(kvm("KVM_SET_SREGS"))?;
+    let mut xsave = kvm_xsave::default();
+    xsave.region[..saved.xsave.len()].copy_from_slice(&saved.xsave);
+    set_xsave(vcpu, &xsave).map_err(|error| StateError::Kvm {
+        call: "KVM_SET_XSAVE",
+        source: kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)),
+    })?;
+    vcpu.set_xcrs(&saved.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+    vcpu.set_debug_regs(&saved.debug_regs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
+    // After SREGS, which hold the APIC's base address and mode.
+    vcpu.set_lapic(&saved.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
+    // After the LAPIC, whose timer mode decides whether KVM takes a TSC deadline. The list is in `Host::msrs` order.
+    set_msrs(vcpu, &saved.msrs)?;
+    vcpu.set_vcpu_events(&saved.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))?;
+    // Tells a guest kernel that it was paused, so that its watchdogs stay calm. EINVAL: it does not use this clock.
+    match vcpu.kvmclock_ctrl() {
+        Err(error) if error.errno() != libc::EINVAL => Err(kvm("KVM_KVMCLOCK_CTRL")(error)),
+        _ => Ok(()),
+    }
+}
+
+fn get_msrs(vcpu: &VcpuFd, indexes: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
+    let entries: Vec<_> = indexes.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+    let mut msrs = Msrs::from_entries(&entries).map_err(|_| StateError::OutOfRange { what: "number of MSRs" })?;
+    let done = vcpu.get_msrs(&mut msrs).map_err(kvm("KVM_GET_MSRS"))?;
+    all_msrs("KVM_GET_MSRS", done, &entries)?;
+    Ok(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)).collect())
+}
+
+fn set_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), StateError> {
+    let entries: Vec<_> =
+        msrs.iter().map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() }).collect();
+    let msrs = Msrs::from_entries(&entries).map_err(|_| StateError::OutOfRange { what: "number of MSRs" })?;
+    let done = vcpu.set_msrs(&msrs).map_err(kvm("KVM_SET_MSRS"))?;
+    all_msrs("KVM_SET_MSRS", done, &entries)
+}
+
+/// KVM stops at the first MSR that it does not take, and says how far it came instead of failing.
+fn all_msrs(call: &'static str, done: usize, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
+    match entries.get(done) {
+        None => Ok(()),
+        Some(entry) => Err(StateError::Msrs { call, done, asked: entries.len(), stopped_at: entry.index }),
+    }
+}
+
+fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
+    move |source| StateError::Kvm { call, source }
+}

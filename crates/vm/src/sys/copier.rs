@@ -1,0 +1,124 @@
+//! The copier: a process forked at the instant of a branch, whose memory is that instant for ever.
+//!
+//! `clone` without CLONE_VM marks the machine's private pages copy-on-write, at 0.11 us a page, while the vCPUs rest. They go
+//! on at once; the copier writes the touched extents into the new layer and exits. It makes two system calls: `pwrite64` and
+//! `exit_group`.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard};
+
+use rustix::process::{WaitId, WaitIdOptions};
+use types::HostAddress;
+
+use super::guest_memory::GuestMemory;
+
+/// What a copier writes: `len` bytes from `from` (in a slot of the machine) to the same offset in `to` as in the region.
+pub(crate) struct CopyJob<'fd> {
+    pub(crate) from: HostAddress,
+    pub(crate) len: usize,
+    pub(crate) to: BorrowedFd<'fd>,
+    pub(crate) at: u64,
+}
+
+/// The right to fork, with one machine's slots inherited. Processes forked meanwhile by others would copy its page tables
+/// too, so one machine at a time.
+pub(crate) struct Inherited<'memory> {
+    memory: &'memory GuestMemory,
+    _one_at_a_time: MutexGuard<'static, ()>,
+}
+
+/// A copier at work.
+#[derive(Debug)]
+pub(crate) struct Copier {
+    pidfd: OwnedFd,
+}
+
+impl<'memory> Inherited<'memory> {
+    /// Waits for other branches of this process to take their instant. Called before the pause.
+    pub(crate) fn prepare(memory: &'memory GuestMemory) -> io::Result<Self> {
+        static FORKING: Mutex<()> = Mutex::new(());
+        let guard = FORKING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let inherited = Self { memory, _one_at_a_time: guard };
+        memory.slots().iter().try_for_each(|(_, slot)| slot.set_inherited(true))?;
+        Ok(inherited)
+    }
+
+    /// The instant. The vCPUs are at rest.
+    pub(crate) fn start(&self, jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
+        for job in jobs {
+            let inside = self.memory.slots().iter().any(|(_, slot)| {
+                let start = slot.start().0;
+                start <= job.from.0 && job.from.0 + job.len <= start + slot.len()
+            });
+            assert!(inside, "a copy job lies within one slot");
+        }
+        let mut pidfd: libc::c_int = -1;
+        let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
+        // SAFETY: without CLONE_VM the new process has its own copy of everything; the kernel writes the descriptor to
+        // `pidfd`. Other threads do not exist there and may have held any lock, so the child takes none: it runs `copy`, which
+        // makes system calls only, and never returns.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+        match pid {
+            0 => copy(jobs),
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: the kernel has just made this descriptor for us alone.
+            _ => Ok(Copier { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) } }),
+        }
+    }
+}
+
+impl Drop for Inherited<'_> {
+    fn drop(&mut self) {
+        for (_, slot) in self.memory.slots() {
+            // If this failed, later processes of ours would inherit page tables that they do not use: slower, not wrong.
+            slot.set_inherited(false).unwrap_or_default();
+        }
+    }
+}
+
+impl Copier {
+    /// Waits until everything is written.
+    pub(crate) fn finish(self) -> io::Result<()> {
+        use std::os::fd::AsFd;
+        let status =
+            rustix::io::retry_on_intr(|| rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED))?;
+        let status = status.ok_or_else(|| io::Error::other("the copier has no exit status"))?;
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(0), _) => Ok(()),
+            (Some(errno), _) => Err(io::Error::from_raw_os_error(errno)),
+            (None, signal) => Err(io::Error::other(format!("the copier was killed by signal {}", signal.unwrap_or(0)))),
+        }
+    }
+}
+
+/// The child's whole life. No allocation, no lock, no panic that could run the parent's destructors.
+fn copy(jobs: &[CopyJob<'_>]) -> ! {
+    let mut errno = 0;
+    'jobs: for job in jobs {
+        let mut done = 0;
+        while done < job.len {
+            // SAFETY: the bytes lie in a slot that this process inherited (checked by the parent in `start`); the kernel reads
+            // them, and answers EFAULT for any that it cannot.
+            let written = unsafe {
+                libc::pwrite64(
+                    job.to.as_raw_fd(),
+                    (job.from.0 + done) as *const libc::c_void,
+                    job.len - done,
+                    (job.at + done as u64).cast_signed(),
+                )
+            };
+            if written <= 0 {
+                errno = if written == 0 { libc::EIO } else { io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) };
+                if errno == libc::EINTR {
+                    errno = 0;
+                    continue;
+                }
+                break 'jobs;
+            }
+            done += written.cast_unsigned();
+        }
+    }
+    // SAFETY: ends this process without running anything of the parent's.
+    unsafe { libc::_exit(errno) }
+}

@@ -1,0 +1,10 @@
+//! Stories about machines and images on KVM, named by what must hold.
+
+mod bad_input;
+mod exits;
+mod fork;
+mod leaks;
+mod probe;
+mod random_operations;
+mod save;
+mod state;
