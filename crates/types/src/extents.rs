@@ -113,7 +113,7 @@ impl ExtentMap {
     }
 
     /// The map of a freshly frozen layer: `data` holds the extents with content (ascending, disjoint), the holes between them
-    /// become zero runs where they are long enough, and where the bound on runs allows it.
+    /// become zero runs where they are long enough; the longest of them, if the bound on runs does not allow all.
     ///
     /// # Panics
     /// If `count` is 0 or `data` reaches beyond it.
@@ -121,27 +121,32 @@ impl ExtentMap {
     pub fn from_data(count: u32, data: &[Range<u32>], layer: LayerIndex) -> Self {
         assert!(count > 0, "a region has at least one extent");
         assert!(data.last().is_none_or(|last| last.end <= count), "data beyond the region");
-        let mut shortest_zero_run = ZERO_RUN_EXTENTS;
-        loop {
-            let mut builder = Builder::default();
-            let mut done = 0;
-            for range in data.iter().cloned().chain(std::iter::once(count..count)) {
-                let hole = range.start - done;
-                builder.push(hole, if hole >= shortest_zero_run { Source::Zero } else { Source::Layer(layer) });
-                builder.push(range.end - range.start, Source::Layer(layer));
-                done = range.end;
+        let starts = std::iter::once(0).chain(data.iter().map(|range| range.end));
+        let ends = data.iter().map(|range| range.start).chain(std::iter::once(count));
+        let mut holes: Vec<Range<u32>> =
+            starts.zip(ends).map(|(start, end)| start..end).filter(|hole| hole.len() >= ZERO_RUN_EXTENTS as usize).collect();
+        // n zero runs make at most 2n + 1 runs in all.
+        holes.sort_by_key(|hole| std::cmp::Reverse(hole.len()));
+        holes.truncate((MAX_RUNS - 1) / 2);
+        holes.sort_by_key(|hole| hole.start);
+        let mut runs = Vec::with_capacity(2 * holes.len() + 1);
+        let mut done = 0;
+        for hole in holes.into_iter().chain(std::iter::once(count..count)) {
+            for (range, source) in [(done..hole.start, Source::Layer(layer)), (hole.clone(), Source::Zero)] {
+                if !range.is_empty() {
+                    runs.push(Run { start: ExtentIndex(range.start), count: range.end - range.start, source });
+                }
             }
-            match builder.finish() {
-                Some(map) => return map,
-                None => shortest_zero_run *= 2,
-            }
+            done = hole.end;
         }
+        Self { runs }
     }
 
     /// Puts a new layer over this map that holds at least the `touched` extents (ascending, disjoint).
     ///
     /// Gaps of at most [`MERGE_GAP_EXTENTS`] between touched ranges join them. If the map would still have more than
-    /// [`MAX_RUNS`] runs, ever longer untouched runs are copied too; in the limit the whole region is, which is flattening.
+    /// [`MAX_RUNS`] runs, the shortest untouched runs are copied too, as many as it takes; in the limit the whole region is,
+    /// which is flattening.
     ///
     /// # Panics
     /// If `touched` reaches beyond the region or is not ascending, or this map uses `layer` already.
@@ -149,15 +154,17 @@ impl ExtentMap {
     pub fn overlay(&self, touched: &[Range<u32>], layer: LayerIndex) -> Overlay {
         assert!(!self.runs.iter().any(|run| run.source == Source::Layer(layer)), "layer {layer:?} is not new");
         let mut segments = self.cut(&join_close(touched), layer);
-        let mut copy_up_to = 1;
         while segments.len() > MAX_RUNS {
-            for segment in &mut segments {
-                if segment.count <= copy_up_to {
-                    segment.source = Source::Layer(layer);
-                }
+            // Each that is copied joins its neighbours, which takes away at most two. One whose neighbours are no copies
+            // either takes away none yet, so more rounds may be due; each leaves fewer that are not copied.
+            let mut untouched: Vec<usize> =
+                (0..segments.len()).filter(|at| segments[*at].source != Source::Layer(layer)).collect();
+            untouched.sort_by_key(|at| segments[*at].count);
+            untouched.truncate((segments.len() - MAX_RUNS).div_ceil(2));
+            for at in untouched {
+                segments[at].source = Source::Layer(layer);
             }
             segments = coalesce(segments);
-            copy_up_to = copy_up_to.saturating_mul(2);
         }
         let copied = segments.iter().filter(|run| run.source == Source::Layer(layer)).map(Run::extents).collect();
         Overlay { map: Self { runs: segments }, copied }
@@ -271,29 +278,6 @@ fn coalesce(segments: Vec<Run>) -> Vec<Run> {
         }
     }
     runs
-}
-
-#[derive(Default)]
-struct Builder {
-    runs: Vec<Run>,
-    end: u32,
-}
-
-impl Builder {
-    fn push(&mut self, count: u32, source: Source) {
-        if count == 0 {
-            return;
-        }
-        match self.runs.last_mut() {
-            Some(last) if last.source == source => last.count += count,
-            _ => self.runs.push(Run { start: ExtentIndex(self.end), count, source }),
-        }
-        self.end += count;
-    }
-
-    fn finish(self) -> Option<ExtentMap> {
-        (self.runs.len() <= MAX_RUNS).then_some(ExtentMap { runs: self.runs })
-    }
 }
 
 /// A run without its start, which the lengths before it give.
