@@ -35,7 +35,7 @@ fn head() -> Head {
         state: (0..=255).collect(),
         regions: vec![
             region(RegionKind::Ram(GuestAddress(0)), 49152, &[0..100, 40_000..49_000]),
-            region(RegionKind::Ram(GuestAddress(4 << 30)), 1500, &[3..4]),
+            region(RegionKind::Ram(GuestAddress(4 << 30)), 1500, std::slice::from_ref(&(3..4))),
             region(RegionKind::Disk(0), 64, &[]),
         ],
         identity_page: Some(GuestAddress(0x5000)),

@@ -31,9 +31,7 @@
 macro_rules! failpoint {
     ($name:literal, |$source:ident| $error:expr) => {
         #[cfg(feature = "testing")]
-        if let Err($source) = crate::failpoint::hit($name) {
-            return Err($error);
-        }
+        crate::failpoint::hit($name).map_err(|$source| $error)?;
     };
 }
 

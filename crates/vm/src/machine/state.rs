@@ -50,19 +50,19 @@ pub(crate) struct VcpuState {
 
 /// The sizes of the kernel's structures. Their serialization pads and truncates silently, so a state from a build with other
 /// sizes is refused by this list.
-type Sizes = [u16; 10];
+type Sizes = [usize; 10];
 
 const SIZES: Sizes = [
-    size_of::<kvm_mp_state>() as u16,
-    size_of::<kvm_regs>() as u16,
-    size_of::<kvm_sregs>() as u16,
-    size_of::<kvm_xcrs>() as u16,
-    size_of::<kvm_debugregs>() as u16,
-    size_of::<kvm_lapic_state>() as u16,
-    size_of::<kvm_vcpu_events>() as u16,
-    size_of::<kvm_pit_state2>() as u16,
-    size_of::<kvm_irqchip>() as u16,
-    size_of::<kvm_xsave>() as u16,
+    size_of::<kvm_mp_state>(),
+    size_of::<kvm_regs>(),
+    size_of::<kvm_sregs>(),
+    size_of::<kvm_xcrs>(),
+    size_of::<kvm_debugregs>(),
+    size_of::<kvm_lapic_state>(),
+    size_of::<kvm_vcpu_events>(),
+    size_of::<kvm_pit_state2>(),
+    size_of::<kvm_irqchip>(),
+    size_of::<kvm_xsave>(),
 ];
 
 /// Why state could not be captured, read or restored.

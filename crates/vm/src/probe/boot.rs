@@ -181,7 +181,7 @@ fn set_registers(vcpu: &VcpuFd, index: usize) -> Result<(), BuildError> {
     vcpu.set_lapic(&lapic).map_err(step("KVM_SET_LAPIC"))?;
     let mp_state = kvm_bindings::kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
     vcpu.set_mp_state(mp_state).map_err(step("KVM_SET_MP_STATE"))?;
-    let clock = kvm_msr_entry { index: MSR_KVM_SYSTEM_TIME_NEW, data: block(index) + KVMCLOCK | 1, ..Default::default() };
+    let clock = kvm_msr_entry { index: MSR_KVM_SYSTEM_TIME_NEW, data: (block(index) + KVMCLOCK) | 1, ..Default::default() };
     let msrs = Msrs::from_entries(&[clock]).expect("one entry");
     match vcpu.set_msrs(&msrs) {
         Ok(1) => Ok(()),

@@ -94,16 +94,22 @@ impl Slot {
             assert!(at + len <= self.range.end, "piece beyond its slot");
             let prot = ProtFlags::READ | ProtFlags::WRITE;
             let private = MapFlags::PRIVATE | MapFlags::NORESERVE | placement;
-            // SAFETY: `at..at + len` is inside a range that this slot owns (asserted above). With FIXED_NOREPLACE nothing is
-            // replaced; with FIXED only what this slot mapped is. Rust references never point there: guest memory is only
+            // In all three, `at..at + len` is inside a range that this slot owns (asserted above). With FIXED_NOREPLACE nothing
+            // is replaced; with FIXED only what this slot mapped is. Rust references never point there: guest memory is only
             // reached through volatile access (`guest_memory`), for which changing content is ordinary.
-            let mapped = unsafe {
-                match piece.content {
-                    Content::Shared(fd) => {
-                        rustix::mm::mmap(at as *mut _, len, prot, MapFlags::SHARED | placement, fd, piece.bytes.start)
-                    }
-                    Content::Private(fd) => rustix::mm::mmap(at as *mut _, len, prot, private, fd, piece.bytes.start),
-                    Content::Zero => rustix::mm::mmap_anonymous(at as *mut _, len, prot, private),
+            let mapped = match piece.content {
+                Content::Shared(fd) => {
+                    let flags = MapFlags::SHARED | placement;
+                    // SAFETY: as said above.
+                    unsafe { rustix::mm::mmap(at as *mut _, len, prot, flags, fd, piece.bytes.start) }
+                }
+                Content::Private(fd) => {
+                    // SAFETY: as said above.
+                    unsafe { rustix::mm::mmap(at as *mut _, len, prot, private, fd, piece.bytes.start) }
+                }
+                Content::Zero => {
+                    // SAFETY: as said above.
+                    unsafe { rustix::mm::mmap_anonymous(at as *mut _, len, prot, private) }
                 }
             };
             let mapped = mapped?;

@@ -1,0 +1,56 @@
+# What each target does is in its `##` comment; `make help` prints them. All are idempotent.
+NEXTEST_VERSION := 0.9.143
+DENY_VERSION := 0.20.2
+SEEDS ?= 1
+SOAK_ARGS ?=
+BENCH_ARGS ?=
+CARGO_HOME ?= $(HOME)/.cargo
+export PATH := $(CARGO_HOME)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup setup-build build bench soak verify fix audit fuzz
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+demo: setup-build ## fork 100 children of a warm probe guest, verify each one's memory, print the stages
+	@cargo run --quiet --release --package farfork-vm --example demo
+
+test: setup verify ## install what the tests need, then run every check and every test (what CI runs)
+	@if [ ! -r /dev/kvm ] || [ ! -w /dev/kvm ]; then echo "no access to /dev/kvm: the tests of machines will fail, and say why"; fi
+	cargo nextest run --workspace --all-features
+
+setup-build: ## install what the build needs (a C compiler)
+	@./deploy/setup.sh build
+
+setup: ## install what the build and the tests need: a C compiler, cargo-nextest
+	@NEXTEST_VERSION=$(NEXTEST_VERSION) ./deploy/setup.sh build test
+
+build: setup-build ## build everything, optimised
+	cargo build --release --workspace
+
+bench: setup-build ## measure the floor and the local rows of the specification, into target/bench (BENCH_ARGS=--quick)
+	@mkdir -p target/bench
+	cargo run --quiet --release --package farfork-bench -- floor --json target/bench/floor.json
+	cargo run --quiet --release --package farfork-bench -- local --json target/bench/local.json $(BENCH_ARGS)
+
+soak: setup ## the same tests with their full counts, by seed, resumable; writes target/soak/soak.json (SEEDS=1 SOAK_ARGS="--only TEXT")
+	cargo xtask soak --seeds $(SEEDS) $(SOAK_ARGS)
+
+verify: setup-build ## check format, lints, import rules, unsafe islands, file lengths, links, licences; changes nothing
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- --deny warnings
+	cargo clippy --quiet --workspace --all-targets --all-features -- --deny warnings
+	cargo xtask verify
+
+fix: setup-build ## format, and apply what clippy can
+	cargo clippy --quiet --workspace --all-targets --all-features --fix --allow-dirty --allow-staged
+	cargo fmt --all
+
+audit: setup-build ## cargo-deny: bans, licences, sources, and advisories where their database can be reached
+	@command -v cargo-deny >/dev/null || cargo install --locked --version $(DENY_VERSION) cargo-deny
+	cargo deny --all-features check bans licenses sources
+	@cargo deny --all-features check advisories || echo "advisories: NOT CHECKED if the lines above say that the database could not be fetched"
+
+fuzz: setup-build ## fuzz every parser of bytes from outside for FUZZ_SECONDS each, starting from the corpora in fuzz/corpus
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) ./fuzz/run.sh

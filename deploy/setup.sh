@@ -1,0 +1,45 @@
+#!/bin/sh
+# Installs what is missing of what the build and the tests need. Changes nothing that is there.
+# usage: deploy/setup.sh build [test]
+set -eu
+
+need_package() { # need_package COMMAND DEBIAN_PACKAGE...
+    command=$1
+    shift
+    if command -v "$command" >/dev/null 2>&1; then
+        return 0
+    fi
+    if ! command -v apt-get >/dev/null 2>&1; then
+        echo "error: $command is missing, and this is no Debian: install it (Debian packages: $*)" >&2
+        exit 1
+    fi
+    echo "setup: installing $* for $command"
+    sudo=
+    [ "$(id -u)" -eq 0 ] || sudo=sudo
+    $sudo apt-get update -qq
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+}
+
+if ! command -v cargo >/dev/null 2>&1; then
+    echo "error: cargo is missing: install Rust 1.95 or newer with rustup" >&2
+    exit 1
+fi
+
+for what in "$@"; do
+    case $what in
+    build)
+        need_package cc gcc libc6-dev
+        need_package git git
+        ;;
+    test)
+        if ! cargo nextest --version >/dev/null 2>&1; then
+            echo "setup: building cargo-nextest $NEXTEST_VERSION, which takes some minutes once"
+            cargo install --locked --quiet --version "$NEXTEST_VERSION" cargo-nextest
+        fi
+        ;;
+    *)
+        echo "usage: deploy/setup.sh build [test]" >&2
+        exit 2
+        ;;
+    esac
+done

@@ -1,0 +1,137 @@
+//! `make soak`: every test with its full counts, for a number of seeds. One row a test and seed, written as soon as it is
+//! known, so that a soak that was stopped goes on where it was.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    commit: String,
+    machine: String,
+    held: usize,
+    failed: usize,
+    rows: Vec<Row>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Row {
+    test: String,
+    seed: u64,
+    passed: bool,
+    seconds: f64,
+    /// What the test says that it has held, with its counts.
+    held: Vec<String>,
+    /// The end of its output, if it failed.
+    failure: Option<String>,
+}
+
+pub(crate) fn run(arguments: &[String]) -> Result<bool> {
+    let (seeds, only) = parse(arguments)?;
+    let root = crate::root();
+    let commit = output(Command::new("git").arg("-C").arg(&root).args(["describe", "--always", "--dirty"]))?;
+    let path = root.join("target/soak/soak.json");
+    let mut record = resume(&path, commit.trim())?;
+    let tests = list(&root)?;
+    let chosen: Vec<_> = tests.iter().filter(|test| only.as_ref().is_none_or(|only| test.contains(only))).collect();
+    let total = chosen.len() as u64 * seeds;
+    println!("soak of {}: {} tests, {seeds} seeds, into {}", record.commit, chosen.len(), path.display());
+    let mut done = 0;
+    for seed in 1..=seeds {
+        for test in &chosen {
+            done += 1;
+            if record.rows.iter().any(|row| row.test == **test && row.seed == seed && row.passed) {
+                continue;
+            }
+            let row = soak_one(&root, test, seed)?;
+            let outcome = if row.passed { "held" } else { "FAILED" };
+            println!("[{done}/{total}] {outcome} {test} seed {seed} in {:.1} s {}", row.seconds, row.held.join("; "));
+            record.rows.retain(|old| old.test != row.test || old.seed != row.seed);
+            record.rows.push(row);
+            record.held = record.rows.iter().filter(|row| row.passed).count();
+            record.failed = record.rows.len() - record.held;
+            write(&path, &record)?;
+        }
+    }
+    println!("{} passed, {} failed", record.held, record.failed);
+    Ok(record.failed == 0)
+}
+
+fn parse(arguments: &[String]) -> Result<(u64, Option<String>)> {
+    let (mut seeds, mut only) = (1, None);
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let value = rest.next().with_context(|| format!("{argument} needs a value"))?;
+        match argument.as_str() {
+            "--seeds" => seeds = value.parse().context("--seeds")?,
+            "--only" => only = Some(value.clone()),
+            _ => bail!("unknown argument {argument}"),
+        }
+    }
+    Ok((seeds, only))
+}
+
+/// A record of another commit is no record of this one.
+fn resume(path: &Path, commit: &str) -> Result<Record> {
+    let old = fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+    if let Some(old) = old.filter(|old| old.commit == commit && !commit.ends_with("-dirty")) {
+        return Ok(old);
+    }
+    let machine = output(Command::new("uname").arg("-srm"))?.trim().to_owned();
+    Ok(Record { commit: commit.to_owned(), machine, held: 0, failed: 0, rows: Vec::new() })
+}
+
+fn write(path: &Path, record: &Record) -> Result<()> {
+    fs::create_dir_all(path.parent().context("a file in a directory")?)?;
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, serde_json::to_vec_pretty(record)?)?;
+    Ok(fs::rename(&temporary, path)?)
+}
+
+fn nextest(root: &Path, verb: &str) -> Command {
+    let mut command = Command::new("cargo");
+    command.current_dir(root).args(["nextest", verb, "--workspace", "--all-features", "--cargo-quiet"]);
+    command.args(["--cargo-profile", "release"]);
+    command
+}
+
+fn list(root: &Path) -> Result<Vec<String>> {
+    let json = output(nextest(root, "list").args(["--message-format", "json"]))?;
+    let json: serde_json::Value = serde_json::from_str(&json).context("the list of tests")?;
+    let suites = json["rust-suites"].as_object().context("rust-suites")?;
+    let mut tests = Vec::new();
+    for (suite, content) in suites {
+        let cases = content["testcases"].as_object().context("testcases")?;
+        tests.extend(cases.keys().map(|case| format!("{suite} {case}")));
+    }
+    ensure!(!tests.is_empty(), "there are no tests");
+    Ok(tests)
+}
+
+fn soak_one(root: &Path, test: &str, seed: u64) -> Result<Row> {
+    let (suite, case) = test.split_once(' ').context("a suite and a case")?;
+    let filter = format!("binary_id(={suite}) & test(={case})");
+    let started = Instant::now();
+    let output = nextest(root, "run")
+        .args(["--profile", "soak", "--success-output", "immediate", "-E", &filter])
+        .env("FARFORK_COUNT", "full")
+        .env("FARFORK_SEED", seed.to_string())
+        .output()
+        .context("cargo nextest run")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let passed = output.status.success();
+    let lines: Vec<&str> = text.lines().collect();
+    let held = lines.iter().filter_map(|line| line.trim().strip_prefix("held: ")).map(str::to_owned).collect();
+    let failure = (!passed).then(|| lines[lines.len().saturating_sub(60)..].join("\n"));
+    Ok(Row { test: test.to_owned(), seed, passed, seconds: started.elapsed().as_secs_f64(), held, failure })
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
