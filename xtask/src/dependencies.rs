@@ -32,9 +32,8 @@ const MAY_NOT_USE: &[(&str, &[&str])] = &[
 const RUST_VMM: &[&str] =
     &["kvm-", "vm-memory", "vm-superio", "vmm-sys-util", "virtio-", "linux-loader", "event-manager", "seccompiler", "vhost"];
 
-const LICENCES: &[&str] = &[
-    "MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "Unicode-3.0", "CC0-1.0", "Unlicense", "BSL-1.0",
-];
+const LICENCES: &[&str] =
+    &["MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "Unicode-3.0", "CC0-1.0", "Unlicense", "BSL-1.0"];
 
 pub(crate) fn complaints(root: &Path) -> Result<Vec<String>> {
     let mut complaints = Vec::new();
@@ -43,7 +42,8 @@ pub(crate) fn complaints(root: &Path) -> Result<Vec<String>> {
         if !path.exists() {
             continue;
         }
-        let metadata = MetadataCommand::new().manifest_path(&path).exec().with_context(|| format!("cargo metadata of {manifest}"))?;
+        let metadata =
+            MetadataCommand::new().manifest_path(&path).exec().with_context(|| format!("cargo metadata of {manifest}"))?;
         if manifest == "Cargo.toml" {
             complaints.extend(imports(&metadata));
         }
@@ -96,9 +96,7 @@ fn licence(package: &Package) -> Option<String> {
     let Ok(expression) = Expression::parse_mode(licence, ParseMode::LAX) else {
         return Some(format!("{} {}: licence {licence:?} does not parse", package.name, package.version));
     };
-    let allowed = expression.evaluate(|requirement| {
-        requirement.license.id().is_some_and(|id| LICENCES.contains(&id.name))
-    });
+    let allowed = expression.evaluate(|requirement| requirement.license.id().is_some_and(|id| LICENCES.contains(&id.name)));
     (!allowed).then(|| format!("{} {}: licence {licence} is not on the list", package.name, package.version))
 }
 

@@ -15,8 +15,14 @@ const LINES_MAX: usize = 500;
 const RATCHET: &str = "xtask/file-lengths.txt";
 /// Reads and draws that the pure crates promise to do without.
 const PURE: &[(&str, &[&str])] = &[
-    ("crates/types/src/", &["std::fs", "std::net", "std::env", "std::thread", "Instant::now", "SystemTime", "async fn", "now_v7"]),
-    ("crates/control/src/", &["std::fs", "std::net", "std::env", "std::thread", "Instant::now", "SystemTime", "async fn", "now_v7"]),
+    (
+        "crates/types/src/",
+        &["std::fs", "std::net", "std::env", "std::thread", "Instant::now", "SystemTime", "async fn", "now_v7"],
+    ),
+    (
+        "crates/control/src/",
+        &["std::fs", "std::net", "std::env", "std::thread", "Instant::now", "SystemTime", "async fn", "now_v7"],
+    ),
 ];
 const UNFINISHED: &[&str] = &["TO\u{44}O", "FIX\u{4d}E", "#[ign\u{6f}re", "todo\u{21}(", "unimplemented\u{21}("];
 
@@ -111,10 +117,13 @@ fn too_long(root: &Path, lengths: &BTreeMap<String, usize>) -> Result<Vec<String
     for (name, length) in lengths {
         match allowed.remove(name) {
             Some(listed) if *length < listed => {
-                complaints.push(format!("{RATCHET}: {name} has {length} lines now; write that down (or drop it at {LINES_MAX})"));
+                complaints
+                    .push(format!("{RATCHET}: {name} has {length} lines now; write that down (or drop it at {LINES_MAX})"));
             }
             Some(listed) if *length > listed => complaints.push(format!("{name}: grew from {listed} to {length} lines")),
-            None if *length > LINES_MAX => complaints.push(format!("{name}: {length} lines; split it (the limit is {LINES_MAX})")),
+            None if *length > LINES_MAX => {
+                complaints.push(format!("{name}: {length} lines; split it (the limit is {LINES_MAX})"))
+            }
             _ => {}
         }
     }
@@ -153,7 +162,8 @@ fn links(line: &str) -> impl Iterator<Item = &str> {
 /// How a heading is linked to.
 fn anchor(line: &str) -> Option<String> {
     let heading = line.strip_prefix('#')?.trim_start_matches('#').strip_prefix(' ')?;
-    let kept = heading.to_lowercase().chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_')).collect::<String>();
+    let kept =
+        heading.to_lowercase().chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_')).collect::<String>();
     Some(kept.replace(' ', "-"))
 }
 

@@ -85,7 +85,10 @@ fn run() -> Result<(), Failure> {
         progress("verify", done);
         let probe = Probe::of(child);
         if let Some((count, page)) = probe.verify(first, pages, PARENT_EPOCH).map_err(broken)? {
-            return Err((format!("{count} pages of child {done} differ, the first is {page:?}"), "report it as a bug".to_owned()));
+            return Err((
+                format!("{count} pages of child {done} differ, the first is {page:?}"),
+                "report it as a bug".to_owned(),
+            ));
         }
         // Writes all that it inherited, so that whoever comes next would see it if anything were shared.
         probe.fill(first, pages / 16, 2000 + done as u64).map_err(broken)?;

@@ -128,6 +128,12 @@ impl Host {
         &self.cpu
     }
 
+    /// All memory that the host has.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
     /// Refuses more memory than the host has at all. (How much is free is the scheduler's question, not the engine's.)
     ///
     /// # Errors

@@ -51,4 +51,6 @@ pub use host::{Host, HostError};
 pub use image::Image;
 pub use machine::{Ended, Machine};
 pub use shell::{Class, Shell};
+#[cfg(feature = "bare")]
+pub use sys::bare;
 pub use sys::guest_memory::{GuestMemory, GuestMemoryError};

@@ -19,10 +19,20 @@ pub(crate) fn create(name: &str, bytes: u64) -> io::Result<File> {
     Ok(File::from(memfd))
 }
 
-/// Makes its content final.
+/// Makes its content final: nothing writes to it any more, and nothing maps it to write. The caller has no shared mapping of
+/// it left, which alone would still be writable.
+///
+/// This is F_SEAL_FUTURE_WRITE and not F_SEAL_WRITE, since for the latter the kernel waits until no page is in use elsewhere;
+/// pages that were just written are (in another CPU's list of recent ones), and its wait is 5 ms long, on the path of every
+/// branch (docs/decisions/0005-seals.md).
 pub(crate) fn seal(memfd: &File) -> io::Result<()> {
     failpoint!("memfd.seal", |source| source);
-    Ok(rustix::fs::fcntl_add_seals(memfd, SealFlags::WRITE | SealFlags::SEAL)?)
+    Ok(rustix::fs::fcntl_add_seals(memfd, SealFlags::FUTURE_WRITE)?)
+}
+
+/// Puts on the seal that promises the same to the memory-mapping code of others, at the cost named in [`seal`].
+pub(crate) fn seal_for_mapping(memfd: &File) -> io::Result<()> {
+    Ok(rustix::fs::fcntl_add_seals(memfd, SealFlags::WRITE)?)
 }
 
 pub(crate) fn size(memfd: &File) -> io::Result<u64> {
@@ -103,6 +113,10 @@ mod tests {
         let memfd = create("test", EXTENT_SIZE).unwrap();
         seal(&memfd).unwrap();
         assert!(memfd.write_all_at(&[1], 0).is_err());
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        seal_for_mapping(&memfd).unwrap();
+        assert!(memfd.write_all_at(&[1], 0).is_err());
+        assert!(rustix::fs::fallocate(&memfd, hole, 0, EXTENT_SIZE).is_err());
         assert!(memfd.set_len(0).is_err());
         assert!(memfd.set_len(2 * EXTENT_SIZE).is_err());
     }

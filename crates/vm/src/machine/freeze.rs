@@ -50,7 +50,7 @@ pub struct FreezeReport {
     pub scan: Duration,
     /// Of the stall: forking the copier, or changing the first parent's mapping.
     pub instant: Duration,
-    /// After the stall: the copier's work.
+    /// After the stall: until the copier had written everything.
     pub copy: Duration,
     /// Pages that the machine had written since it was forked; 0 for a first parent, where nobody counts.
     pub dirty_pages: u64,
@@ -91,6 +91,42 @@ impl FreezeError {
     }
 }
 
+/// A freeze whose instant has been taken: the machine goes on, and the image is being completed.
+#[derive(Debug)]
+#[must_use = "the image is only there when it is finished"]
+pub struct Freezing {
+    report: FreezeReport,
+    began_copy: Instant,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Complete(Arc<Image>),
+    Copying { copier: Copier, image: Image },
+}
+
+impl Freezing {
+    /// Waits until the image is complete, and seals it.
+    ///
+    /// # Errors
+    /// [`FreezeError::Step`]; the machine is not concerned.
+    pub fn finish(self) -> Result<Frozen, FreezeError> {
+        let mut report = self.report;
+        let image = match self.kind {
+            Kind::Complete(image) => image,
+            Kind::Copying { copier, image } => {
+                copier.finish().map_err(step("copying the touched extents"))?;
+                failpoint!("freeze.copy", |source| FreezeError::Step { step: "copying the touched extents", source });
+                report.copy = self.began_copy.elapsed();
+                image.ram().iter().try_for_each(RamRegion::seal).map_err(step("sealing the image"))?;
+                Arc::new(image)
+            }
+        };
+        Ok(Frozen { image, report })
+    }
+}
+
 impl Machine {
     /// Makes an image of this instant. The machine is paused for it if it runs, and goes on before the image is complete; the
     /// call returns when it is.
@@ -98,6 +134,14 @@ impl Machine {
     /// # Errors
     /// [`FreezeError`]; see there.
     pub fn freeze(&mut self, host: &Host) -> Result<Frozen, FreezeError> {
+        self.begin_freeze(host)?.finish()
+    }
+
+    /// The first part of [`Machine::freeze`], which returns as soon as the machine goes on.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; see there.
+    pub fn begin_freeze(&mut self, host: &Host) -> Result<Freezing, FreezeError> {
         if let Some(ended) = self.ended() {
             return Err(FreezeError::Ended(ended));
         }
@@ -113,7 +157,7 @@ impl Machine {
         }
     }
 
-    fn freeze_in_place(&mut self, host: &Host, layers: Vec<File>) -> Result<Frozen, FreezeError> {
+    fn freeze_in_place(&mut self, host: &Host, layers: Vec<File>) -> Result<Freezing, FreezeError> {
         // Short holes become stored zeros, so that no child's access can make the image grow. Most of that is done while the
         // guest still runs; in the pause only what it touched meanwhile changes.
         for layer in &layers {
@@ -141,10 +185,10 @@ impl Machine {
         self.backing = Backing::Image(Arc::clone(&image));
         sealed.map_err(step("sealing the image"))?;
         pause.report.instant = pause.lap();
-        Ok(Frozen { image, report: pause.end() })
+        Ok(Freezing { report: pause.end(), began_copy: Instant::now(), kind: Kind::Complete(image) })
     }
 
-    fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>) -> Result<Frozen, FreezeError> {
+    fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>) -> Result<Freezing, FreezeError> {
         let new_layers: io::Result<Vec<File>> =
             self.memory.slots().iter().map(|(_, slot)| memfd::create("farfork-branch", slot.len() as u64)).collect();
         let new_layers = new_layers.map_err(step("memfd_create"))?;
@@ -169,23 +213,16 @@ impl Machine {
         failpoint!("freeze.copier", |source| FreezeError::Step { step: "forking the copier", source });
         let copier = inherited.start(&jobs).map_err(step("forking the copier"))?;
         pause.report.instant = pause.lap();
-        let mut report = pause.end();
+        // Before the guest goes on: its page faults would keep the call waiting.
         drop(inherited);
-        let started = Instant::now();
-        finish(copier).map_err(step("copying the touched extents"))?;
-        report.copy = started.elapsed();
-        let regions: io::Result<Vec<RamRegion>> = regions
+        let report = pause.end();
+        let regions = regions
             .into_iter()
             .zip(new_layers)
-            .map(|((base, map), layer)| {
-                let region = base.with_layer(map, Arc::new(Layer::new(layer)));
-                region.seal().map(|()| region)
-            })
+            .map(|((base, map), layer)| base.with_layer(map, Arc::new(Layer::new(layer))))
             .collect();
-        let regions = regions.map_err(step("sealing the image"))?;
-        let parent = Some(base.as_ref());
-        let image = Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, parent);
-        Ok(Frozen { image: Arc::new(image), report })
+        let image = Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, Some(base));
+        Ok(Freezing { report, began_copy: Instant::now(), kind: Kind::Copying { copier, image } })
     }
 
     /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages.
@@ -287,12 +324,6 @@ fn fill_short_holes(memfd: &File) -> io::Result<ExtentMap> {
         memfd::fill_holes(memfd, run.bytes())?;
     }
     Ok(map)
-}
-
-fn finish(copier: Copier) -> io::Result<()> {
-    copier.finish()?;
-    failpoint!("freeze.copy", |source| source);
-    Ok(())
 }
 
 fn step(step: &'static str) -> impl Fn(io::Error) -> FreezeError {

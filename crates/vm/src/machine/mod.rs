@@ -16,7 +16,7 @@ use crate::device::serial::Console;
 use crate::image::Image;
 use crate::shell::{Class, ForkStages, Frame};
 use crate::sys::guest_memory::GuestMemory;
-pub use freeze::{FreezeError, FreezeReport, Frozen};
+pub use freeze::{FreezeError, FreezeReport, Freezing, Frozen};
 pub use monitor::Ended;
 
 /// How long a vCPU may take to come to rest. A guest's own code stops at once; what takes long is KVM waiting for a page.

@@ -1,15 +1,19 @@
 //! The copier: a process forked at the instant of a branch, whose memory is that instant for ever.
 //!
 //! `clone` without CLONE_VM marks the machine's private pages copy-on-write, at 0.11 us a page, while the vCPUs rest. They go
-//! on at once; the copier writes the touched extents into the new layer and exits. It makes two system calls: `pwrite64` and
+//! on at once; the copier writes the touched extents into the new layer, says so, and exits. It makes three system calls:
+//! `pwrite64`, `write` (to an eventfd, since its exit takes as long again: its page tables are taken apart first) and
 //! `exit_group`.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
-use rustix::process::{WaitId, WaitIdOptions};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{WaitId, WaitIdOptions, WaitIdStatus};
 use types::HostAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::guest_memory::GuestMemory;
 
@@ -32,6 +36,7 @@ pub(crate) struct Inherited<'memory> {
 #[derive(Debug)]
 pub(crate) struct Copier {
     pidfd: OwnedFd,
+    done: EventFd,
 }
 
 impl<'memory> Inherited<'memory> {
@@ -53,6 +58,7 @@ impl<'memory> Inherited<'memory> {
             });
             assert!(inside, "a copy job lies within one slot");
         }
+        let done = EventFd::new(libc::EFD_CLOEXEC)?;
         let mut pidfd: libc::c_int = -1;
         let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
         // SAFETY: without CLONE_VM the new process has its own copy of everything; the kernel writes the descriptor to
@@ -60,10 +66,10 @@ impl<'memory> Inherited<'memory> {
         // makes system calls only, and never returns.
         let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
         match pid {
-            0 => copy(jobs),
+            0 => copy(jobs, done.as_raw_fd()),
             -1 => Err(io::Error::last_os_error()),
             // SAFETY: the kernel has just made this descriptor for us alone.
-            _ => Ok(Copier { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) } }),
+            _ => Ok(Copier { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, done }),
         }
     }
 }
@@ -78,22 +84,56 @@ impl Drop for Inherited<'_> {
 }
 
 impl Copier {
-    /// Waits until everything is written.
-    pub(crate) fn finish(self) -> io::Result<()> {
-        use std::os::fd::AsFd;
-        let status =
-            rustix::io::retry_on_intr(|| rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED))?;
-        let status = status.ok_or_else(|| io::Error::other("the copier has no exit status"))?;
+    /// Waits until everything is written. The process may be on its way out for a little longer; dropping the copier waits for
+    /// that.
+    pub(crate) fn finish(&self) -> io::Result<()> {
+        // SAFETY: the event descriptor is open for as long as `self`.
+        let done = unsafe { BorrowedFd::borrow_raw(self.done.as_raw_fd()) };
+        let mut fds = [PollFd::new(&done, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, None))?;
+        if fds[0].revents().contains(PollFlags::IN) {
+            return Ok(());
+        }
+        // It ended without a word.
+        let status = self.reap()?.ok_or_else(|| io::Error::other("the copier has no exit status"))?;
         match (status.exit_status(), status.terminating_signal()) {
-            (Some(0), _) => Ok(()),
-            (Some(errno), _) => Err(io::Error::from_raw_os_error(errno)),
-            (None, signal) => Err(io::Error::other(format!("the copier was killed by signal {}", signal.unwrap_or(0)))),
+            (Some(errno), _) if errno != 0 => Err(io::Error::from_raw_os_error(errno)),
+            (status, signal) => Err(io::Error::other(format!("the copier ended with status {status:?}, signal {signal:?}"))),
+        }
+    }
+
+    fn reap(&self) -> rustix::io::Result<Option<WaitIdStatus>> {
+        reap(self.pidfd.as_fd())
+    }
+}
+
+impl Drop for Copier {
+    /// Once everything is written the process is on its way out, which takes it as long again. Nobody need wait for that, but
+    /// somebody must, or a zombie stays: a thread of this process does it for all copiers.
+    fn drop(&mut self) {
+        static REAPER: OnceLock<Option<Sender<OwnedFd>>> = OnceLock::new();
+        let reaper = REAPER.get_or_init(|| {
+            let (sender, ended) = std::sync::mpsc::channel::<OwnedFd>();
+            let live = move || ended.into_iter().for_each(|pidfd| reap(pidfd.as_fd()).map(drop).unwrap_or_default());
+            std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(live).ok().map(|_| sender)
+        });
+        let handed_over = match (reaper, self.pidfd.try_clone()) {
+            (Some(reaper), Ok(pidfd)) => reaper.send(pidfd).is_ok(),
+            _ => false,
+        };
+        if !handed_over {
+            // ECHILD: `finish` has seen to it.
+            self.reap().map(drop).unwrap_or_default();
         }
     }
 }
 
+fn reap(pidfd: BorrowedFd<'_>) -> rustix::io::Result<Option<WaitIdStatus>> {
+    rustix::io::retry_on_intr(|| rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED))
+}
+
 /// The child's whole life. No allocation, no lock, no panic that could run the parent's destructors.
-fn copy(jobs: &[CopyJob<'_>]) -> ! {
+fn copy(jobs: &[CopyJob<'_>], done: RawFd) -> ! {
     let mut errno = 0;
     'jobs: for job in jobs {
         let mut done = 0;
@@ -118,6 +158,12 @@ fn copy(jobs: &[CopyJob<'_>]) -> ! {
             }
             done += written.cast_unsigned();
         }
+    }
+    if errno == 0 {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: the descriptor was inherited and the kernel reads eight bytes of this stack. Should it fail, the parent sees
+        // the exit instead.
+        unsafe { libc::write(done, one.as_ptr().cast(), one.len()) };
     }
     // SAFETY: ends this process without running anything of the parent's.
     unsafe { libc::_exit(errno) }

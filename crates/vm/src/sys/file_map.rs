@@ -6,12 +6,15 @@ use std::ops::Deref;
 
 use rustix::fs::SealFlags;
 
+use crate::image::memfd;
+
 /// A sealed memfd, mapped for reading.
 pub(crate) struct SealedMap(memmap2::Mmap);
 
 impl SealedMap {
-    /// Maps `bytes` of a memfd that can neither shrink nor be written any more.
+    /// Maps `len` bytes of a layer, which is sealed so that it can neither shrink nor be written any more.
     pub(crate) fn of(memfd: &File, offset: u64, len: usize) -> io::Result<Self> {
+        memfd::seal_for_mapping(memfd)?;
         let seals = rustix::fs::fcntl_get_seals(memfd)?;
         if !seals.contains(SealFlags::SHRINK | SealFlags::WRITE) {
             return Err(io::Error::other("only a sealed memfd may be mapped for reading"));

@@ -4,6 +4,8 @@
 //! upholds what it relies on.
 #![expect(unsafe_code, reason = "this is the island")]
 
+#[cfg(feature = "bare")]
+pub mod bare;
 pub(crate) mod copier;
 pub(crate) mod file_map;
 pub(crate) mod guest_memory;

@@ -85,6 +85,15 @@ impl Slot {
     /// Maps `pieces`, which cover the slot in order. The first time, a foreign mapping in the way is an error (`EEXIST`) and
     /// is left alone; later, each piece replaces in one step what is there.
     pub(crate) fn map<'fd>(&mut self, pieces: impl IntoIterator<Item = Piece<'fd>>) -> io::Result<()> {
+        self.place(pieces)?;
+        // Not inherited by processes that this one starts: only the copier of this machine wants it, and asks for it.
+        self.advise(Advice::LinuxDontFork)?;
+        // One written byte of a zero run must stay one page, not become 2 MiB.
+        self.advise(Advice::LinuxNoHugepage)
+    }
+
+    /// The mappings of [`Slot::map`], without advice to the kernel.
+    pub(super) fn place<'fd>(&mut self, pieces: impl IntoIterator<Item = Piece<'fd>>) -> io::Result<()> {
         let placement = if self.is_mapped() { MapFlags::FIXED } else { MapFlags::FIXED_NOREPLACE };
         let mut done = 0u64;
         for piece in pieces {
@@ -118,10 +127,7 @@ impl Slot {
             self.mapped_end = self.mapped_end.max(at + len);
         }
         assert_eq!(usize_of(done), self.len(), "pieces cover the whole slot");
-        // Not inherited by processes that this one starts: only the copier of this machine wants it, and asks for it.
-        self.advise(Advice::LinuxDontFork)?;
-        // One written byte of a zero run must stay one page, not become 2 MiB.
-        self.advise(Advice::LinuxNoHugepage)
+        Ok(())
     }
 
     /// Whether a process forked from this one gets a copy of the slot's page tables.

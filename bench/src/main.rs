@@ -1,0 +1,69 @@
+//! `bench`: how long things take, each beside its control of the same run. The rows are those of docs/specification.md.
+#![forbid(unsafe_code)]
+
+mod floor;
+mod local;
+mod proof;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Measures farfork. Every figure names what is timed, its number of samples, p50, p99 and the control of the same run.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// The bare system calls of a fork and the raw cost of page faults, without the engine
+    Floor {
+        /// Write table and raw samples here as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Fewer samples
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Local fork (rows L6, L7, L8): page touches, flatness in memory size, branch of a writing machine
+    Local {
+        /// Write table and raw samples here as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Fewer samples: under a minute instead of several
+        #[arg(long)]
+        quick: bool,
+    },
+    /// One bare fork in this process, as nanoseconds of its stages; what `floor` starts for each sample
+    #[command(hide = true)]
+    FloorSample {
+        /// Guest memory in MiB
+        mib: u64,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().verb {
+        Verb::Floor { json, quick } => floor::run(json.as_deref(), quick),
+        Verb::Local { json, quick } => local::run(json.as_deref(), quick),
+        Verb::FloorSample { mib } => floor::print_sample(mib),
+    };
+    finish(outcome)
+}
+
+/// A figure that misses its target is in the table, not in the exit code; work that was not done is.
+fn finish(outcome: Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => types::ExitCode::Ok.into(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            types::ExitCode::Refused.into()
+        }
+    }
+}

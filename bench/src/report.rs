@@ -1,0 +1,185 @@
+//! Tables and JSON.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use vm::Host;
+
+/// Everything of one run.
+#[derive(Serialize)]
+pub(crate) struct Report {
+    machine: Machine,
+    results: Vec<Row>,
+    /// Every sample behind the rows, in microseconds.
+    samples: BTreeMap<String, Vec<f64>>,
+}
+
+#[derive(Serialize)]
+struct Machine {
+    cpu: String,
+    cores: usize,
+    memory_bytes: u64,
+    kernel: String,
+    commit: String,
+    unix_time: u64,
+    quick: bool,
+}
+
+/// One figure.
+#[derive(Serialize)]
+pub(crate) struct Row {
+    pub(crate) id: String,
+    pub(crate) what: String,
+    pub(crate) unit: &'static str,
+    pub(crate) n: usize,
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+    /// The control of the same run, in the same unit.
+    pub(crate) floor_p50: Option<f64>,
+    pub(crate) ratio: Option<f64>,
+    /// The target, in words.
+    pub(crate) reach: String,
+    /// Whether it is met; `None` for a row that only informs.
+    pub(crate) met: Option<bool>,
+}
+
+/// Samples in microseconds, sorted.
+#[derive(Clone, Debug)]
+pub(crate) struct Samples(Vec<f64>);
+
+impl Samples {
+    pub(crate) fn of(durations: &[Duration]) -> Self {
+        Self::from_us(durations.iter().map(|duration| duration.as_secs_f64() * 1e6).collect())
+    }
+
+    pub(crate) fn from_us(mut us: Vec<f64>) -> Self {
+        us.sort_by(f64::total_cmp);
+        Self(us)
+    }
+
+    /// The sample below which so many percent lie (nearest rank).
+    pub(crate) fn percentile(&self, percent: usize) -> f64 {
+        let rank = (self.0.len() * percent).div_ceil(100).max(1);
+        self.0[rank - 1]
+    }
+
+    pub(crate) fn p50(&self) -> f64 {
+        self.percentile(50)
+    }
+}
+
+impl Row {
+    /// A row of `samples` beside the median of its control. Without a target it informs.
+    pub(crate) fn new(id: &str, what: impl Into<String>, samples: &Samples, floor_p50: Option<f64>) -> Self {
+        Self {
+            id: id.to_owned(),
+            what: what.into(),
+            unit: "us",
+            n: samples.0.len(),
+            p50: samples.p50(),
+            p99: samples.percentile(99),
+            floor_p50,
+            ratio: floor_p50.map(|floor| samples.p50() / floor),
+            reach: String::new(),
+            met: None,
+        }
+    }
+
+    pub(crate) fn reaching(mut self, reach: impl Into<String>, met: bool) -> Self {
+        self.reach = reach.into();
+        self.met = Some(met);
+        self
+    }
+}
+
+impl Report {
+    pub(crate) fn new(host: &Host, quick: bool) -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let git = std::process::Command::new("git").args(["describe", "--always", "--dirty"]).output();
+        let machine = Machine {
+            cpu: host.cpu().to_string(),
+            cores: std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+            memory_bytes: host.memory_bytes(),
+            kernel: read("/proc/sys/kernel/osrelease"),
+            commit: git.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default(),
+            unix_time: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
+            quick,
+        };
+        Self { machine, results: Vec::new(), samples: BTreeMap::new() }
+    }
+
+    /// Keeps samples under a name of their own.
+    pub(crate) fn keep(&mut self, name: &str, samples: &Samples) {
+        let before = self.samples.insert(name.to_owned(), samples.0.clone());
+        assert!(before.is_none(), "two sets of samples are called {name}");
+    }
+
+    pub(crate) fn add(&mut self, row: Row) {
+        self.results.push(row);
+    }
+
+    /// Prints the table, and writes the JSON if it was asked for.
+    pub(crate) fn finish(&self, json: Option<&Path>) -> Result<()> {
+        ensure!(!self.results.is_empty() && self.results.iter().all(|row| row.n > 0), "a row has no samples");
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING);
+        table.set_header(["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"]);
+        let number = |value: f64| if value < 100.0 { format!("{value:.2}") } else { format!("{value:.0}") };
+        for row in &self.results {
+            let met = match row.met {
+                Some(true) => "yes",
+                Some(false) => "NO",
+                None => "",
+            };
+            table.add_row([
+                row.id.clone(),
+                row.what.clone(),
+                row.n.to_string(),
+                format!("{} {}", number(row.p50), row.unit),
+                format!("{} {}", number(row.p99), row.unit),
+                row.floor_p50.map(&number).unwrap_or_default(),
+                row.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+                row.reach.clone(),
+                met.to_owned(),
+            ]);
+        }
+        for column in 2..7 {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        println!(
+            "{} on {} cores, Linux {}, commit {}",
+            self.machine.cpu, self.machine.cores, self.machine.kernel, self.machine.commit
+        );
+        println!("{table}");
+        if let Some(path) = json {
+            let bytes = serde_json::to_vec_pretty(self)?;
+            std::fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))?;
+            println!("table and raw samples: {}", path.display());
+        }
+        Ok(())
+    }
+}
+
+/// Says on stderr what is being measured.
+pub(crate) fn announce(what: &str) {
+    eprintln!("measuring {what}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_samples() {
+        let samples = Samples::from_us((1..=100).rev().map(f64::from).collect());
+        assert_eq!(samples.p50().to_bits(), 50f64.to_bits());
+        assert_eq!(samples.percentile(99).to_bits(), 99f64.to_bits());
+        assert_eq!(Samples::from_us(vec![7.0]).percentile(99).to_bits(), 7f64.to_bits());
+    }
+}
