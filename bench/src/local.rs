@@ -164,9 +164,7 @@ fn half_full(host: &Host, class: Class) -> Result<Arc<Image>> {
 
 /// L8: branches of a machine that writes with all its might into so many pages, over and over.
 fn branches(host: &Host, report: &mut Report, quick: bool) -> Result<()> {
-    // Two vCPUs: one writes, the other waits for work, so that a child's first instruction is observed at once and not when
-    // the writer comes to a stop.
-    let class = Class::new(MemorySize::from_mib(512)?, 2)?;
+    let class = Class::new(MemorySize::from_mib(512)?, 1)?;
     let n = if quick { 5 } else { 40 };
     // L1 as this process has it, for the second half of the row.
     let image = half_full(host, class)?;
@@ -218,11 +216,13 @@ impl Branches {
         let started = Instant::now();
         let frozen = parent.freeze(host)?;
         let mut child = shell.fork(&frozen.image, proof::new_id())?;
+        // It is in the middle of its parent's writing; told to stop, it comes out after one more page.
+        Probe::of(&child).tell_to_stop()?;
         child.resume();
         let first_seen = child.wait_for_first_exit(PATIENCE).context("a child ran no instruction")?;
         self.firsts.push(first_seen - started);
         let inherited = Probe::of(&child).inherited(Command::Epochs { first, count: pages })?;
-        let [epoch, ..] = Probe::of(&child).stop(inherited)?;
+        let [epoch, ..] = Probe::of(&child).wait(inherited)?;
         ensure!(epoch > 0, "the child of a branch did not go on with its parent's work");
         drop(child);
 

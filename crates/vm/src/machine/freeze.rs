@@ -24,7 +24,7 @@ use crate::host::Host;
 use crate::image::memfd;
 use crate::image::{Image, Layer, RamRegion};
 use crate::shell::ram_kinds;
-use crate::sys::copier::{Copier, CopyJob, Inherited};
+use crate::sys::copier::{Copier, CopyJob, Turn};
 use crate::sys::pagemap::scan_private;
 use crate::sys::slot::{Content, Piece};
 
@@ -192,7 +192,7 @@ impl Machine {
         let new_layers: io::Result<Vec<File>> =
             self.memory.slots().iter().map(|(_, slot)| memfd::create("farfork-branch", slot.len() as u64)).collect();
         let new_layers = new_layers.map_err(step("memfd_create"))?;
-        let inherited = Inherited::prepare(&self.memory).map_err(step("preparing the copier"))?;
+        let turn = Turn::wait();
         let mut pause = Pause::begin(self)?;
         let state = pause.capture(host, self)?;
         let mut regions = Vec::with_capacity(new_layers.len());
@@ -211,10 +211,8 @@ impl Machine {
         }
         pause.report.scan = pause.lap();
         failpoint!("freeze.copier", |source| FreezeError::Step { step: "forking the copier", source });
-        let copier = inherited.start(&jobs).map_err(step("forking the copier"))?;
+        let copier = turn.start(&self.memory, &jobs).map_err(step("forking the copier"))?;
         pause.report.instant = pause.lap();
-        // Before the guest goes on: its page faults would keep the call waiting.
-        drop(inherited);
         let report = pause.end();
         let regions = regions
             .into_iter()

@@ -208,8 +208,16 @@ impl<'machine> Probe<'machine> {
     /// # Errors
     /// As [`Probe::post`].
     pub fn stop(&self, pending: Pending) -> Result<Reply, ProbeError> {
-        self.store(MB_STOP, 1)?;
+        self.tell_to_stop()?;
         self.wait(pending)
+    }
+
+    /// The first half of [`Probe::stop`]. A child at rest that inherited a command ends it with its first instructions.
+    ///
+    /// # Errors
+    /// As [`Probe::post`].
+    pub fn tell_to_stop(&self) -> Result<(), ProbeError> {
+        self.store(MB_STOP, 1)
     }
 
     /// The command that its parent was working on when it was frozen, which this child now works on too.

@@ -25,10 +25,9 @@ pub(crate) struct CopyJob<'fd> {
     pub(crate) at: u64,
 }
 
-/// The right to fork, with one machine's slots inherited. Processes forked meanwhile by others would copy its page tables
-/// too, so one machine at a time.
-pub(crate) struct Inherited<'memory> {
-    memory: &'memory GuestMemory,
+/// The turn of one machine to fork. Its slots are inherited only in [`Turn::start`], since a process that is forked meanwhile
+/// would copy its page tables too; hence one machine at a time.
+pub(crate) struct Turn {
     _one_at_a_time: MutexGuard<'static, ()>,
 }
 
@@ -39,47 +38,44 @@ pub(crate) struct Copier {
     done: EventFd,
 }
 
-impl<'memory> Inherited<'memory> {
+impl Turn {
     /// Waits for other branches of this process to take their instant. Called before the pause.
-    pub(crate) fn prepare(memory: &'memory GuestMemory) -> io::Result<Self> {
+    pub(crate) fn wait() -> Self {
         static FORKING: Mutex<()> = Mutex::new(());
-        let guard = FORKING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let inherited = Self { memory, _one_at_a_time: guard };
-        memory.slots().iter().try_for_each(|(_, slot)| slot.set_inherited(true))?;
-        Ok(inherited)
+        Self { _one_at_a_time: FORKING.lock().unwrap_or_else(std::sync::PoisonError::into_inner) }
     }
 
-    /// The instant. The vCPUs are at rest.
-    pub(crate) fn start(&self, jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
+    /// The instant. The vCPUs of the machine whose memory it is are at rest; while they run, their page faults would keep the
+    /// calls below waiting.
+    pub(crate) fn start(self, memory: &GuestMemory, jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
         for job in jobs {
-            let inside = self.memory.slots().iter().any(|(_, slot)| {
+            let inside = memory.slots().iter().any(|(_, slot)| {
                 let start = slot.start().0;
                 start <= job.from.0 && job.from.0 + job.len <= start + slot.len()
             });
             assert!(inside, "a copy job lies within one slot");
         }
-        let done = EventFd::new(libc::EFD_CLOEXEC)?;
-        let mut pidfd: libc::c_int = -1;
-        let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
-        // SAFETY: without CLONE_VM the new process has its own copy of everything; the kernel writes the descriptor to
-        // `pidfd`. Other threads do not exist there and may have held any lock, so the child takes none: it runs `copy`, which
-        // makes system calls only, and never returns.
-        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
-        match pid {
-            0 => copy(jobs, done.as_raw_fd()),
-            -1 => Err(io::Error::last_os_error()),
-            // SAFETY: the kernel has just made this descriptor for us alone.
-            _ => Ok(Copier { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, done }),
-        }
+        let inherit = |on| memory.slots().iter().try_for_each(|(_, slot)| slot.set_inherited(on));
+        let copier = inherit(true).and_then(|()| clone_copier(jobs));
+        // If this fails, later processes of ours inherit page tables that they do not use: slower, not wrong.
+        inherit(false).unwrap_or_default();
+        copier
     }
 }
 
-impl Drop for Inherited<'_> {
-    fn drop(&mut self) {
-        for (_, slot) in self.memory.slots() {
-            // If this failed, later processes of ours would inherit page tables that they do not use: slower, not wrong.
-            slot.set_inherited(false).unwrap_or_default();
-        }
+fn clone_copier(jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
+    let done = EventFd::new(libc::EFD_CLOEXEC)?;
+    let mut pidfd: libc::c_int = -1;
+    let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM the new process has its own copy of everything; the kernel writes the descriptor to `pidfd`.
+    // Other threads do not exist there and may have held any lock, so the child takes none: it runs `copy`, which makes system
+    // calls only, and never returns.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+    match pid {
+        0 => copy(jobs, done.as_raw_fd()),
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        _ => Ok(Copier { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, done }),
     }
 }
 

@@ -264,7 +264,8 @@ op_fault:
 5:  hlt
     ret
 
-# epochs(first page, pages) -> last epoch. Until told to stop: epoch += 1, then its number into each page, first page first.
+# epochs(first page, pages) -> last epoch. Until told to stop (it looks after each page): epoch += 1, then its number into
+# each page, first page first.
 # At every instant: word(page 0) >= word(page 1) >= ... >= word(page 0) - 1.
 op_epochs:
     shl rdi, 12
@@ -273,12 +274,13 @@ op_epochs:
     mov rax, rdi
     mov rcx, rsi
 2:  mov [rax], r10
+    cmp qword ptr [r15 + {MB_STOP}], 0
+    jne 3f
     add rax, 4096
     dec rcx
     jnz 2b
-    cmp qword ptr [r15 + {MB_STOP}], 0
-    je 7b
-    ret
+    jmp 7b
+3:  ret
 
 # hold(vector width in bytes: 16 or 32) -> registers that changed. Loads the general registers and sixteen vector registers
 # from MB_BUFFER (which the host has filled), says `held`, spins until told to stop, then compares every one of them.
