@@ -301,9 +301,9 @@ pub enum HeadError {
     NoRam,
     #[error("the manifest's RAM regions overlap at {at}")]
     RegionsOverlap { at: GuestAddress },
-    #[error("region {region} has {bytes} bytes; the most is 64 GiB")]
+    #[error("region {region} has {bytes} bytes; the most is 32 GiB")]
     RegionTooLarge { region: usize, bytes: u64 },
-    #[error("the manifest's RAM has {bytes} bytes; the most is 64 GiB")]
+    #[error("the manifest's RAM has {bytes} bytes; the most is 32 GiB")]
     RamTooLarge { bytes: u64 },
     #[error("region {region} at {start} is misaligned or beyond the guest's address space")]
     RegionOutside { region: usize, start: GuestAddress },

@@ -86,7 +86,7 @@ impl fmt::Debug for GuestAddress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostAddress(pub usize);
 
-/// The size of a machine's RAM: a multiple of 2 MiB from 2 MiB to 64 GiB.
+/// The size of a machine's RAM: a multiple of 2 MiB from 2 MiB to 32 GiB.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u64", into = "u64")]
 pub struct MemorySize(u64);
@@ -94,8 +94,8 @@ pub struct MemorySize(u64);
 impl MemorySize {
     /// Sizes are multiples of this: one page-table entry of the guest's large mappings.
     pub const STEP: u64 = 2 << 20;
-    /// The largest size: its extent digests fill 1,024 hash pages, whose digests are half of a manifest head.
-    pub const MAX: u64 = 64 << 30;
+    /// The largest size: its extent digests fill 512 hash pages, whose digests are a quarter of a manifest head.
+    pub const MAX: u64 = 32 << 30;
 
     /// Checks `bytes`.
     ///
@@ -170,7 +170,7 @@ pub enum MemorySizeError {
         asked_bytes: u64,
     },
     /// Above [`MemorySize::MAX`].
-    #[error("memory of {asked_bytes} bytes is more than a machine can have; the most is 65536 MiB (64 GiB)")]
+    #[error("memory of {asked_bytes} bytes is more than a machine can have; the most is 32768 MiB (32 GiB)")]
     TooLarge {
         /// What was asked for.
         asked_bytes: u64,
@@ -186,8 +186,8 @@ mod tests {
         assert_eq!(MemorySize::from_bytes(0), Err(MemorySizeError::Zero));
         assert_eq!(MemorySize::from_bytes((2 << 20) + 1), Err(MemorySizeError::Odd { asked_bytes: (2 << 20) + 1 }));
         assert!(matches!(MemorySize::from_mib(u64::MAX), Err(MemorySizeError::TooLarge { .. })));
-        assert!(matches!(MemorySize::from_mib((64 << 10) + 2), Err(MemorySizeError::TooLarge { .. })));
-        assert_eq!(MemorySize::from_mib(64 << 10).unwrap().bytes(), MemorySize::MAX);
+        assert!(matches!(MemorySize::from_mib((32 << 10) + 2), Err(MemorySizeError::TooLarge { .. })));
+        assert_eq!(MemorySize::from_mib(32 << 10).unwrap().bytes(), MemorySize::MAX);
         assert!(MemorySizeError::Odd { asked_bytes: 1 }.to_string().ends_with("2 MiB"));
     }
 

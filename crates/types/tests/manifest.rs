@@ -192,9 +192,9 @@ fn the_largest_machine_fits_a_head() {
     let mut head = head();
     head.regions = vec![region(RegionKind::Ram(GuestAddress(0)), extents, &every_other)];
     head.working_set.clear();
-    head.state = vec![1; 24 << 10];
+    head.state = vec![1; 40 << 10];
     assert!(head.regions[0].map.runs().len() > 100, "many runs");
-    assert_eq!(head.regions[0].hash_pages.len(), 1024);
+    assert_eq!(head.regions[0].hash_pages.len(), 512);
     let frame = head.encode().unwrap();
     assert_eq!(Head::decode(&frame, Digest::of(&frame)).unwrap(), head);
 }

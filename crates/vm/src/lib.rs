@@ -39,6 +39,8 @@ pub mod device;
 #[cfg(feature = "testing")]
 pub mod failpoint;
 #[cfg(feature = "testing")]
+pub mod fuzzing;
+#[cfg(feature = "testing")]
 pub mod harness;
 pub mod host;
 pub mod image;

@@ -85,7 +85,7 @@ fn next_data(memfd: &File, from: u64) -> io::Result<Option<Range<u64>>> {
 }
 
 fn index(extent: u64) -> u32 {
-    u32::try_from(extent).expect("at most 64 GiB")
+    u32::try_from(extent).expect("at most 32 GiB")
 }
 
 #[cfg(test)]

@@ -316,7 +316,7 @@ impl Drop for Pause {
 /// Makes sure that only runs of [`types::extents::ZERO_RUN_EXTENTS`] and more are holes, and returns the map that says so.
 fn fill_short_holes(memfd: &File) -> io::Result<ExtentMap> {
     let extents = memfd::data_extents(memfd)?;
-    let count = u32::try_from(memfd::size(memfd)? / types::EXTENT_SIZE).expect("at most 64 GiB");
+    let count = u32::try_from(memfd::size(memfd)? / types::EXTENT_SIZE).expect("at most 32 GiB");
     let map = ExtentMap::from_data(count, &extents, LayerIndex(0));
     for run in map.data_runs() {
         memfd::fill_holes(memfd, run.bytes())?;

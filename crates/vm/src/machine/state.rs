@@ -39,11 +39,13 @@ pub(crate) struct VcpuState {
     mp_state: kvm_mp_state,
     pub(crate) regs: kvm_regs,
     sregs: kvm_sregs,
-    /// The XSAVE area in words, less the zeros at its end.
-    xsave: Vec<u32>,
-    xcrs: kvm_xcrs,
+    /// The XSAVE area, less the zeros at its end.
+    xsave: Vec<u8>,
+    /// Extended control registers: number and value.
+    xcrs: Vec<(u32, u64)>,
     debug_regs: kvm_debugregs,
-    lapic: kvm_lapic_state,
+    /// The registers of the local APIC, of which each stands at the start of 16 bytes.
+    lapic: Vec<u32>,
     pub(crate) msrs: Vec<(u32, u64)>,
     events: kvm_vcpu_events,
 }
@@ -152,7 +154,7 @@ impl MachineState {
                 ("REGS", a.regs == b.regs),
                 ("SREGS", a.sregs == b.sregs),
                 ("XSAVE", a.xsave == b.xsave),
-                ("XCRS", a.xcrs.xcrs[..a.xcrs.nr_xcrs as usize] == b.xcrs.xcrs[..b.xcrs.nr_xcrs as usize]),
+                ("XCRS", a.xcrs == b.xcrs),
                 ("DEBUGREGS", a.debug_regs == b.debug_regs),
                 ("LAPIC", lapic_but_timer(&a.lapic) == lapic_but_timer(&b.lapic)),
                 ("VCPU_EVENTS", a.events == b.events),
@@ -174,8 +176,14 @@ impl MachineState {
             return Err(StateError::OutOfRange { what: "list of interrupt controllers" });
         }
         for vcpu in &self.vcpus {
-            if vcpu.xsave.len() > XSAVE_WORDS {
+            if vcpu.xsave.len() > XSAVE_SIZE {
                 return Err(StateError::OutOfRange { what: "XSAVE area" });
+            }
+            if vcpu.xcrs.len() > XCRS_MAX {
+                return Err(StateError::OutOfRange { what: "number of extended control registers" });
+            }
+            if vcpu.lapic.len() != LAPIC_REGISTERS {
+                return Err(StateError::OutOfRange { what: "number of APIC registers" });
             }
             if vcpu.msrs.len() > MSRS_MAX {
                 return Err(StateError::OutOfRange { what: "number of MSRs" });
@@ -191,16 +199,18 @@ const RUNNING_MSRS: [u32; 4] = [MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, 0xE7, 0xE8]
 
 /// The registers of a local APIC, less the current count of its timer (offset 0x390).
 #[cfg(feature = "testing")]
-fn lapic_but_timer(lapic: &kvm_lapic_state) -> Vec<std::ffi::c_char> {
-    let mut regs = lapic.regs.to_vec();
-    regs[0x390..0x394].fill(0);
-    regs
+fn lapic_but_timer(words: &[u32]) -> Vec<u32> {
+    let mut words = words.to_vec();
+    words[0x39] = 0;
+    words
 }
 
 /// In the order in which they are restored: an IOAPIC that delivers a pending interrupt must find the PICs as they were.
 const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-const XSAVE_WORDS: usize = 1024;
+const XSAVE_SIZE: usize = 4096;
 const MSRS_MAX: usize = 1024;
+const XCRS_MAX: usize = 16;
+const LAPIC_REGISTERS: usize = 64;
 
 /// Reads the state of a machine at rest.
 pub(crate) fn capture(host: &Host, frame: &Frame) -> Result<MachineState, StateError> {
@@ -227,7 +237,6 @@ fn capture_vcpu(host: &Host, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
     // MP_STATE first: reading it makes KVM accept pending INIT and SIPI, which changes what the rest reads.
     let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
     let xsave = vcpu.get_xsave().map_err(kvm("KVM_GET_XSAVE"))?;
-    let used = xsave.region.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
     let mut msrs = get_msrs(vcpu, &host.msrs)?;
     let tsc = msrs.iter().find(|(index, _)| *index == MSR_IA32_TSC).map_or(0, |(_, value)| *value);
     for (index, value) in &mut msrs {
@@ -241,10 +250,10 @@ fn capture_vcpu(host: &Host, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
         mp_state,
         regs: vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?,
         sregs: vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
-        xsave: xsave.region[..used].to_vec(),
-        xcrs: vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?,
+        xsave: xsave_as_bytes(&xsave),
+        xcrs: xcrs_as_list(&vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?),
         debug_regs: vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?,
-        lapic: vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
+        lapic: lapic_as_words(&vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?)?,
         msrs,
         // Last: reading the events is what moves an interrupt under way into a state that can be restored.
         events: vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))?,
@@ -279,16 +288,14 @@ fn restore_vcpu(vcpu: &VcpuFd, saved: &VcpuState, tsc_khz: u32) -> Result<(), St
     vcpu.set_mp_state(saved.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
     vcpu.set_regs(&saved.regs).map_err(kvm("KVM_SET_REGS"))?;
     vcpu.set_sregs(&saved.sregs).map_err(kvm("KVM_SET_SREGS"))?;
-    let mut xsave = kvm_xsave::default();
-    xsave.region[..saved.xsave.len()].copy_from_slice(&saved.xsave);
-    set_xsave(vcpu, &xsave).map_err(|error| StateError::Kvm {
+    set_xsave(vcpu, &xsave_of_bytes(&saved.xsave)).map_err(|error| StateError::Kvm {
         call: "KVM_SET_XSAVE",
         source: kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)),
     })?;
-    vcpu.set_xcrs(&saved.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+    vcpu.set_xcrs(&xcrs_of_list(&saved.xcrs)).map_err(kvm("KVM_SET_XCRS"))?;
     vcpu.set_debug_regs(&saved.debug_regs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
     // After SREGS, which hold the APIC's base address and mode.
-    vcpu.set_lapic(&saved.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
+    vcpu.set_lapic(&lapic_of_words(&saved.lapic)).map_err(kvm("KVM_SET_LAPIC"))?;
     // After the LAPIC, whose timer mode decides whether KVM takes a TSC deadline. The list is in `Host::msrs` order.
     set_msrs(vcpu, &saved.msrs)?;
     vcpu.set_vcpu_events(&saved.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))?;
@@ -297,6 +304,54 @@ fn restore_vcpu(vcpu: &VcpuFd, saved: &VcpuState, tsc_khz: u32) -> Result<(), St
         Err(error) if error.errno() != libc::EINVAL => Err(kvm("KVM_KVMCLOCK_CTRL")(error)),
         _ => Ok(()),
     }
+}
+
+fn xsave_as_bytes(xsave: &kvm_xsave) -> Vec<u8> {
+    let mut bytes: Vec<u8> = xsave.region.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    bytes.truncate(used);
+    bytes
+}
+
+fn xsave_of_bytes(bytes: &[u8]) -> kvm_xsave {
+    let mut xsave = kvm_xsave::default();
+    for (word, chunk) in xsave.region.iter_mut().zip(bytes.chunks(4)) {
+        let mut le = [0; 4];
+        le[..chunk.len()].copy_from_slice(chunk);
+        *word = u32::from_le_bytes(le);
+    }
+    xsave
+}
+
+fn xcrs_as_list(xcrs: &kvm_xcrs) -> Vec<(u32, u64)> {
+    xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).map(|xcr| (xcr.xcr, xcr.value)).collect()
+}
+
+fn xcrs_of_list(list: &[(u32, u64)]) -> kvm_xcrs {
+    let mut xcrs = kvm_xcrs { nr_xcrs: u32::try_from(list.len()).expect("at most 16"), ..Default::default() };
+    for (xcr, (number, value)) in xcrs.xcrs.iter_mut().zip(list) {
+        (xcr.xcr, xcr.value) = (*number, *value);
+    }
+    xcrs
+}
+
+fn lapic_as_words(lapic: &kvm_lapic_state) -> Result<Vec<u32>, StateError> {
+    let bytes = lapic.regs.map(std::ffi::c_char::cast_unsigned);
+    let (rows, _) = bytes.as_chunks::<16>();
+    if rows.iter().any(|row| row[4..] != [0; 12]) {
+        return Err(StateError::OutOfRange { what: "APIC page, which has bytes between its registers," });
+    }
+    Ok(rows.iter().map(|row| u32::from_le_bytes([row[0], row[1], row[2], row[3]])).collect())
+}
+
+fn lapic_of_words(words: &[u32]) -> kvm_lapic_state {
+    let mut lapic = kvm_lapic_state::default();
+    for (row, word) in lapic.regs.as_chunks_mut::<16>().0.iter_mut().zip(words) {
+        for (byte, value) in row.iter_mut().zip(word.to_le_bytes()) {
+            *byte = value.cast_signed();
+        }
+    }
+    lapic
 }
 
 fn get_msrs(vcpu: &VcpuFd, indexes: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
@@ -325,4 +380,55 @@ fn all_msrs(call: &'static str, done: usize, entries: &[kvm_msr_entry]) -> Resul
 
 fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Kvm { call, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use types::manifest::HEAD_SIZE_MAX;
+
+    #[test]
+    fn long_structures_survive_their_short_forms() {
+        let bytes: Vec<u8> = (0..2687).map(|n| u8::try_from(n % 255 + 1).unwrap()).collect();
+        assert_eq!(xsave_as_bytes(&xsave_of_bytes(&bytes)), bytes);
+        assert_eq!(xsave_as_bytes(&kvm_xsave::default()), []);
+        let words: Vec<u32> = (0..64).map(|n| n * 0x0101_0101).collect();
+        assert_eq!(lapic_as_words(&lapic_of_words(&words)).unwrap(), words);
+        let mut odd = lapic_of_words(&words);
+        odd.regs[5] = 1;
+        assert!(matches!(lapic_as_words(&odd), Err(StateError::OutOfRange { .. })));
+        let list = vec![(0, 0xE7), (1, 3)];
+        assert_eq!(xcrs_as_list(&xcrs_of_list(&list)), list);
+    }
+
+    /// Eight vCPUs with every vector register of AVX-512 and 64 MSRs in use, beside the digests of 32 GiB and two regions of
+    /// 512 runs, fit the 64 KiB of a manifest head.
+    #[test]
+    fn the_largest_state_fits_a_manifest_head() {
+        let vcpu = VcpuState {
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: vec![u8::MAX; 2688],
+            xcrs: vec![(0, u64::MAX); 2],
+            debug_regs: kvm_debugregs::default(),
+            lapic: vec![u32::MAX; LAPIC_REGISTERS],
+            msrs: vec![(u32::MAX, u64::MAX); 64],
+            events: kvm_vcpu_events::default(),
+        };
+        let state = MachineState {
+            tsc_khz: u32::MAX,
+            vcpus: vec![vcpu; usize::from(crate::shell::Class::VCPUS_MAX)],
+            pit: kvm_pit_state2::default(),
+            clock_ns: u64::MAX,
+            irqchips: IRQCHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() }).to_vec(),
+            devices: vec![SavedDevice { name: "serial".into(), state: vec![0; 256] }],
+        };
+        let encoded = state.encode();
+        MachineState::decode(&encoded).unwrap();
+        let digests = 512 * 32;
+        let runs = 2 * 512 * 5;
+        let rest = 64 * 32 + 512;
+        assert!(encoded.len() + digests + runs + rest <= HEAD_SIZE_MAX, "{} bytes of state", encoded.len());
+    }
 }

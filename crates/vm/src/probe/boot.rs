@@ -213,4 +213,4 @@ fn set_apic_register(lapic: &mut kvm_lapic_state, register: usize, value: u32) {
 }
 
 const _: () = assert!(block(Class::VCPUS_MAX as usize) + BLOCK_SIZE <= WORK, "the blocks end before the pages for work");
-const _: () = assert!(PAGE_DIRECTORIES + 66 * PAGE_SIZE <= block(0), "64 GiB and the gap have their page directories");
+const _: () = assert!(PAGE_DIRECTORIES + 34 * PAGE_SIZE <= block(0), "32 GiB and the gap have their page directories");

@@ -307,7 +307,7 @@ fn sizes_that_no_machine_has_are_refused() {
     let host = host();
     let largest = MemorySize::from_bytes(MemorySize::MAX).unwrap();
     if host.check_memory(largest).is_ok() {
-        println!("skipped: this host has more than 64 GiB");
+        println!("skipped: this host has more than 32 GiB");
     } else {
         let error = Shell::build(&host, Class::new(largest, 1).unwrap()).unwrap_err();
         assert!(matches!(error, BuildError::Host(HostError::MemoryBeyondHost { .. })), "{error}");

@@ -1,6 +1,7 @@
 //! Stories about machines and images on KVM, named by what must hold.
 
 mod bad_input;
+mod corpora;
 mod exits;
 mod fork;
 mod leaks;
