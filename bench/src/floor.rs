@@ -19,7 +19,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool) -> Result<()> {
     let n = if quick { 20 } else { 100 };
     for mib in [64, 512, 4096] {
         if host.check_memory(types::MemorySize::from_mib(mib)?).is_err() {
-            eprintln!("{mib} MiB: not measurable here: the host has less memory");
+            report.note(format!("{mib} MiB: not measurable here: the host has less memory"));
             continue;
         }
         announce(&format!("bare forks of {mib} MiB"));

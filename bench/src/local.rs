@@ -10,18 +10,29 @@ use vm::bare::{self, Touch};
 use vm::probe::{self, Command, PATIENCE, Probe};
 use vm::{Class, Host, Image, Shell};
 
+use crate::firecracker;
 use crate::floor::{self, TOUCHED_PAGES};
 use crate::proof;
 use crate::report::{Report, Row, Samples, announce};
 
-pub(crate) fn run(json: Option<&Path>, quick: bool) -> Result<()> {
+pub(crate) fn run(json: Option<&Path>, quick: bool, firecracker: Option<&Path>) -> Result<()> {
     let host = floor::open_host()?;
     announce("nothing yet: the proof of work comes first");
     proof::check(&host, Class::new(MemorySize::from_mib(64)?, 1)?)?;
     warm_host_memory();
     let mut report = Report::new(&host, quick);
     page_touches(&host, &mut report, quick)?;
-    flatness(&host, &mut report, quick)?;
+    let fork_p50 = flatness(&host, &mut report, quick)?;
+    match firecracker {
+        None => report.note("Firecracker snapshot/load: control not run; name its binary with --firecracker PATH"),
+        Some(binary) => {
+            announce("L7: the Firecracker control");
+            let samples = firecracker::snapshot_loads(binary, if quick { 10 } else { 50 })?;
+            report.keep("Firecracker snapshot/load, 512 MiB", &samples);
+            let what = "control: Firecracker process start, snapshot/load, resume; 512 MiB; beside our fork";
+            report.add(Row::new("L7", what, &samples, fork_p50));
+        }
+    }
     branches(&host, &mut report, quick)?;
     report.finish(json)
 }
@@ -78,14 +89,15 @@ fn page_touches(host: &Host, report: &mut Report, quick: bool) -> Result<()> {
 }
 
 /// L7: a fork, from the call until its first instruction was observed, with a shell ready and one machine alive, at three
-/// sizes of memory. Each size in turn within a round, and each beside a bare fork of its own process.
-fn flatness(host: &Host, report: &mut Report, quick: bool) -> Result<()> {
+/// sizes of memory. Each size in turn within a round, and each beside a bare fork of its own process. Returns the median at
+/// 512 MiB.
+fn flatness(host: &Host, report: &mut Report, quick: bool) -> Result<Option<f64>> {
     let n = if quick { 20 } else { 200 };
     let mut sizes = Vec::new();
     for mib in [64, 512, 4096] {
         let memory = MemorySize::from_mib(mib)?;
         if host.check_memory(memory).is_err() {
-            eprintln!("L7 at {mib} MiB: not measurable here: the host has less memory");
+            report.note(format!("L7 at {mib} MiB: not measurable here: the host has less memory"));
             continue;
         }
         announce(&format!("L7: an image of {mib} MiB, half of it written"));
@@ -128,7 +140,7 @@ fn flatness(host: &Host, report: &mut Report, quick: bool) -> Result<()> {
         let what = format!("flatness: {mib} MiB beside 64 MiB");
         report.add(Row::new("L7", what, largest, Some(smallest.p50())).reaching("<= 1.15x", met));
     }
-    Ok(())
+    Ok(medians.iter().find(|(mib, _)| *mib == 512).map(|(_, forks)| forks.p50()))
 }
 
 struct Size {

@@ -1,6 +1,7 @@
 //! `bench`: how long things take, each beside its control of the same run. The rows are those of docs/specification.md.
 #![forbid(unsafe_code)]
 
+mod firecracker;
 mod floor;
 mod local;
 mod proof;
@@ -39,6 +40,9 @@ enum Verb {
         /// Fewer samples: under a minute instead of several
         #[arg(long)]
         quick: bool,
+        /// Also measure the snapshot/load of this Firecracker binary, as a control
+        #[arg(long, value_name = "PATH")]
+        firecracker: Option<PathBuf>,
     },
     /// One bare fork in this process, as nanoseconds of its stages; what `floor` starts for each sample
     #[command(hide = true)]
@@ -51,7 +55,7 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Floor { json, quick } => floor::run(json.as_deref(), quick),
-        Verb::Local { json, quick } => local::run(json.as_deref(), quick),
+        Verb::Local { json, quick, firecracker } => local::run(json.as_deref(), quick, firecracker.as_deref()),
         Verb::FloorSample { mib } => floor::print_sample(mib),
     };
     finish(outcome)

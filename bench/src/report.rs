@@ -14,6 +14,8 @@ use vm::Host;
 pub(crate) struct Report {
     machine: Machine,
     results: Vec<Row>,
+    /// What was not measured, and why.
+    notes: Vec<String>,
     /// Every sample behind the rows, in microseconds.
     samples: BTreeMap<String, Vec<f64>>,
 }
@@ -109,13 +111,17 @@ impl Report {
             unix_time: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
             quick,
         };
-        Self { machine, results: Vec::new(), samples: BTreeMap::new() }
+        Self { machine, results: Vec::new(), notes: Vec::new(), samples: BTreeMap::new() }
     }
 
     /// Keeps samples under a name of their own.
     pub(crate) fn keep(&mut self, name: &str, samples: &Samples) {
         let before = self.samples.insert(name.to_owned(), samples.0.clone());
         assert!(before.is_none(), "two sets of samples are called {name}");
+    }
+
+    pub(crate) fn note(&mut self, note: impl Into<String>) {
+        self.notes.push(note.into());
     }
 
     pub(crate) fn add(&mut self, row: Row) {
@@ -157,6 +163,7 @@ impl Report {
             self.machine.cpu, self.machine.cores, self.machine.kernel, self.machine.commit
         );
         println!("{table}");
+        self.notes.iter().for_each(|note| println!("{note}"));
         if let Some(path) = json {
             let bytes = serde_json::to_vec_pretty(self)?;
             std::fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))?;

@@ -97,13 +97,9 @@ impl FreezeError {
 pub struct Freezing {
     report: FreezeReport,
     began_copy: Instant,
-    kind: Kind,
-}
-
-#[derive(Debug)]
-enum Kind {
-    Complete(Arc<Image>),
-    Copying { copier: Copier, image: Image },
+    image: Arc<Image>,
+    /// None for an image that is complete already.
+    copier: Option<Copier>,
 }
 
 impl Freezing {
@@ -112,17 +108,13 @@ impl Freezing {
     /// # Errors
     /// [`FreezeError::Step`]; the machine is not concerned.
     pub fn finish(self) -> Result<Frozen, FreezeError> {
-        let mut report = self.report;
-        let image = match self.kind {
-            Kind::Complete(image) => image,
-            Kind::Copying { copier, image } => {
-                copier.finish().map_err(step("copying the touched extents"))?;
-                failpoint!("freeze.copy", |source| FreezeError::Step { step: "copying the touched extents", source });
-                report.copy = self.began_copy.elapsed();
-                image.ram().iter().try_for_each(RamRegion::seal).map_err(step("sealing the image"))?;
-                Arc::new(image)
-            }
-        };
+        let Self { mut report, began_copy, image, copier } = self;
+        if let Some(copier) = copier {
+            copier.finish().map_err(step("copying the touched extents"))?;
+            failpoint!("freeze.copy", |source| FreezeError::Step { step: "copying the touched extents", source });
+            report.copy = began_copy.elapsed();
+            image.ram().iter().try_for_each(RamRegion::seal).map_err(step("sealing the image"))?;
+        }
         Ok(Frozen { image, report })
     }
 }
@@ -185,7 +177,7 @@ impl Machine {
         self.backing = Backing::Image(Arc::clone(&image));
         sealed.map_err(step("sealing the image"))?;
         pause.report.instant = pause.lap();
-        Ok(Freezing { report: pause.end(), began_copy: Instant::now(), kind: Kind::Complete(image) })
+        Ok(Freezing { report: pause.end(), began_copy: Instant::now(), image, copier: None })
     }
 
     fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>) -> Result<Freezing, FreezeError> {
@@ -220,7 +212,7 @@ impl Machine {
             .map(|((base, map), layer)| base.with_layer(map, Arc::new(Layer::new(layer))))
             .collect();
         let image = Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, Some(base));
-        Ok(Freezing { report, began_copy: Instant::now(), kind: Kind::Copying { copier, image } })
+        Ok(Freezing { report, began_copy: Instant::now(), image: Arc::new(image), copier: Some(copier) })
     }
 
     /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages.
