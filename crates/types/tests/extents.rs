@@ -77,8 +77,22 @@ fn check_overlay(base: &ExtentMap, touched: &[bool], layer: LayerIndex) -> Overl
     overlay
 }
 
+/// As `vm::harness`: FARFORK_COUNT chooses the number of cases, FARFORK_SEED the seed.
+fn config() -> ProptestConfig {
+    let cases = if std::env::var("FARFORK_COUNT").is_ok_and(|count| count == "full") { 20_000 } else { 300 };
+    let seed =
+        std::env::var("FARFORK_SEED").map_or_else(|_| u64::from(fastrand::u32(..)), |seed| seed.parse().expect("a number"));
+    println!("FARFORK_SEED={seed}\nheld: {cases} cases");
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        rng_seed: proptest::test_runner::RngSeed::Fixed(seed),
+        ..ProptestConfig::default()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn a_frozen_layer_keeps_all_data_and_makes_long_holes_zero(data in some_extents(3000)) {
