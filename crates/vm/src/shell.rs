@@ -232,18 +232,18 @@ impl Shell {
             });
         }
         let started = Instant::now();
-        let Self { frame, mut slots, .. } = self;
+        // The order of the names matters: what is named last is dropped first, and the VM must go before its addresses.
+        let Self { mut slots, frame, .. } = self;
         for ((_, slot), region) in slots.iter_mut().zip(image.ram()) {
             slot.map(region.pieces()).map_err(|source| ForkError::Map { source })?;
         }
         let mapped = Instant::now();
-        let memory = GuestMemory::over(slots);
-        if let Some(page) = image.identity_page() {
-            memory.write(page, id.as_uuid().as_bytes()).map_err(|source| ForkError::Identity { source })?;
-        }
-        state::restore(&frame, image.state())?;
-        let stages = ForkStages { map: mapped - started, restore: mapped.elapsed() };
-        Ok(Machine::new(id, frame, memory, Backing::Image(Arc::clone(image)), class, image.identity_page(), stages))
+        let backing = Backing::Image(Arc::clone(image));
+        let mut machine = Machine::new(id, frame, GuestMemory::over(slots), backing, class);
+        machine.set_identity_page(image.identity_page()).map_err(|source| ForkError::Identity { source })?;
+        state::restore(&machine.frame, image.state())?;
+        machine.stages = ForkStages { map: mapped - started, restore: mapped.elapsed() };
+        Ok(machine)
     }
 
     /// Makes the shell the first parent: fresh zeroed memory, filled and started by `load`, which returns the guest's identity
@@ -256,7 +256,8 @@ impl Shell {
         id: MachineId,
         load: impl FnOnce(&GuestMemory, &Frame) -> Result<Option<GuestAddress>, E>,
     ) -> Result<Machine, E> {
-        let Self { frame, mut slots, class } = self;
+        // Dropped in the reverse of this order, as in `fork`.
+        let Self { mut slots, frame, class } = self;
         let os = |step| move |source| BuildError::Step { step, source };
         let mut memfds = Vec::with_capacity(slots.len());
         for (_, slot) in &mut slots {
@@ -266,13 +267,11 @@ impl Shell {
             slot.map([whole]).map_err(os("mapping guest memory"))?;
             memfds.push(memfd);
         }
-        let memory = GuestMemory::over(slots);
-        let identity_page = load(&memory, &frame)?;
-        if let Some(page) = identity_page {
-            let written = memory.write(page, id.as_uuid().as_bytes());
-            written.map_err(|error| BuildError::Step { step: "writing the identity", source: io::Error::other(error) })?;
-        }
-        Ok(Machine::new(id, frame, memory, Backing::Own(memfds), class, identity_page, ForkStages::default()))
+        let mut machine = Machine::new(id, frame, GuestMemory::over(slots), Backing::Own(memfds), class);
+        let identity_page = load(machine.memory(), &machine.frame)?;
+        let written = machine.set_identity_page(identity_page);
+        written.map_err(|error| BuildError::Step { step: "writing the identity", source: io::Error::other(error) })?;
+        Ok(machine)
     }
 }
 

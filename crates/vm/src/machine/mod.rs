@@ -15,7 +15,7 @@ use types::{GuestAddress, MachineId};
 use crate::device::serial::Console;
 use crate::image::Image;
 use crate::shell::{Class, ForkStages, Frame};
-use crate::sys::guest_memory::GuestMemory;
+use crate::sys::guest_memory::{GuestMemory, GuestMemoryError};
 pub use freeze::{FreezeError, FreezeReport, Freezing, Frozen};
 pub use monitor::Ended;
 
@@ -34,7 +34,7 @@ pub struct Machine {
     class: Class,
     identity_page: Option<GuestAddress>,
     running: bool,
-    stages: ForkStages,
+    pub(crate) stages: ForkStages,
 }
 
 /// What a machine's memory rests on.
@@ -63,10 +63,14 @@ impl Machine {
         memory: GuestMemory,
         backing: Backing,
         class: Class,
-        identity_page: Option<GuestAddress>,
-        stages: ForkStages,
     ) -> Self {
-        Self { id, frame, memory, backing, class, identity_page, running: false, stages }
+        Self { id, frame, memory, backing, class, identity_page: None, running: false, stages: ForkStages::default() }
+    }
+
+    /// Tells the guest who it is, if it has a page for that.
+    pub(crate) fn set_identity_page(&mut self, page: Option<GuestAddress>) -> Result<(), GuestMemoryError> {
+        self.identity_page = page;
+        page.map_or(Ok(()), |page| self.memory.write(page, self.id.as_uuid().as_bytes()))
     }
 
     /// Who it is.

@@ -238,6 +238,12 @@ impl Monitor {
         self.changed.notify_all();
     }
 
+    /// The thread of this vCPU is about to end.
+    pub(crate) fn leave(&self, vcpu: usize) {
+        self.lock().vcpus[vcpu].seat = Seat::Gone;
+        self.changed.notify_all();
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -44,8 +44,25 @@ pub(crate) fn spawn(seat: Seat) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name).stack_size(STACK_SIZE).spawn(move || seat.live())
 }
 
+/// Says that the thread is gone however it goes, so that nobody waits for a thread that has panicked.
+struct Leaving<'a> {
+    monitor: &'a Monitor,
+    index: usize,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.monitor.leave(self.index);
+        if std::thread::panicking() {
+            let detail = format!("vCPU {}: its thread panicked; the message is on stderr", self.index);
+            self.monitor.end(Ended { reason: Reason::KvmInternal, detail });
+        }
+    }
+}
+
 impl Seat {
     fn live(self) {
+        let _leaving = Leaving { monitor: &self.monitor, index: self.index };
         let kicker = self.monitor.kicker(self.index);
         kicker.adopt_this_thread();
         // Refused to nobody: it only ever lowers the priority.
