@@ -57,13 +57,7 @@ pub struct PauseError {
 }
 
 impl Machine {
-    pub(crate) fn new(
-        id: MachineId,
-        frame: Frame,
-        memory: GuestMemory,
-        backing: Backing,
-        class: Class,
-    ) -> Self {
+    pub(crate) fn new(id: MachineId, frame: Frame, memory: GuestMemory, backing: Backing, class: Class) -> Self {
         Self { id, frame, memory, backing, class, identity_page: None, running: false, stages: ForkStages::default() }
     }
 
