@@ -78,6 +78,9 @@ const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
 const KVM_TIMING_LEAF: u32 = 0x4000_0010;
 
+/// Memory type range registers, which KVM keeps but does not list: variable ranges, fixed ranges, default type.
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [0x200..=0x20F, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26F, 0x2FF..=0x2FF];
+
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6E0;
 
@@ -114,7 +117,8 @@ impl Host {
         let scratch = scratch_vm.create_vcpu(0).map_err(query("KVM_CREATE_VCPU"))?;
         scratch.set_cpuid2(&cpuid).map_err(query("KVM_SET_CPUID2"))?;
         let listed = kvm.get_msr_index_list().map_err(query("KVM_GET_MSR_INDEX_LIST"))?;
-        let msrs = restorable(&scratch, listed.as_slice());
+        let indexes: Vec<u32> = listed.as_slice().iter().copied().chain(MTRRS.into_iter().flatten()).collect();
+        let msrs = restorable(&scratch, &indexes);
         let tsc_khz = scratch.get_tsc_khz().map_err(query("KVM_GET_TSC_KHZ"))?;
         let cpu = profile(&cpuid, tsc_khz);
         let pagemap = File::open("/proc/self/pagemap").map_err(|error| classify("/proc/self/pagemap", error))?;
@@ -155,6 +159,14 @@ fn classify(path: &'static str, source: io::Error) -> HostError {
     }
 }
 
+/// Memory that the host can give without swapping, by the kernel's own estimate.
+pub(crate) fn available_memory() -> io::Result<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo")?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).and_then(|kib| kib.trim().parse::<u64>().ok());
+    kib.map(|kib| kib << 10).ok_or_else(|| io::Error::other("/proc/meminfo does not say MemAvailable"))
+}
+
 fn total_memory() -> u64 {
     let info = rustix::system::sysinfo();
     // Both fields are u64 on this architecture and u32 on others.
@@ -176,6 +188,7 @@ fn restorable(scratch: &VcpuFd, listed: &[u32]) -> Vec<u32> {
         MSR_IA32_TSC_DEADLINE => (2, *index),
         _ => (1, *index),
     });
+    msrs.dedup();
     msrs
 }
 

@@ -190,8 +190,9 @@ impl Shell {
     pub fn build(host: &Host, class: Class) -> Result<Self, BuildError> {
         host.check_memory(class.memory)?;
         let ram = RamLayout::of(class.memory);
-        let vm = host.kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
+        // Named before the VM, so dropped after it.
         let mut slots = Vec::with_capacity(2);
+        let vm = host.kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
         for (number, (guest, len)) in (0u32..).zip(ram.regions()) {
             let slot = Slot::reserve(len).map_err(|source| BuildError::Step { step: "reserving addresses", source })?;
             set_memory_slot(&vm, number, guest, &slot)
@@ -339,9 +340,9 @@ fn cpuid_of(host: &CpuId, index: u8) -> CpuId {
     cpuid
 }
 
-/// The kinds of region that a class's RAM consists of.
-pub(crate) fn ram_kinds(memory: MemorySize) -> Vec<RegionKind> {
-    RamLayout::of(memory).regions().map(|(start, _)| RegionKind::Ram(start)).collect()
+/// The regions that RAM of this size consists of, and their sizes.
+pub(crate) fn ram_regions(memory: MemorySize) -> Vec<(RegionKind, u64)> {
+    RamLayout::of(memory).regions().map(|(start, len)| (RegionKind::Ram(start), len)).collect()
 }
 
 pub(crate) fn step(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> BuildError {

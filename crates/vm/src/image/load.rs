@@ -17,9 +17,9 @@ use uuid::Uuid;
 
 use super::file::{PREAMBLE_SIZE, Places, Preamble, PreambleError, VERSION};
 use super::{Image, Layer, RamRegion, memfd};
-use crate::host::{Host, HostError};
+use crate::host::{Host, HostError, available_memory};
 use crate::machine::state::{MachineState, StateError};
-use crate::shell::{BuildError, Class, ram_kinds};
+use crate::shell::{BuildError, Class, ram_regions};
 
 /// Why an image was not loaded. Nothing of it is left in memory.
 #[derive(Debug, Error)]
@@ -74,6 +74,8 @@ pub enum LoadErrorKind {
     Read(io::Error),
     #[error("there is no memory for it: {0}")]
     Memory(io::Error),
+    #[error("it takes {needed_bytes} bytes of memory, and {available_bytes} are free")]
+    NoRoom { needed_bytes: u64, available_bytes: u64 },
 }
 
 impl LoadError {
@@ -89,7 +91,7 @@ impl LoadError {
             LoadErrorKind::Host(error) => error.remedy(),
             LoadErrorKind::Class(error) => error.remedy(),
             LoadErrorKind::Shrank | LoadErrorKind::Read(_) => "load it again once nobody changes it and the disk is well",
-            LoadErrorKind::Memory(_) => "end other machines: the host's memory is full",
+            LoadErrorKind::Memory(_) | LoadErrorKind::NoRoom { .. } => "end other machines: the host's memory is full",
             LoadErrorKind::DamagedPreamble
             | LoadErrorKind::Length { .. }
             | LoadErrorKind::Head(_)
@@ -124,6 +126,11 @@ fn read_image(host: &Host, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> R
         return Err(LoadErrorKind::Length { expected_bytes: places.file_len, actual_bytes: metadata.len() });
     }
     let total: u64 = head.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
+    // A small file may stand for a large memory: what is zero in a data run is stored.
+    let (needed_bytes, available_bytes) = (total * EXTENT_SIZE, available_memory().map_err(LoadErrorKind::Memory)?);
+    if needed_bytes > available_bytes {
+        return Err(LoadErrorKind::NoRoom { needed_bytes, available_bytes });
+    }
     let mut done = 0;
     let mut ram = Vec::with_capacity(head.regions.len());
     for (number, region) in head.regions.iter().enumerate() {
@@ -171,8 +178,8 @@ fn check_head(host: &Host, head: &Head) -> Result<(Class, MachineState), LoadErr
     let memory = MemorySize::from_bytes(bytes).map_err(|_| LoadErrorKind::NotAnImage)?;
     host.check_memory(memory)?;
     let class = Class::new(memory, head.vcpu_count)?;
-    let kinds: Vec<RegionKind> = head.regions.iter().map(|region| region.kind).collect();
-    if kinds != ram_kinds(memory) {
+    let regions: Vec<(RegionKind, u64)> = head.regions.iter().map(|region| (region.kind, region.size_bytes())).collect();
+    if regions != ram_regions(memory) {
         return Err(LoadErrorKind::Layout(memory));
     }
     let state = MachineState::decode(&head.state)?;

@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use types::{ExtentMap, LayerIndex, PageIndex, Reason, Source};
+use types::{ExtentIndex, ExtentMap, LayerIndex, PageIndex, Reason, Run, Source};
 
 use super::state::{self, MachineState, StateError};
 use super::{Backing, Ended, Machine, PauseError};
 use crate::host::Host;
 use crate::image::memfd;
 use crate::image::{Image, Layer, RamRegion};
-use crate::shell::ram_kinds;
+use crate::shell::ram_regions;
 use crate::sys::copier::{Copier, CopyJob, Turn};
 use crate::sys::pagemap::scan_private;
 use crate::sys::slot::{Content, Piece};
@@ -40,7 +40,8 @@ pub struct Frozen {
 /// The costs of a freeze.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FreezeReport {
-    /// From the order to rest until the order to run: no vCPU stood still for longer.
+    /// From the order to rest until the order to run. What a vCPU saw of it, with its way back to its core:
+    /// [`Machine::last_stall`].
     pub stall: Duration,
     /// Of the stall: until every vCPU had come to rest.
     pub rest: Duration,
@@ -152,24 +153,23 @@ impl Machine {
     fn freeze_in_place(&mut self, host: &Host, layers: Vec<File>) -> Result<Freezing, FreezeError> {
         // Short holes become stored zeros, so that no child's access can make the image grow. Most of that is done while the
         // guest still runs; in the pause only what it touched meanwhile changes.
-        for layer in &layers {
-            fill_short_holes(layer).map_err(step("storing short runs of zeros"))?;
-        }
+        let filled: io::Result<Vec<ExtentMap>> = layers.iter().map(|layer| fill_short_holes(layer, None)).collect();
+        let filled = filled.map_err(step("storing short runs of zeros"))?;
         let mut pause = Pause::begin(self)?;
         let state = pause.capture(host, self)?;
-        let maps: io::Result<Vec<ExtentMap>> = layers.iter().map(fill_short_holes).collect();
+        let maps: io::Result<Vec<ExtentMap>> =
+            layers.iter().zip(&filled).map(|(layer, filled)| fill_short_holes(layer, Some(filled))).collect();
         let maps = maps.map_err(step("storing short runs of zeros"))?;
         pause.report.scan = pause.lap();
-        failpoint!("freeze.remap", |source| FreezeError::Step { step: "mapping the image", source });
         if let Err(source) = self.map_privately(&maps, &layers) {
             self.map_shared_again(&layers);
             return Err(FreezeError::Step { step: "mapping the image", source });
         }
-        let regions: Vec<RamRegion> = ram_kinds(self.class.memory())
+        let regions: Vec<RamRegion> = ram_regions(self.class.memory())
             .into_iter()
             .zip(maps)
             .zip(layers)
-            .map(|((kind, map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]))
+            .map(|(((kind, _), map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]))
             .collect();
         let sealed = regions.iter().try_for_each(RamRegion::seal);
         let image = Arc::new(Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, None));
@@ -240,6 +240,7 @@ impl Machine {
                     Source::Layer(_) => Content::Private(layer.as_fd()),
                 },
             }))?;
+            failpoint!("freeze.map", |source| source);
         }
         Ok(())
     }
@@ -305,13 +306,22 @@ impl Drop for Pause {
     }
 }
 
-/// Makes sure that only runs of [`types::extents::ZERO_RUN_EXTENTS`] and more are holes, and returns the map that says so.
-fn fill_short_holes(memfd: &File) -> io::Result<ExtentMap> {
+/// Makes sure that only runs of [`types::extents::ZERO_RUN_EXTENTS`] and more are holes, and returns the map that says so. What
+/// an earlier call has filled, by the map that it returned, is not gone through again.
+fn fill_short_holes(memfd: &File, filled: Option<&ExtentMap>) -> io::Result<ExtentMap> {
     let extents = memfd::data_extents(memfd)?;
     let count = u32::try_from(memfd::size(memfd)? / types::EXTENT_SIZE).expect("at most 32 GiB");
     let map = ExtentMap::from_data(count, &extents, LayerIndex(0));
-    for run in map.data_runs() {
-        memfd::fill_holes(memfd, run.bytes())?;
+    let new: Vec<Range<u32>> = match filled {
+        None => map.data_runs().map(Run::extents).collect(),
+        Some(filled) => {
+            let holes = || filled.runs().iter().filter(|run| run.source == Source::Zero);
+            let overlap = |run: &Run, hole: &Run| run.start.max(hole.start).0..run.extents().end.min(hole.extents().end);
+            map.data_runs().flat_map(|run| holes().map(|hole| overlap(run, hole))).filter(|range| !range.is_empty()).collect()
+        }
+    };
+    for extents in new {
+        memfd::fill_holes(memfd, ExtentIndex(extents.start).byte_offset()..ExtentIndex(extents.end).byte_offset())?;
     }
     Ok(map)
 }

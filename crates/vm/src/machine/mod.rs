@@ -140,6 +140,13 @@ impl Machine {
         self.frame.monitor.wait_for_first_exit(patience)
     }
 
+    /// How long the last pause (also that of a freeze) has kept a vCPU from running, from the end of its last guest code until
+    /// it enters the guest again. `None` if one that ran does not run again within `patience`.
+    #[must_use]
+    pub fn last_stall(&self, patience: Duration) -> Option<Duration> {
+        self.frame.monitor.stall(patience)
+    }
+
     /// How long the steps of its fork took.
     #[must_use]
     pub fn stages(&self) -> ForkStages {

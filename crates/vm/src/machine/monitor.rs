@@ -65,6 +65,10 @@ struct State {
     vcpus: Vec<Vcpu>,
     ended: Option<Ended>,
     first_exit: Option<Instant>,
+    /// The longest that a vCPU which ran before the last pause has not run because of it.
+    stall: Duration,
+    /// How many of them have not run again yet.
+    stalled_vcpus: usize,
 }
 
 /// See the module.
@@ -85,7 +89,7 @@ impl Monitor {
     pub(crate) fn new(kickers: Vec<Kicker>) -> Self {
         let vcpus =
             kickers.iter().map(|_| Vcpu { seat: Seat::Starting, idle: false, rings: 0, rings_seen: 0, faults: 0 }).collect();
-        let state = State { order: Order::Hold, vcpus, ended: None, first_exit: None };
+        let state = State { order: Order::Hold, vcpus, ended: None, first_exit: None, stall: Duration::ZERO, stalled_vcpus: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new(), kickers }
     }
 
@@ -107,6 +111,13 @@ impl Monitor {
 
     /// Brings every vCPU to rest. `false` if one did not come before the deadline.
     pub(crate) fn pause(&self, patience: Duration) -> bool {
+        {
+            let mut state = self.lock();
+            let running = state.vcpus.iter().filter(|vcpu| vcpu.seat == Seat::Running).count();
+            if running > 0 {
+                (state.stall, state.stalled_vcpus) = (Duration::ZERO, running);
+            }
+        }
         self.give_order(Order::Hold);
         let state = self.lock();
         let resting = |state: &mut State| !state.vcpus.iter().all(|vcpu| matches!(vcpu.seat, Seat::Resting | Seat::Gone));
@@ -114,6 +125,15 @@ impl Monitor {
             self.changed.wait_timeout_while(state, patience, resting).unwrap_or_else(PoisonError::into_inner);
         drop(state);
         !timeout.timed_out()
+    }
+
+    /// How long the last pause has kept a vCPU from running, as its own thread saw it: from leaving KVM_RUN until entering it
+    /// again. `None` if one has not entered it again within `patience`.
+    pub(crate) fn stall(&self, patience: Duration) -> Option<Duration> {
+        let stalled = |state: &mut State| state.stalled_vcpus > 0;
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, stalled);
+        let state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        (state.stalled_vcpus == 0).then_some(state.stall)
     }
 
     /// Tells every vCPU thread to leave. The caller joins them.
@@ -216,6 +236,17 @@ impl Monitor {
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// A vCPU that was kicked out of running runs again, after `gap`.
+    pub(crate) fn note_gap(&self, gap: Duration) {
+        let mut state = self.lock();
+        if state.stalled_vcpus > 0 {
+            state.stalled_vcpus -= 1;
+            state.stall = state.stall.max(gap);
+        }
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// The guest waits for work, unless it was rung since it last did.

@@ -69,6 +69,7 @@ impl Seat {
         rustix::process::setpriority_process(None, NICENESS).unwrap_or_default();
         self.finish_exit(&mut self.vcpu.lock().unwrap_or_else(PoisonError::into_inner));
         let mut first = true;
+        let mut kicked_at = None;
         loop {
             // Before the order is looked at: whoever changes the order afterwards kicks again.
             kicker.set_immediate_exit(false);
@@ -76,9 +77,12 @@ impl Seat {
                 Next::Leave => return,
                 Next::Run => {}
             }
+            if let Some(kicked_at) = kicked_at.take() {
+                self.monitor.note_gap(Instant::elapsed(&kicked_at));
+            }
             let stretch = self.run(&mut self.vcpu.lock().unwrap_or_else(PoisonError::into_inner), &mut first);
             match stretch {
-                Stretch::Kicked => {}
+                Stretch::Kicked => kicked_at = Some(Instant::now()),
                 Stretch::Idle => self.monitor.note_idle(self.index),
                 Stretch::Ended(ended) => self.monitor.end(ended),
             }

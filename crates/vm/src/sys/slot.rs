@@ -51,6 +51,8 @@ pub(crate) struct Slot {
     range: Range<usize>,
     /// Up to here the range is mapped by us.
     mapped_end: usize,
+    /// Something else has been found in the range, so it is not for use again.
+    is_spoiled: bool,
 }
 
 impl Slot {
@@ -67,7 +69,7 @@ impl Slot {
                 start..end
             }
         };
-        Ok(Self { mapped_end: range.start, range })
+        Ok(Self { mapped_end: range.start, range, is_spoiled: false })
     }
 
     pub(crate) fn start(&self) -> HostAddress {
@@ -121,6 +123,7 @@ impl Slot {
                     unsafe { rustix::mm::mmap_anonymous(at as *mut _, len, prot, private) }
                 }
             };
+            self.is_spoiled |= mapped == Err(rustix::io::Errno::EXIST);
             let mapped = mapped?;
             assert_eq!(mapped as usize, at, "the kernel is older than MAP_FIXED_NOREPLACE (Linux 4.17)");
             done = piece.bytes.end;
@@ -163,10 +166,43 @@ impl Drop for Slot {
             let unmapped = unsafe { rustix::mm::munmap(self.range.start as *mut _, mapped) };
             assert!(unmapped.is_ok(), "unmapping an owned range cannot fail: {unmapped:?}");
         }
-        FREE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).returned.push(self.range.clone());
+        if !self.is_spoiled {
+            FREE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).returned.push(self.range.clone());
+        }
     }
 }
 
 fn usize_of(bytes: u64) -> usize {
     usize::try_from(bytes).expect("64-bit host")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_mapping_is_left_alone_and_its_range_not_used_again() {
+        let len = 6 << 20;
+        let zeros = || [Piece { bytes: 0..len, content: Content::Zero }];
+        let mut slot = Slot::reserve(len).unwrap();
+        let start = slot.start();
+        let at = (start.0 + (2 << 20)) as *mut std::ffi::c_void;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: nothing is mapped there: the range has just been reserved.
+        unsafe { rustix::mm::mmap_anonymous(at, 4096, ProtFlags::READ | ProtFlags::WRITE, flags) }.unwrap();
+        // SAFETY: mapped above, and nobody else knows of it.
+        unsafe { at.cast::<u8>().write_volatile(7) };
+        assert_eq!(slot.map(zeros()).unwrap_err().raw_os_error(), Some(libc::EEXIST));
+        drop(slot);
+        // SAFETY: still mapped, as this test says.
+        assert_eq!(unsafe { at.cast::<u8>().read_volatile() }, 7);
+        let mut next = Slot::reserve(len).unwrap();
+        assert_ne!(next.start(), start, "a spoiled range is handed out again");
+        next.map(zeros()).unwrap();
+        let good = next.start();
+        drop(next);
+        assert_eq!(Slot::reserve(len).unwrap().start(), good, "a good range is handed out again");
+        // SAFETY: mapped above; nothing points there any more.
+        unsafe { rustix::mm::munmap(at, 4096) }.unwrap();
+    }
 }
