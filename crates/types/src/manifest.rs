@@ -14,7 +14,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::extents::{ExtentMap, LayerIndex};
+use crate::extents::{ExtentMap, LayerIndex, Run, Source};
 use crate::profile::CpuProfile;
 use crate::unit::{EXTENT_SIZE, GuestAddress, MemorySize};
 use crate::{Digest, ExtentIndex};
@@ -84,13 +84,57 @@ pub struct WorkingSetRun {
     pub count: u32,
 }
 
-/// A head and all its hash pages.
+/// A head and all its hash pages, which agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
+    head: Head,
+    extent_digests: Vec<Vec<Digest>>,
+}
+
+impl Manifest {
+    /// Puts a head and the digests of each region's extents together ([`Digest::ZERO_CONTENT`] where an extent is zero).
+    ///
+    /// # Errors
+    /// [`ManifestError`] if they are not of one image.
+    pub fn new(head: Head, extent_digests: Vec<Vec<Digest>>) -> Result<Self, ManifestError> {
+        head.validate()?;
+        let (expected, actual) = (head.regions.len(), extent_digests.len());
+        if expected != actual {
+            return Err(ManifestError::RegionCount { expected, actual });
+        }
+        for (number, (region, digests)) in head.regions.iter().zip(&extent_digests).enumerate() {
+            if digests.len() != region.map.extent_count() as usize || hash_page_digests(digests) != region.hash_pages {
+                return Err(ManifestError::OtherDigests { region: number });
+            }
+            let zero_runs = region.map.runs().iter().filter(|run| run.source == Source::Zero);
+            let content = |extent: &u32| digests[*extent as usize] != Digest::ZERO_CONTENT;
+            if let Some(extent) = zero_runs.flat_map(Run::extents).find(content) {
+                return Err(ManifestError::NotZero { region: number, extent: ExtentIndex(extent) });
+            }
+        }
+        Ok(Self { head, extent_digests })
+    }
+
     /// The head.
-    pub head: Head,
-    /// For each region, the digest of each extent ([`Digest::ZERO_CONTENT`] where it is zero).
-    pub extent_digests: Vec<Vec<Digest>>,
+    #[must_use]
+    pub fn head(&self) -> &Head {
+        &self.head
+    }
+
+    /// The digest of each extent of a region.
+    ///
+    /// # Panics
+    /// If there is no such region.
+    #[must_use]
+    pub fn extent_digests(&self, region: usize) -> &[Digest] {
+        &self.extent_digests[region]
+    }
+
+    /// The head alone, for when the digests have served.
+    #[must_use]
+    pub fn into_head(self) -> Head {
+        self.head
+    }
 }
 
 impl RegionHead {
@@ -315,6 +359,21 @@ pub enum HeadError {
     WorkingSetOutside { region: u8, extent: ExtentIndex },
     #[error("the identity page {page} is misaligned or not in RAM")]
     IdentityOutside { page: GuestAddress },
+}
+
+/// Why a head and digests are no manifest.
+#[derive(Clone, Debug, PartialEq, Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum ManifestError {
+    #[error(transparent)]
+    Head(#[from] HeadError),
+    #[error("the digests are those of {actual} regions where the head has {expected}")]
+    RegionCount { expected: usize, actual: usize },
+    #[error("the digests of region {region} are not those that the head has")]
+    OtherDigests { region: usize },
+    #[error("extent {extent} of region {region} has content where the map says that it is zero")]
+    NotZero { region: usize, extent: ExtentIndex },
 }
 
 /// Why bytes are not the hash page that was asked for.

@@ -5,17 +5,20 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use thiserror::Error;
-use types::manifest::{HashPageError, HeadError, decode_hash_page};
+use types::extents::ExtentMapError;
+use types::manifest::{HashPageError, HeadError, ManifestError, decode_hash_page};
 use types::profile::ForeignCpu;
-use types::{Digest, EXTENT_SIZE, ExtentIndex, Head, ImageId, MemorySize, RegionHead, RegionKind};
+use types::{Digest, EXTENT_SIZE, ExtentIndex, ExtentMap, Head, ImageId, Manifest, MemorySize, RegionHead, RegionKind};
 use uuid::Uuid;
 
 use super::file::{PREAMBLE_SIZE, Places, Preamble, PreambleError, VERSION};
+use super::save::{self, each_extent};
 use super::{Image, Layer, RamRegion, memfd};
 use crate::host::{Host, HostError, available_memory};
 use crate::machine::state::{MachineState, StateError};
@@ -66,8 +69,16 @@ pub enum LoadErrorKind {
     HashPage { region: usize, page: usize, source: HashPageError },
     #[error("extent {extent} of region {region} is damaged: digest {actual} where {expected} is due")]
     Extent { region: usize, extent: ExtentIndex, expected: Digest, actual: Digest },
-    #[error("extent {extent} of region {region} has content where the manifest says that it is zero")]
-    NotZero { region: usize, extent: ExtentIndex },
+    #[error("its manifest does not agree with itself: {0}")]
+    Manifest(#[from] ManifestError),
+    #[error("it is a branch of image {needed}, and holds only what differs from it")]
+    NeedsBase { needed: Digest },
+    #[error("it is a branch of image {needed}, which is not the one that was given")]
+    OtherBase { needed: Digest },
+    #[error("its pieces do not fit its base: {0}")]
+    Extents(ExtentMapError),
+    #[error("extent {extent} of region {region} is neither in it nor in its base")]
+    Missing { region: usize, extent: ExtentIndex },
     #[error("it ended while it was read")]
     Shrank,
     #[error("reading it failed: {0}")]
@@ -86,6 +97,9 @@ impl LoadError {
             LoadErrorKind::Open(_) => "check the path and its permissions",
             LoadErrorKind::NotAFile | LoadErrorKind::NotAnImage => "give a file that was written by saving an image",
             LoadErrorKind::UnknownVersion { .. } => "use the farfork that wrote it, or a newer one",
+            LoadErrorKind::NeedsBase { .. } | LoadErrorKind::OtherBase { .. } => {
+                "load the image with that digest, and give it along with this one"
+            }
             LoadErrorKind::State(error) => error.remedy(),
             LoadErrorKind::ForeignCpu(_) => "fork it on a host with the CPU that it was made on",
             LoadErrorKind::Host(error) => error.remedy(),
@@ -99,50 +113,86 @@ impl LoadError {
             | LoadErrorKind::VcpuCount { .. }
             | LoadErrorKind::HashPage { .. }
             | LoadErrorKind::Extent { .. }
-            | LoadErrorKind::NotZero { .. } => "copy it again from where it was saved",
+            | LoadErrorKind::Manifest(_)
+            | LoadErrorKind::Extents(_)
+            | LoadErrorKind::Missing { .. } => "copy it again from where it was saved",
         }
     }
 }
 
-/// Loads the image that was saved under `path`. `progress` is told the extents done and the extents in all.
+/// Loads the image that was saved whole under `path`. `progress` is told the extents done and the extents in all.
 ///
 /// # Errors
 /// [`LoadError`], before anything is allocated where the head is at fault.
 pub fn load(host: &Host, path: &Path, mut progress: impl FnMut(u64, u64)) -> Result<Arc<Image>, LoadError> {
-    read_image(host, path, &mut progress).map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
+    read_image(host, None, path, &mut progress).map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
 }
 
-fn read_image(host: &Host, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Arc<Image>, LoadErrorKind> {
+/// Loads the image that was saved under `path` without what it shares with `base`. Layers that they share in memory are shared
+/// again.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_branch(
+    host: &Host,
+    base: &Image,
+    path: &Path,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Arc<Image>, LoadError> {
+    read_image(host, Some(base), path, &mut progress).map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
+}
+
+fn read_image(
+    host: &Host,
+    base: Option<&Image>,
+    path: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Arc<Image>, LoadErrorKind> {
     // NONBLOCK: a FIFO in its place must not hang the caller.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(LoadErrorKind::Open)?;
     let metadata = file.metadata().map_err(LoadErrorKind::Open)?;
     if !metadata.is_file() {
         return Err(LoadErrorKind::NotAFile);
     }
-    let (digest, head) = read_head(&file)?;
+    let (preamble, head) = read_head(&file)?;
     let (class, state) = check_head(host, &head)?;
-    let places = Places::of(&head);
+    let base = match (preamble.base, base) {
+        (None, _) => None,
+        (Some(needed), None) => return Err(LoadErrorKind::NeedsBase { needed }),
+        (Some(needed), Some(base)) if base.digest() != Some(needed) || base.class != class => {
+            return Err(LoadErrorKind::OtherBase { needed });
+        }
+        (Some(_), Some(base)) => Some(base),
+    };
+    let places = Places::of(&head, base.is_some());
     if metadata.len() != places.file_len {
         return Err(LoadErrorKind::Length { expected_bytes: places.file_len, actual_bytes: metadata.len() });
     }
-    let total: u64 = head.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
+    let digests: Result<Vec<_>, _> =
+        head.regions.iter().enumerate().map(|(number, region)| read_digests(&file, number, region, &places)).collect();
+    let manifest = Manifest::new(head, digests?)?;
+    let stored = Stored::read(&file, &manifest, &places)?;
     // A small file may stand for a large memory: what is zero in a data run is stored.
-    let (needed_bytes, available_bytes) = (total * EXTENT_SIZE, available_memory().map_err(LoadErrorKind::Memory)?);
+    let (needed_bytes, available_bytes) = (stored.count * EXTENT_SIZE, available_memory().map_err(LoadErrorKind::Memory)?);
     if needed_bytes > available_bytes {
         return Err(LoadErrorKind::NoRoom { needed_bytes, available_bytes });
     }
     let mut done = 0;
-    let mut ram = Vec::with_capacity(head.regions.len());
-    for (number, region) in head.regions.iter().enumerate() {
-        let digests = read_digests(&file, number, region, &places)?;
-        let source = Source { file: &file, region: number, start: places.regions[number] };
-        let memfd = source.copy(region, &digests, &mut || {
+    let mut ram = Vec::with_capacity(manifest.head().regions.len());
+    for (number, region) in manifest.head().regions.iter().enumerate() {
+        let source = Source {
+            file: &file,
+            number,
+            start: places.regions[number],
+            digests: manifest.extent_digests(number),
+            base: base.map(|base| &base.ram[number]),
+        };
+        ram.push(source.copy(region, &stored.regions[number], &mut || {
             done += 1;
-            progress(done, total);
-        })?;
-        memfd::seal(&memfd).map_err(LoadErrorKind::Memory)?;
-        ram.push(RamRegion::new(region.kind, region.map.clone(), vec![Arc::new(Layer::new(memfd))]));
+            progress(done, stored.count);
+        })?);
     }
+    let head = manifest.into_head();
     Ok(Arc::new(Image {
         id: ImageId::from_uuid(Uuid::now_v7()),
         cpu: head.cpu,
@@ -152,11 +202,43 @@ fn read_image(host: &Host, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> R
         identity_page: head.identity_page,
         depth: u32::try_from(head.parents.len()).unwrap_or(u32::MAX),
         parents: head.parents,
-        digest: OnceLock::from(digest),
+        digest: OnceLock::from(preamble.head_digest),
     }))
 }
 
-fn read_head(file: &File) -> Result<(Digest, Head), LoadErrorKind> {
+/// Which extents the file has, of those that are not in a zero run.
+struct Stored {
+    /// For each region, the runs of them.
+    regions: Vec<Vec<Range<u32>>>,
+    count: u64,
+}
+
+impl Stored {
+    fn read(file: &File, manifest: &Manifest, places: &Places) -> Result<Self, LoadErrorKind> {
+        let mut regions = Vec::with_capacity(manifest.head().regions.len());
+        for (number, region) in manifest.head().regions.iter().enumerate() {
+            let data = region.map.data_runs().map(types::Run::extents);
+            let Some((at, bytes)) = places.bits.get(number) else {
+                regions.push(data.collect());
+                continue;
+            };
+            let mut bits = vec![0; *bytes];
+            read_at(file, &mut bits, *at)?;
+            let mut runs: Vec<Range<u32>> = Vec::new();
+            for extent in data.flatten().filter(|extent| bits[*extent as usize / 8] >> (extent % 8) & 1 == 1) {
+                match runs.last_mut() {
+                    Some(last) if last.end == extent => last.end += 1,
+                    _ => runs.push(extent..extent + 1),
+                }
+            }
+            regions.push(runs);
+        }
+        let count = regions.iter().flatten().map(|run: &Range<u32>| run.len() as u64).sum();
+        Ok(Self { regions, count })
+    }
+}
+
+fn read_head(file: &File) -> Result<(Preamble, Head), LoadErrorKind> {
     let mut page = [0; PREAMBLE_SIZE];
     // A file too short for a preamble is no image rather than half of one: nothing in it says so.
     read_at(file, &mut page, 0)
@@ -168,7 +250,8 @@ fn read_head(file: &File) -> Result<(Digest, Head), LoadErrorKind> {
     })?;
     let mut frame = vec![0; preamble.head_len];
     read_at(file, &mut frame, Places::HEAD)?;
-    Ok((preamble.head_digest, Head::decode(&frame, preamble.head_digest)?))
+    let head = Head::decode(&frame, preamble.head_digest)?;
+    Ok((preamble, head))
 }
 
 /// Everything about the head that depends on this host.
@@ -203,41 +286,95 @@ fn read_digests(file: &File, number: usize, region: &RegionHead, places: &Places
 /// Where the extents of one region come from.
 struct Source<'a> {
     file: &'a File,
-    region: usize,
+    number: usize,
     start: u64,
+    digests: &'a [Digest],
+    base: Option<&'a RamRegion>,
 }
 
 impl Source<'_> {
-    /// A memfd with every extent of the region, each verified after it was copied.
-    fn copy(&self, region: &RegionHead, digests: &[Digest], done: &mut dyn FnMut()) -> Result<File, LoadErrorKind> {
+    /// The region, with every extent verified: those of the file after they were copied, those of the base where they are.
+    fn copy(&self, region: &RegionHead, stored: &[Range<u32>], done: &mut dyn FnMut()) -> Result<RamRegion, LoadErrorKind> {
         let memfd = memfd::create("farfork-image", region.size_bytes()).map_err(LoadErrorKind::Memory)?;
         let mut buffer = vec![0; usize::try_from(EXTENT_SIZE).expect("64-bit host")];
-        for run in region.map.data_runs() {
-            for extent in run.extents().map(ExtentIndex) {
-                self.copy_extent(extent, digests[extent.0 as usize], &mut buffer, &memfd)?;
+        for run in stored {
+            for extent in run.clone().map(ExtentIndex) {
+                self.copy_extent(extent, &mut buffer, &memfd)?;
                 done();
             }
             // What is zero in a data run is stored, so that no child's access makes the image grow.
-            memfd::fill_holes(&memfd, run.bytes()).map_err(LoadErrorKind::Memory)?;
+            let bytes = ExtentIndex(run.start).byte_offset()..ExtentIndex(run.end).byte_offset();
+            memfd::fill_holes(&memfd, bytes).map_err(LoadErrorKind::Memory)?;
         }
-        let zero_runs = region.map.runs().iter().filter(|run| run.source == types::Source::Zero);
-        for extent in zero_runs.flat_map(types::Run::extents) {
-            if digests[extent as usize] != Digest::ZERO_CONTENT {
-                return Err(LoadErrorKind::NotZero { region: self.region, extent: ExtentIndex(extent) });
+        let layer = Arc::new(Layer::new(memfd));
+        let loaded = match self.base {
+            None => RamRegion::new(region.kind, region.map.clone(), vec![layer]),
+            Some(base) => self.over(base, region, stored, layer)?,
+        };
+        loaded.seal().map_err(LoadErrorKind::Memory)?;
+        Ok(loaded)
+    }
+
+    /// The region with `stored` in a layer of its own, and all other data where the base has it.
+    fn over(
+        &self,
+        base: &RamRegion,
+        region: &RegionHead,
+        stored: &[Range<u32>],
+        layer: Arc<Layer>,
+    ) -> Result<RamRegion, LoadErrorKind> {
+        let mut sources: Vec<_> = (0..region.map.extent_count())
+            .map(ExtentIndex)
+            .map(|extent| {
+                let is_zero = region.map.source_of(extent) == Some(types::Source::Zero);
+                if is_zero { types::Source::Zero } else { base.map().source_of(extent).unwrap_or(types::Source::Zero) }
+            })
+            .collect();
+        for run in stored {
+            sources[run.start as usize..run.end as usize].fill(types::Source::Layer(base.next_layer()));
+        }
+        let lengths = sources.chunk_by(|a, b| a == b).map(|run| (u32::try_from(run.len()).expect("a region's"), run[0]));
+        let map = ExtentMap::from_lengths(lengths).map_err(LoadErrorKind::Extents)?;
+        let loaded = base.with_layer(map, layer);
+        let is_stored = |extent: ExtentIndex| stored.iter().any(|run| run.contains(&extent.0));
+        let mut wrong = None;
+        let verified = each_extent(&loaded, |extent, bytes| {
+            let actual = if save::is_zero(bytes) { Digest::ZERO_CONTENT } else { Digest::of(bytes) };
+            let expected = self.digests[extent.0 as usize];
+            if actual != expected && !is_stored(extent) {
+                wrong = Some(LoadErrorKind::Extent { region: self.number, extent, expected, actual });
+                return Err(io::ErrorKind::Interrupted.into());
             }
+            Ok(())
+        });
+        match (wrong, verified) {
+            (Some(wrong), _) => Err(wrong),
+            (None, Err(error)) => Err(LoadErrorKind::Memory(error)),
+            // An extent that is neither stored nor in the base reads as zero, and no digest says that it is.
+            (None, Ok(())) => match sources
+                .iter()
+                .zip(self.digests)
+                .position(|(source, digest)| *source == types::Source::Zero && *digest != Digest::ZERO_CONTENT)
+            {
+                Some(extent) => Err(LoadErrorKind::Missing {
+                    region: self.number,
+                    extent: ExtentIndex(u32::try_from(extent).expect("a region's")),
+                }),
+                None => Ok(loaded),
+            },
         }
-        Ok(memfd)
     }
 
     /// The buffer is this process's own, so what is verified is what is stored.
-    fn copy_extent(&self, extent: ExtentIndex, expected: Digest, buffer: &mut [u8], to: &File) -> Result<(), LoadErrorKind> {
+    fn copy_extent(&self, extent: ExtentIndex, buffer: &mut [u8], to: &File) -> Result<(), LoadErrorKind> {
+        let expected = self.digests[extent.0 as usize];
         if expected == Digest::ZERO_CONTENT {
             return Ok(());
         }
         read_at(self.file, buffer, self.start + extent.byte_offset())?;
         let actual = Digest::of(buffer);
         if actual != expected {
-            return Err(LoadErrorKind::Extent { region: self.region, extent, expected, actual });
+            return Err(LoadErrorKind::Extent { region: self.number, extent, expected, actual });
         }
         to.write_all_at(buffer, extent.byte_offset()).map_err(LoadErrorKind::Memory)
     }

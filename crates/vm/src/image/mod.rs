@@ -22,8 +22,8 @@ pub mod load;
 pub(crate) mod memfd;
 pub mod save;
 
-pub use load::{LoadError, load};
-pub use save::{SaveError, SaveReport, save};
+pub use load::{LoadError, load, load_branch};
+pub use save::{SaveError, SaveReport, save, save_branch};
 
 /// See the module.
 #[derive(Debug)]
@@ -98,7 +98,8 @@ impl Image {
         &self.cpu
     }
 
-    /// How many branches lie between it and the first parent.
+    /// How many branches lie between it and the first parent, as far as it knows: one that was loaded knows of those parents
+    /// that had a digest when it was branched.
     #[must_use]
     pub fn depth(&self) -> u32 {
         self.depth

@@ -5,10 +5,11 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use thiserror::Error;
-use types::manifest::{HeadError, encode_hash_page, hash_page_digests};
-use types::{Digest, EXTENT_SIZE, ExtentIndex, Head, PAGE_SIZE, RegionHead, Source};
+use types::manifest::{HeadError, ManifestError, encode_hash_page, hash_page_digests};
+use types::{Digest, EXTENT_SIZE, ExtentIndex, ExtentMap, Head, LayerIndex, Manifest, PAGE_SIZE, RegionHead, Source};
 use uuid::Uuid;
 
 use super::file::{Places, Preamble};
@@ -24,7 +25,8 @@ pub struct SaveReport {
     pub written_bytes: u64,
 }
 
-/// Why an image was not saved. There is no new file, and an old one of that name is as it was.
+/// Why an image was not saved. There is no new file, and an old one of that name is as it was; but for a failed fsync of the
+/// directory, which says so.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 #[expect(missing_docs, reason = "each message says what its fields are")]
@@ -39,6 +41,12 @@ pub enum SaveError {
     Memory { source: io::Error },
     #[error("the image's manifest cannot be written: {0}")]
     Head(#[from] HeadError),
+    #[error("the image's manifest does not agree with itself: {0}")]
+    Manifest(#[from] ManifestError),
+    #[error("the image that this one was branched from has no digest yet")]
+    UnsavedBase,
+    #[error("the image that this one is to be saved upon has other memory or vCPUs")]
+    ForeignBase,
 }
 
 impl SaveError {
@@ -50,16 +58,37 @@ impl SaveError {
             Self::Io { .. } => "check that the directory exists, may be written, and is on a disk without errors",
             Self::NoName { .. } => "give the path of a file",
             Self::Memory { .. } => "end other machines: the host's memory is full",
-            Self::Head(_) => "freeze again: the image has more parts than a manifest may name",
+            Self::UnsavedBase => "save that image first, or save this one whole",
+            Self::ForeignBase => "name an image that this one was branched from, or save this one whole",
+            Self::Head(_) | Self::Manifest(_) => "freeze again: the image has more parts than a manifest may name",
         }
     }
 }
 
-/// Saves `image` under `path`, replacing what is there. `progress` is told the extents done and the extents in all.
+/// Saves `image` under `path`, whole, replacing what is there. `progress` is told the extents done and the extents in all.
 ///
 /// # Errors
 /// [`SaveError`]; nothing is left behind.
-pub fn save(image: &Image, path: &Path, mut progress: impl FnMut(u64, u64)) -> Result<SaveReport, SaveError> {
+pub fn save(image: &Image, path: &Path, progress: impl FnMut(u64, u64)) -> Result<SaveReport, SaveError> {
+    write(image, None, path, progress)
+}
+
+/// Saves `image` under `path` without what it shares with `base`, an image that it was branched from and that has been saved
+/// or loaded. [`load_branch`](super::load_branch) needs both.
+///
+/// # Errors
+/// [`SaveError`]; nothing is left behind.
+pub fn save_branch(image: &Image, base: &Image, path: &Path, progress: impl FnMut(u64, u64)) -> Result<SaveReport, SaveError> {
+    write(image, Some(base), path, progress)
+}
+
+fn write(
+    image: &Image,
+    base: Option<&Image>,
+    path: &Path,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<SaveReport, SaveError> {
+    let base = base.map(|base| Base::of(base, image)).transpose()?;
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -71,69 +100,85 @@ pub fn save(image: &Image, path: &Path, mut progress: impl FnMut(u64, u64)) -> R
     let temporary = Temporary { path: Some(directory.join(temporary_name)) };
     let io = |step| move |source| classify(path, step, source);
 
-    let digests = Digests::of(image, &mut progress)?;
-    let head = head_of(image, &digests);
-    let frame = head.encode()?;
-    let digest = Digest::of(&frame);
+    let manifest = manifest_of(image, &mut progress)?;
+    let frame = manifest.head().encode()?;
+    let digest = *image.digest.get_or_init(|| Digest::of(&frame));
     let file = temporary.create().map_err(io("creating a temporary file"))?;
-    let written_bytes = write_all(&file, image, &head, &frame, &digests).map_err(|failed| match failed {
+    let written_bytes = write_all(&file, image, base.as_ref(), &manifest, &frame).map_err(|failed| match failed {
         WriteFailed::Memory(source) => SaveError::Memory { source },
         WriteFailed::File(step, source) => classify(path, step, source),
     })?;
     sync(&file).map_err(io("fsync"))?;
     temporary.rename_to(path).map_err(io("renaming"))?;
-    // The name is durable once the directory is. Should that fail, the file is whole all the same, under its name.
-    File::open(directory).and_then(|directory| sync(&directory)).map_err(io("fsync of the directory"))?;
-    let digest = *image.digest.get_or_init(|| digest);
+    File::open(directory).and_then(|directory| sync(&directory)).map_err(io(SYNC_DIRECTORY))?;
     Ok(SaveReport { digest, written_bytes })
 }
 
-/// The digest of every extent.
-struct Digests {
-    regions: Vec<Vec<Digest>>,
+/// The step after which the new file has its name, though a crash of the host may still take it away.
+const SYNC_DIRECTORY: &str = "fsync of the directory (the image is there, but may not survive a crash of the host)";
+
+/// What the file of a branch leaves out.
+struct Base<'a> {
+    digest: Digest,
+    regions: &'a [RamRegion],
 }
 
-impl Digests {
-    fn of(image: &Image, progress: &mut impl FnMut(u64, u64)) -> Result<Self, SaveError> {
-        let total: u64 = image.ram.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
-        let mut done = 0;
-        let mut regions = Vec::with_capacity(image.ram.len());
-        for region in &image.ram {
-            let mut digests = vec![Digest::ZERO_CONTENT; region.map.extent_count() as usize];
-            let hashed = each_extent(region, |extent, bytes| {
-                if !is_zero(bytes) {
-                    digests[extent.0 as usize] = Digest::of(bytes);
-                }
-                done += 1;
-                progress(done, total);
-                Ok(())
-            });
-            hashed.map_err(|source| SaveError::Memory { source })?;
-            regions.push(digests);
+impl<'a> Base<'a> {
+    fn of(base: &'a Image, image: &Image) -> Result<Self, SaveError> {
+        let digest = base.digest().ok_or(SaveError::UnsavedBase)?;
+        if base.class != image.class {
+            return Err(SaveError::ForeignBase);
         }
-        Ok(Self { regions })
+        Ok(Self { digest, regions: &base.ram })
+    }
+
+    /// Whether the base has an extent of the image in the very same place in memory.
+    fn has(&self, number: usize, region: &RamRegion, extent: ExtentIndex) -> bool {
+        let base = &self.regions[number];
+        match (region.map.source_of(extent), base.map.source_of(extent)) {
+            (Some(Source::Layer(ours)), Some(Source::Layer(theirs))) => {
+                Arc::ptr_eq(&region.layers[usize::from(ours.0)], &base.layers[usize::from(theirs.0)])
+            }
+            _ => false,
+        }
     }
 }
 
-fn head_of(image: &Image, digests: &Digests) -> Head {
-    let regions = image.ram.iter().zip(&digests.regions).map(|(region, digests)| {
-        // On disk the layers are one.
+fn manifest_of(image: &Image, progress: &mut impl FnMut(u64, u64)) -> Result<Manifest, SaveError> {
+    let total: u64 = image.ram.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
+    let mut done = 0;
+    let mut extent_digests = Vec::with_capacity(image.ram.len());
+    let mut regions = Vec::with_capacity(image.ram.len());
+    for region in &image.ram {
+        let mut digests = vec![Digest::ZERO_CONTENT; region.map.extent_count() as usize];
+        let hashed = each_extent(region, |extent, bytes| {
+            if !is_zero(bytes) {
+                digests[extent.0 as usize] = Digest::of(bytes);
+            }
+            done += 1;
+            progress(done, total);
+            Ok(())
+        });
+        hashed.map_err(|source| SaveError::Memory { source })?;
+        // In a manifest the layers are one.
         let lengths = coalesce(region.map.runs().iter().map(|run| {
-            let source = if run.source == Source::Zero { Source::Zero } else { Source::Layer(types::LayerIndex(0)) };
+            let source = if run.source == Source::Zero { Source::Zero } else { Source::Layer(LayerIndex(0)) };
             (run.count, source)
         }));
-        let map = types::ExtentMap::from_lengths(lengths).expect("fewer runs than a valid map had");
-        RegionHead { kind: region.kind, map, hash_pages: hash_page_digests(digests) }
-    });
-    Head {
+        let map = ExtentMap::from_lengths(lengths).expect("fewer runs than a valid map had");
+        regions.push(RegionHead { kind: region.kind, map, hash_pages: hash_page_digests(&digests) });
+        extent_digests.push(digests);
+    }
+    let head = Head {
         cpu: image.cpu.clone(),
         vcpu_count: image.class.vcpu_count(),
         state: image.state.encode(),
-        regions: regions.collect(),
+        regions,
         identity_page: image.identity_page,
         working_set: Vec::new(),
         parents: image.parents.clone(),
-    }
+    };
+    Ok(Manifest::new(head, extent_digests)?)
 }
 
 fn coalesce(lengths: impl Iterator<Item = (u32, Source)>) -> Vec<(u32, Source)> {
@@ -152,44 +197,56 @@ enum WriteFailed {
     File(&'static str, io::Error),
 }
 
-fn write_all(file: &File, image: &Image, head: &Head, frame: &[u8], digests: &Digests) -> Result<u64, WriteFailed> {
+fn write_all(
+    file: &File,
+    image: &Image,
+    base: Option<&Base<'_>>,
+    manifest: &Manifest,
+    frame: &[u8],
+) -> Result<u64, WriteFailed> {
     let failed = |step| move |source| WriteFailed::File(step, source);
-    let places = Places::of(head);
+    let places = Places::of(manifest.head(), base.is_some());
     file.set_len(places.file_len).map_err(failed("setting the file's length"))?;
-    let preamble = Preamble { head_len: frame.len(), head_digest: Digest::of(frame) };
+    let preamble = Preamble { head_len: frame.len(), head_digest: Digest::of(frame), base: base.map(|base| base.digest) };
     write_at(file, &preamble.encode(), 0).map_err(failed("writing the preamble"))?;
     write_at(file, frame, Places::HEAD).map_err(failed("writing the manifest"))?;
     let mut written = 0;
-    for ((region, digests), (pages, start)) in
-        image.ram.iter().zip(&digests.regions).zip(places.hash_pages.iter().zip(&places.regions))
-    {
-        let mut first = 0;
-        for (at, count) in pages {
-            let page = encode_hash_page(&digests[first..first + *count as usize]);
-            write_at(file, &page, *at).map_err(failed("writing a hash page"))?;
-            first += *count as usize;
+    for (number, region) in image.ram.iter().enumerate() {
+        let mut digests = manifest.extent_digests(number);
+        for (at, count) in &places.hash_pages[number] {
+            let (page, rest) = digests.split_at(*count as usize);
+            write_at(file, &encode_hash_page(page), *at).map_err(failed("writing a hash page"))?;
+            digests = rest;
         }
+        let mut bits = places.bits.get(number).map(|(at, bytes)| (*at, vec![0u8; *bytes]));
         let mut wrong = None;
         let read = each_extent(region, |extent, bytes| {
-            match write_pages(file, bytes, start + extent.byte_offset()) {
-                Ok(bytes) => written += bytes,
-                Err(source) => {
-                    wrong = Some(source);
-                    return Err(io::ErrorKind::Interrupted.into());
+            if let (Some(base), Some((_, bits))) = (base, &mut bits) {
+                if base.has(number, region, extent) {
+                    return Ok(());
                 }
+                bits[extent.0 as usize / 8] |= 1 << (extent.0 % 8);
             }
-            Ok(())
+            write_pages(file, bytes, places.regions[number] + extent.byte_offset()).map(|bytes| written += bytes).map_err(
+                |source| {
+                    wrong = Some(source);
+                    io::ErrorKind::Interrupted.into()
+                },
+            )
         });
         match (wrong, read) {
             (Some(source), _) => return Err(WriteFailed::File("writing memory", source)),
             (None, read) => read.map_err(WriteFailed::Memory)?,
+        }
+        if let Some((at, bits)) = bits {
+            write_at(file, &bits, at).map_err(failed("writing which extents there are"))?;
         }
     }
     Ok(written)
 }
 
 /// Calls `each` with every extent that a layer holds.
-fn each_extent(region: &RamRegion, mut each: impl FnMut(ExtentIndex, &[u8]) -> io::Result<()>) -> io::Result<()> {
+pub(super) fn each_extent(region: &RamRegion, mut each: impl FnMut(ExtentIndex, &[u8]) -> io::Result<()>) -> io::Result<()> {
     let extent_len = usize::try_from(EXTENT_SIZE).expect("64-bit host");
     for run in region.map.data_runs() {
         let Source::Layer(layer) = run.source else {
@@ -221,7 +278,7 @@ fn write_pages(file: &File, extent: &[u8], at: u64) -> io::Result<u64> {
     Ok(written)
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<16>();
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }

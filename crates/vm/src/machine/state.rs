@@ -167,6 +167,19 @@ impl MachineState {
                 return Some(format!("vCPU {index}: MSR {:#x} is {:#x}, was {:#x}", a.0, a.1, b.1));
             }
         }
+        if self.vcpus.len() != other.vcpus.len() || self.irqchips.len() != other.irqchips.len() {
+            return Some("number of vCPUs or interrupt controllers".to_owned());
+        }
+        let bytes = |chip: &kvm_irqchip| postcard::to_stdvec(chip).expect("plain data");
+        let chips = self.irqchips.iter().zip(&other.irqchips);
+        if let Some((chip, _)) = chips.into_iter().find(|(a, b)| bytes(a) != bytes(b)) {
+            return Some(format!("interrupt controller {}", chip.chip_id));
+        }
+        // Less the times at which its channels were loaded.
+        let pit = |state: &Self| state.pit.channels.map(|channel| (channel.count, channel.mode, channel.gate, channel.bcd));
+        if pit(self) != pit(other) {
+            return Some("PIT".to_owned());
+        }
         (self.devices != other.devices).then(|| "devices".to_owned())
     }
 

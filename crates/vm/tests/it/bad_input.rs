@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use types::manifest::HeadError;
+use types::manifest::{HeadError, ManifestError};
 use types::profile::Difference;
 use types::unit::MemorySizeError;
 use types::{Digest, GuestAddress, Head, MemorySize, RegionKind};
@@ -194,6 +194,25 @@ fn foreign_and_future_images_are_refused_before_anything_is_allocated() {
     assert!(matches!(error, LoadErrorKind::Layout(_)), "{error}");
 }
 
+/// The sum of the regions and where they start are right; how large each is, is not.
+#[test]
+fn regions_of_the_right_sum_and_the_wrong_sizes_are_refused() {
+    let host = host();
+    if host.check_memory(MemorySize::from_mib(4096).unwrap()).is_err() {
+        println!("skipped: this host has less than 4 GiB");
+        return;
+    }
+    let saved = Saved::new(&host);
+    let region = |start: u64, gib: u32| {
+        let map = types::ExtentMap::from_data(gib << 14, &[], types::LayerIndex(0));
+        let digests = vec![Digest::ZERO_CONTENT; (gib << 14) as usize];
+        let hash_pages = types::manifest::hash_page_digests(&digests);
+        types::RegionHead { kind: RegionKind::Ram(GuestAddress(start)), map, hash_pages }
+    };
+    let error = kind(saved.load(&host, &saved.with_head(|head| head.regions = vec![region(0, 1), region(4 << 30, 3)])));
+    assert!(matches!(error, LoadErrorKind::Layout(_)), "{error}");
+}
+
 #[test]
 fn a_machine_state_that_lies_is_refused() {
     let host = host();
@@ -239,7 +258,10 @@ fn zeros_that_are_none_are_refused() {
     let frame = head.encode().unwrap();
     let patched = Saved { bytes, directory: tempfile::tempdir().unwrap(), path: saved.path.clone(), digest: saved.digest };
     let error = kind(patched.load(&host, &patched.with_head_bytes(&frame)));
-    assert!(matches!(error, LoadErrorKind::NotZero { region: 0, extent } if extent.0 == 63), "{error}");
+    assert!(
+        matches!(error, LoadErrorKind::Manifest(ManifestError::NotZero { region: 0, extent }) if extent.0 == 63),
+        "{error}"
+    );
     // Without the head's consent it is a damaged hash page.
     let error = kind(patched.load(&host, &patched.bytes.clone()));
     assert!(matches!(error, LoadErrorKind::HashPage { region: 0, page: 0, .. }), "{error}");

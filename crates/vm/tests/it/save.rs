@@ -6,8 +6,10 @@ use std::process::{Command as Process, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use types::PageIndex;
 use vm::harness::{all_memory, child, child_at_rest, class, count, held, host, parent, seed};
-use vm::image::{SaveError, load, save};
+use vm::image::load::LoadErrorKind;
+use vm::image::{LoadError, SaveError, load, load_branch, save, save_branch};
 use vm::probe::{self, Probe};
 use vm::{Host, Image};
 
@@ -69,6 +71,68 @@ fn a_branch_is_saved_whole_and_names_its_parents() {
     assert_eq!(Probe::of(&child).verify(types::PageIndex(first.0 + 100), 600, 3).unwrap(), None);
 }
 
+/// The size of a branch on disk is its touched extents; what it shares with its base is shared again when it is loaded.
+#[test]
+fn a_branch_saved_upon_its_base_is_as_large_as_what_was_touched() {
+    let host = host();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let first = probe::first_work_page();
+    let base = image_with(&host, 64, 8000, 3);
+    let mut machine = child(&host, &base);
+    Probe::of(&machine).fill(first, 100, 4).unwrap();
+    Probe::of(&machine).fill(PageIndex(first.0 + 9000), 20, 5).unwrap();
+    let frozen = machine.freeze(&host).unwrap();
+    let branch = frozen.image;
+    assert!(matches!(save_branch(&branch, &base, &path("early"), quiet), Err(SaveError::UnsavedBase)));
+    save(&base, &path("base"), quiet).unwrap();
+    let saved = save_branch(&branch, &base, &path("branch"), quiet).unwrap();
+    let touched_bytes = frozen.report.copied_extents * types::EXTENT_SIZE;
+    assert!(saved.written_bytes <= touched_bytes, "{} bytes written for {touched_bytes} touched", saved.written_bytes);
+    assert!(saved.written_bytes >= 120 * 4096, "{} bytes cannot hold 120 pages", saved.written_bytes);
+    let on_disk = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path("branch")).unwrap()) * 512;
+    assert!(on_disk <= touched_bytes + (256 << 10), "{on_disk} bytes on disk for {touched_bytes} touched");
+    // It is the same image as when it is saved whole.
+    assert_eq!(save(&branch, &path("whole"), quiet).unwrap().digest, saved.digest);
+    drop((base, machine, branch));
+
+    let kind = |result: Result<Arc<Image>, LoadError>| *result.unwrap_err().kind;
+    assert!(matches!(kind(load(&host, &path("branch"), quiet)), LoadErrorKind::NeedsBase { .. }));
+    let other = image_with(&host, 64, 10, 1);
+    assert!(matches!(kind(load_branch(&host, &other, &path("branch"), quiet)), LoadErrorKind::OtherBase { .. }));
+    let base = load(&host, &path("base"), quiet).unwrap();
+    let loaded = load_branch(&host, &base, &path("branch"), quiet).unwrap();
+    assert_eq!(loaded.digest(), Some(saved.digest));
+    assert!(loaded.own_bytes().unwrap() <= touched_bytes, "what is in the base takes memory again");
+    let child = child(&host, &loaded);
+    assert_eq!(Probe::of(&child).verify(first, 100, 4).unwrap(), None);
+    assert_eq!(Probe::of(&child).verify(PageIndex(first.0 + 100), 7900, 3).unwrap(), None);
+    assert_eq!(Probe::of(&child).verify(PageIndex(first.0 + 9000), 20, 5).unwrap(), None);
+
+    // The list of what the file has is covered by no digest: whatever it says, no wrong byte is loaded.
+    let file = fs::read(path("branch")).unwrap();
+    let bits_at = 4096 + (64 << 10) + 32 * 1024;
+    assert!(file[bits_at..bits_at + 128].iter().any(|byte| *byte != 0));
+    let mut dice = fastrand::Rng::with_seed(seed());
+    for round in 0..count(30, 300) {
+        let mut lying = file.clone();
+        match round {
+            0 => lying[bits_at..bits_at + 128].fill(0),
+            1 => lying[bits_at..bits_at + 128].fill(0xFF),
+            _ => lying[bits_at + dice.usize(0..128)] ^= 1 << dice.u32(0..8),
+        }
+        fs::write(path("lying"), &lying).unwrap();
+        match load_branch(&host, &base, &path("lying"), quiet) {
+            Ok(image) => {
+                let child = vm::harness::child(&host, &image);
+                assert_eq!(Probe::of(&child).verify(first, 100, 4).unwrap(), None);
+                assert_eq!(Probe::of(&child).verify(PageIndex(first.0 + 100), 7900, 3).unwrap(), None);
+            }
+            Err(error) => assert!(!error.remedy().is_empty(), "{error}"),
+        }
+    }
+}
+
 #[test]
 fn a_save_that_fails_leaves_the_old_image_and_nothing_else() {
     let host = host();
@@ -88,6 +152,12 @@ fn a_save_that_fails_leaves_the_old_image_and_nothing_else() {
     let armed = vm::failpoint::arm("save.write", 0, 5);
     assert!(matches!(save(&new, &path, quiet).unwrap_err(), SaveError::Io { .. }));
     drop(armed);
+    // After the renaming only the directory can fail, and the error says what is there.
+    let armed = vm::failpoint::arm("save.sync", 1, 5);
+    let error = save(&new, &path, quiet).unwrap_err();
+    drop(armed);
+    assert!(error.to_string().contains("the image is there"), "{error}");
+    assert_eq!(load(&host, &path, quiet).unwrap().digest(), new.digest());
     assert_ne!(save(&new, &path, quiet).unwrap().digest, old);
 }
 
@@ -137,6 +207,8 @@ fn victim_of_the_kill_test() {
         for image in &images {
             save(image, Path::new(&path), quiet).unwrap();
         }
+        // From here on a kill meets a save.
+        fs::write(format!("{path}.ready"), b"").unwrap();
     }
 }
 
@@ -146,8 +218,11 @@ fn a_process_killed_while_it_saves_leaves_a_whole_image() {
     let mut dice = fastrand::Rng::with_seed(seed());
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("image");
-    let rounds = count(5, 100);
+    let rounds = count(8, 100);
+    let ready = directory.path().join("image.ready");
+    let mut met_a_save = 0;
     for round in 0..rounds {
+        fs::remove_file(&ready).unwrap_or_default();
         let mut victim = Process::new(std::env::current_exe().unwrap())
             .args(["--exact", "save::victim_of_the_kill_test"])
             .env(VICTIM, &path)
@@ -156,11 +231,11 @@ fn a_process_killed_while_it_saves_leaves_a_whole_image() {
             .spawn()
             .unwrap();
         let started = std::time::Instant::now();
-        while !path.exists() {
+        while !ready.exists() {
             assert!(started.elapsed() < Duration::from_secs(60), "the victim does not save");
             std::thread::sleep(Duration::from_millis(5));
         }
-        std::thread::sleep(Duration::from_micros(dice.u64(0..60_000)));
+        std::thread::sleep(Duration::from_micros(dice.u64(0..20_000)));
         victim.kill().unwrap();
         victim.wait().unwrap();
         let loaded = load(&host, &path, quiet).unwrap_or_else(|error| panic!("round {round}: {error}"));
@@ -170,9 +245,16 @@ fn a_process_killed_while_it_saves_leaves_a_whole_image() {
             || Probe::of(&child).verify(first, 400, 2).unwrap().is_none();
         assert!(whole, "round {round}: a mixture was loaded");
         for entry in fs::read_dir(directory.path()).unwrap() {
-            let name = entry.unwrap().file_name().into_string().unwrap();
-            assert!(name == "image" || (name.starts_with(".image.") && name.ends_with(".tmp")), "{name} was left behind");
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            if name.starts_with(".image.") && name.ends_with(".tmp") {
+                met_a_save += 1;
+                fs::remove_file(entry.path()).unwrap();
+            } else {
+                assert!(name == "image" || name == "image.ready", "{name} was left behind");
+            }
         }
     }
-    held("kills in the middle of a save, each with a whole image after it", rounds);
+    assert!(met_a_save > 0, "none of {rounds} kills met a save");
+    held("kills in the middle of a save, each with a whole image after it", met_a_save);
 }

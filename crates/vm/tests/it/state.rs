@@ -1,8 +1,9 @@
 //! What survives freeze and fork beside memory: registers, vectors, MSRs, timers, interrupts, clocks, devices.
 
+use types::GuestAddress;
 use vm::harness::{child, child_at_rest, class, count, held, host, parent, seed};
 use vm::machine::Machine;
-use vm::probe::{Command, MESSAGE_VECTOR, PATIENCE, Probe};
+use vm::probe::{Command, Fault, MESSAGE_VECTOR, PATIENCE, Probe};
 
 fn vector_bytes() -> u64 {
     if std::arch::is_x86_feature_detected!("avx") { 32 } else { 16 }
@@ -31,7 +32,7 @@ fn general_and_vector_registers_survive_in_every_child() {
         wait_until_held(&parent, vcpu);
     }
     let image = parent.freeze(&host).unwrap().image;
-    let children = count(5, 100);
+    let children = count(5, 1000);
     for n in 0..children {
         let child = child(&host, &image);
         for vcpu in 0..usize::from(vcpus) {
@@ -71,6 +72,11 @@ fn every_register_that_kvm_shows_is_restored() {
     let mut parent = parent(&host, class(4, 2));
     // Values that no default has: LSTAR, KERNEL_GS_BASE, TSC_AUX, PAT.
     let msrs = [(0xC000_0082, 0x1234_5000), (0xC000_0102, 0x7FFF_1234_5000), (0xC000_0103, 3), (0x277, 0x0007_0406_0007_0406)];
+    // An entry of the IOAPIC: its register select and window, written by the guest.
+    let fresh = parent.freeze(&host).unwrap().image;
+    for at in [0xFEC0_0000, 0xFEC0_0010] {
+        Probe::of(&parent).call(Command::Fault(Fault::Write(GuestAddress(at)))).unwrap();
+    }
     parent.pause().unwrap();
     for (index, value) in msrs {
         parent.set_msr(index, value);
@@ -78,6 +84,8 @@ fn every_register_that_kvm_shows_is_restored() {
     let image = parent.freeze(&host).unwrap().image;
     let child = child_at_rest(&host, &image);
     assert_eq!(child.state_difference(&host, &image).unwrap(), None);
+    let other = child_at_rest(&host, &fresh).state_difference(&host, &image).unwrap();
+    assert!(other.is_some(), "a changed IOAPIC and changed registers go unnoticed");
     child.set_msr(0xC000_0102, 0x1000);
     let difference = child.state_difference(&host, &image).unwrap();
     assert!(difference.is_some_and(|what| what.contains("0xc0000102")), "a changed MSR goes unnoticed");
@@ -119,7 +127,8 @@ fn an_interrupt_that_was_pending_is_delivered_once_in_each_child() {
     parent.interrupt(MESSAGE_VECTOR).unwrap();
     assert_eq!(Probe::of(&parent).messages().unwrap(), 0);
     let image = parent.freeze(&host).unwrap().image;
-    for n in 0..count(5, 100) {
+    let children = count(5, 1000);
+    for n in 0..children {
         let child = child(&host, &image);
         Probe::of(&child).call(Command::Spin { rounds: Some(1000) }).unwrap();
         assert_eq!(Probe::of(&child).messages().unwrap(), 1, "child {n}");
@@ -127,6 +136,7 @@ fn an_interrupt_that_was_pending_is_delivered_once_in_each_child() {
     parent.resume();
     Probe::of(&parent).call(Command::Spin { rounds: Some(1000) }).unwrap();
     assert_eq!(Probe::of(&parent).messages().unwrap(), 1, "the parent");
+    held("children with the interrupt that was pending", children);
 }
 
 #[test]
