@@ -50,7 +50,8 @@ fix: setup-build ## format, and apply what clippy can
 audit: setup-build ## cargo-deny: bans, licences, sources, and advisories where their database can be reached
 	@command -v cargo-deny >/dev/null || cargo install --locked --version $(DENY_VERSION) cargo-deny
 	cargo deny --all-features check bans licenses sources
-	@cargo deny --all-features check advisories || echo "advisories: NOT CHECKED if the lines above say that the database could not be fetched"
+	@if cargo deny fetch db; then cargo deny --all-features check advisories; \
+	else echo "advisories: NOT CHECKED: their database cannot be fetched from here"; fi
 
 fuzz: setup-build ## fuzz every parser of bytes from outside for FUZZ_SECONDS each, starting from the corpora in fuzz/corpus
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) ./fuzz/run.sh

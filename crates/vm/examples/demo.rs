@@ -1,17 +1,18 @@
 //! `make demo`: a warm parent is frozen, 100 children are forked from it in this process, and each proves with its own
-//! instructions that its memory is the image's, while the parent and its siblings write over theirs.
+//! instructions that every page that the guest has for work is as it was, while the parent writes over its own without pause
+//! and each sibling has written over its.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use types::{ExitCode as Code, MachineId, MemorySize};
+use types::{ExitCode as Code, MachineId, MemorySize, PAGE_SIZE, PageIndex};
 use uuid::Uuid;
 use vm::probe::{self, Command, PATIENCE, Probe};
 use vm::{Class, Host, Machine, Shell};
 
 const CHILDREN: usize = 100;
-const MEMORY_MIB: u64 = 512;
+const MEMORY_MIB: u64 = 64;
 const PARENT_EPOCH: u64 = 1;
 
 fn main() -> ExitCode {
@@ -44,6 +45,8 @@ fn run() -> Result<(), Failure> {
     let mut parent = or_fail!(probe::boot(&host, class, new_id()));
     parent.resume();
     let (first, pages) = (probe::first_work_page(), 4096);
+    let untouched = PageIndex(first.0 + pages);
+    let untouched_count = probe::work_pages(memory) - pages;
     Probe::of(&parent).fill(first, pages, PARENT_EPOCH).map_err(broken)?;
     println!("parent    {memory}, {} MiB of it written, booted in {}", pages >> 8, ms(started.elapsed()));
 
@@ -59,8 +62,8 @@ fn run() -> Result<(), Failure> {
     }
     println!("shells    {CHILDREN} built ahead in {}", ms(started.elapsed()));
 
-    // From here on each vCPU of the parent writes over everything that the children have inherited.
-    Probe::of(&parent).fill(first, pages, 1000).map_err(broken)?;
+    // From here on the parent writes over everything that its children inherit, over and over.
+    let writing = Probe::of(&parent).post(Command::Epochs { first, count: pages }).map_err(broken)?;
     let mut children: Vec<Machine> = Vec::with_capacity(CHILDREN);
     let mut stages = Stages::default();
     let all = Instant::now();
@@ -80,6 +83,7 @@ fn run() -> Result<(), Failure> {
     println!("          restore state  {}", stages.row(|stages| &mut stages.restore));
     println!("          fork to first  {}", stages.row(|stages| &mut stages.first));
 
+    let zero_sum = probe::checksum(&vec![0; usize::try_from(untouched_count * PAGE_SIZE).unwrap_or(0)]);
     let mut identities = std::collections::BTreeSet::new();
     for (done, child) in children.iter().enumerate() {
         progress("verify", done);
@@ -90,12 +94,22 @@ fn run() -> Result<(), Failure> {
                 "report it as a bug".to_owned(),
             ));
         }
-        // Writes all that it inherited, so that whoever comes next would see it if anything were shared.
+        let zeros = Command::Checksum { first: untouched, count: untouched_count };
+        if probe.call(zeros).map_err(broken)?[0] != zero_sum {
+            return Err((
+                format!("a page of child {done} that was never written is not zero"),
+                "report it as a bug".to_owned(),
+            ));
+        }
+        // Writes over part of it, so that whoever comes next would see it if anything were shared.
         probe.fill(first, pages / 16, 2000 + done as u64).map_err(broken)?;
+        probe.fill(untouched, 16, 3000 + done as u64).map_err(broken)?;
         identities.insert(probe.who().map_err(broken)?);
-        probe.call(Command::Ping).map_err(broken)?;
     }
-    println!("verify    {CHILDREN} children have {pages} pages as at the freeze, and {} identities", identities.len());
+    let all_pages = pages + untouched_count;
+    println!("verify    {CHILDREN} children have all {all_pages} pages as at the freeze, and {} identities", identities.len());
+    let [epochs, ..] = Probe::of(&parent).stop(writing).map_err(broken)?;
+    println!("parent    has written over its memory {epochs} times meanwhile");
 
     let started = Instant::now();
     let branched = or_fail!(children[0].freeze(&host));

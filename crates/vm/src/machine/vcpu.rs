@@ -15,10 +15,6 @@ use crate::sys::kvm::internal_error;
 
 const STACK_SIZE: usize = 256 << 10;
 
-/// Guests get about a tenth of the CPU time of those who control them, if both want it (the weight of this niceness is 110 to
-/// 1,024), so that a guest that computes cannot keep a freeze or a fork waiting.
-const NICENESS: i32 = 10;
-
 /// What a vCPU thread needs.
 pub(crate) struct Seat {
     pub(crate) index: usize,
@@ -65,8 +61,6 @@ impl Seat {
         let _leaving = Leaving { monitor: &self.monitor, index: self.index };
         let kicker = self.monitor.kicker(self.index);
         kicker.adopt_this_thread();
-        // Refused to nobody: it only ever lowers the priority.
-        rustix::process::setpriority_process(None, NICENESS).unwrap_or_default();
         self.finish_exit(&mut self.vcpu.lock().unwrap_or_else(PoisonError::into_inner));
         let mut first = true;
         let mut kicked_at = None;

@@ -49,17 +49,17 @@ impl Turn {
     /// The instant. The vCPUs of the machine whose memory it is are at rest; while they run, their page faults would keep the
     /// calls below waiting.
     pub(crate) fn start(self, memory: &GuestMemory, jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
-        for job in jobs {
-            let inside = memory.slots().iter().any(|(_, slot)| {
-                let start = slot.start().0;
-                start <= job.from.0 && job.from.0 + job.len <= start + slot.len()
-            });
-            assert!(inside, "a copy job lies within one slot");
+        let slot_of = |job: &CopyJob<'_>| {
+            let slot = memory.slots().iter().map(|(_, slot)| slot).find(|slot| slot.contains(job.from, job.len));
+            slot.expect("a copy job lies within one slot")
+        };
+        // No more than what is copied: `clone` copies the entries of clean pages too, and a guest may have read all its RAM.
+        let inherited = jobs.iter().try_for_each(|job| slot_of(job).let_inherit(job.from, job.len));
+        let copier = inherited.and_then(|()| clone_copier(jobs));
+        for (_, slot) in memory.slots() {
+            // If this fails, later processes of ours inherit page tables that they do not use: slower, not wrong.
+            slot.let_inherit_nothing().unwrap_or_default();
         }
-        let inherit = |on| memory.slots().iter().try_for_each(|(_, slot)| slot.set_inherited(on));
-        let copier = inherit(true).and_then(|()| clone_copier(jobs));
-        // If this fails, later processes of ours inherit page tables that they do not use: slower, not wrong.
-        inherit(false).unwrap_or_default();
         copier
     }
 }

@@ -89,9 +89,9 @@ impl Slot {
     pub(crate) fn map<'fd>(&mut self, pieces: impl IntoIterator<Item = Piece<'fd>>) -> io::Result<()> {
         self.place(pieces)?;
         // Not inherited by processes that this one starts: only the copier of this machine wants it, and asks for it.
-        self.advise(Advice::LinuxDontFork)?;
+        self.advise(self.range.clone(), Advice::LinuxDontFork)?;
         // One written byte of a zero run must stay one page, not become 2 MiB.
-        self.advise(Advice::LinuxNoHugepage)
+        self.advise(self.range.clone(), Advice::LinuxNoHugepage)
     }
 
     /// The mappings of [`Slot::map`], without advice to the kernel.
@@ -133,15 +133,26 @@ impl Slot {
         Ok(())
     }
 
-    /// Whether a process forked from this one gets a copy of the slot's page tables.
-    pub(crate) fn set_inherited(&self, inherited: bool) -> io::Result<()> {
-        self.advise(if inherited { Advice::LinuxDoFork } else { Advice::LinuxDontFork })
+    /// Lets a process forked from this one have the page tables of `len` bytes from `from` on.
+    pub(super) fn let_inherit(&self, from: HostAddress, len: usize) -> io::Result<()> {
+        assert!(self.contains(from, len));
+        self.advise(from.0..from.0 + len, Advice::LinuxDoFork)
     }
 
-    fn advise(&self, advice: Advice) -> io::Result<()> {
+    /// Takes back every [`Slot::let_inherit`].
+    pub(super) fn let_inherit_nothing(&self) -> io::Result<()> {
+        self.advise(self.range.clone(), Advice::LinuxDontFork)
+    }
+
+    /// Whether all of these bytes are the slot's.
+    pub(super) fn contains(&self, from: HostAddress, len: usize) -> bool {
+        self.range.start <= from.0 && from.0.checked_add(len).is_some_and(|end| end <= self.range.end)
+    }
+
+    fn advise(&self, bytes: Range<usize>, advice: Advice) -> io::Result<()> {
         // SAFETY: the range is owned and mapped by this slot, and none of the advices used above changes its content. (Errors:
         // NOHUGEPAGE is unknown to kernels without huge pages, which is as good.)
-        match unsafe { rustix::mm::madvise(self.range.start as *mut _, self.len(), advice) } {
+        match unsafe { rustix::mm::madvise(bytes.start as *mut _, bytes.len(), advice) } {
             Err(rustix::io::Errno::INVAL) if matches!(advice, Advice::LinuxNoHugepage) => Ok(()),
             result => Ok(result?),
         }
