@@ -322,6 +322,44 @@ fn a_load_without_memory_leaves_nothing() {
     assert!(load(&host, &saved.path, quiet).is_ok());
 }
 
+/// Runs only as the child process of the test below, as a user who may not open the device.
+#[test]
+fn stranger_who_opens_the_host() {
+    if std::env::var_os("FARFORK_TEST_STRANGER").is_some() {
+        let error = Host::open().unwrap_err();
+        assert!(matches!(error, HostError::Forbidden { path: "/dev/kvm" }), "{error}");
+        assert_eq!(error.to_string(), "/dev/kvm may not be opened by this user");
+        assert!(error.remedy().contains("group that owns it"));
+        println!("was refused");
+    }
+}
+
+#[test]
+fn a_user_without_permission_is_told_what_to_do() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let mode = fs::metadata("/dev/kvm").unwrap().permissions().mode();
+    if !rustix::process::geteuid().is_root() || mode & 0o006 != 0 {
+        println!("skipped: becoming a user who may not open /dev/kvm needs root, and a device that is not for all");
+        return;
+    }
+    // A copy that the stranger can reach, wherever the build directory is.
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let binary = directory.path().join("tests");
+    fs::copy(std::env::current_exe().unwrap(), &binary).unwrap();
+    let output = std::process::Command::new(&binary)
+        .args(["--exact", "bad_input::stranger_who_opens_the_host", "--nocapture"])
+        .env("FARFORK_TEST_STRANGER", "1")
+        .current_dir("/")
+        .gid(65534)
+        .uid(65534)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("was refused"), "{text}");
+}
+
 #[test]
 fn sizes_that_no_machine_has_are_refused() {
     assert_eq!(MemorySize::from_mib(0).unwrap_err(), MemorySizeError::Zero);
