@@ -14,11 +14,12 @@ use types::{GuestAddress, MachineId, MemorySize, PAGE_SIZE, PageIndex};
 use uuid::Uuid;
 
 use crate::Host;
+use crate::class::{Class, RamLayout};
 use crate::failpoint;
 use crate::image::{self, Image};
 use crate::machine::Machine;
 use crate::probe::{self, Probe};
-use crate::shell::{Class, Shell};
+use crate::shell::Shell;
 use crate::sys::kvm::set_read_only_slot;
 
 /// The number of rounds: `quick` in `make test`, `full` in `make soak`.
@@ -112,7 +113,7 @@ pub fn child(host: &Host, image: &Arc<Image>) -> Machine {
 #[must_use]
 pub fn all_memory(machine: &Machine) -> Vec<u8> {
     let mut all = Vec::new();
-    for (start, len) in crate::shell::RamLayout::of(machine.class().memory()).regions() {
+    for (start, len) in RamLayout::of(machine.class().memory()).regions() {
         let at = all.len();
         all.resize(at + usize::try_from(len).expect("64-bit"), 0);
         machine.memory().read(start, &mut all[at..]).expect("RAM");

@@ -35,6 +35,7 @@ macro_rules! failpoint {
     };
 }
 
+pub mod class;
 pub mod device;
 #[cfg(feature = "testing")]
 pub mod failpoint;
@@ -49,10 +50,11 @@ pub mod probe;
 pub mod shell;
 mod sys;
 
+pub use class::Class;
 pub use host::{Host, HostError};
 pub use image::Image;
 pub use machine::{Ended, Machine};
-pub use shell::{Class, Shell};
+pub use shell::Shell;
 #[cfg(feature = "bare")]
 pub use sys::bare;
 pub use sys::guest_memory::{GuestMemory, GuestMemoryError};

@@ -5,92 +5,29 @@
 //! each slot costs 7 ms. The slots' address ranges are left unmapped.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use thiserror::Error;
-use types::{GuestAddress, MachineId, MemorySize, RegionKind};
+use types::{GuestAddress, MachineId, MemorySize};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::class::{Class, RamLayout};
 use crate::device::Bus;
 use crate::device::serial::{self, Console, Serial};
-use crate::host::{Host, HostError};
+use crate::host::Host;
 use crate::image::Image;
-use crate::machine::monitor::Monitor;
+pub use crate::machine::frame::BuildError;
+use crate::machine::frame::{Frame, os_step, step};
 use crate::machine::state::{self, StateError};
-use crate::machine::vcpu::{self, Seat};
-use crate::machine::{Backing, Machine};
+use crate::machine::{Backing, ForkStages, Machine};
 use crate::sys::guest_memory::GuestMemory;
-use crate::sys::kvm::{Kicker, from_errno, set_memory_slot};
+use crate::sys::kvm::set_memory_slot;
 use crate::sys::slot::{Content, Piece, Slot};
 
-/// Guest RAM leaves this range free for the interrupt controllers' registers and devices to come.
-const GAP_START: u64 = 3 << 30;
-const GAP_END: u64 = 4 << 30;
 /// Three pages that VMX needs and no guest uses, just below the BIOS area.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
-
-/// What a shell must have in common with an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Class {
-    memory: MemorySize,
-    vcpu_count: u8,
-}
-
-impl Class {
-    /// The most vCPUs: the state of eight fits a manifest head even with every vector register in use.
-    pub const VCPUS_MAX: u8 = 8;
-
-    /// Checks the number of vCPUs.
-    ///
-    /// # Errors
-    /// [`BuildError::VcpuCount`].
-    pub fn new(memory: MemorySize, vcpu_count: u8) -> Result<Self, BuildError> {
-        if (1..=Self::VCPUS_MAX).contains(&vcpu_count) {
-            Ok(Self { memory, vcpu_count })
-        } else {
-            Err(BuildError::VcpuCount { asked: vcpu_count })
-        }
-    }
-
-    /// Guest RAM.
-    #[must_use]
-    pub fn memory(&self) -> MemorySize {
-        self.memory
-    }
-
-    /// Number of virtual CPUs.
-    #[must_use]
-    pub fn vcpu_count(&self) -> u8 {
-        self.vcpu_count
-    }
-}
-
-/// Where a machine's RAM lies in its address space: below the gap, and what does not fit there above it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RamLayout {
-    low_bytes: u64,
-    high_bytes: u64,
-}
-
-impl RamLayout {
-    pub(crate) fn of(memory: MemorySize) -> Self {
-        let low_bytes = memory.bytes().min(GAP_START);
-        Self { low_bytes, high_bytes: memory.bytes() - low_bytes }
-    }
-
-    /// Start and size of each region.
-    pub(crate) fn regions(&self) -> impl Iterator<Item = (GuestAddress, u64)> + use<> {
-        [(GuestAddress(0), self.low_bytes), (GuestAddress(GAP_END), self.high_bytes)].into_iter().filter(|(_, len)| *len > 0)
-    }
-
-    pub(crate) fn contains(&self, at: GuestAddress) -> bool {
-        self.regions().any(|(start, len)| at >= start && at.0 - start.0 < len)
-    }
-}
 
 /// A machine without memory and without state. See the module.
 #[derive(Debug)]
@@ -99,47 +36,6 @@ pub struct Shell {
     pub(crate) frame: Frame,
     slots: Vec<(GuestAddress, Slot)>,
     class: Class,
-}
-
-/// The part of a machine that is KVM's: VM, vCPUs and their threads, devices.
-#[derive(Debug)]
-pub(crate) struct Frame {
-    threads: Vec<JoinHandle<()>>,
-    pub(crate) monitor: Arc<Monitor>,
-    pub(crate) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    pub(crate) vm: VmFd,
-    pub(crate) bus: Arc<Mutex<Bus>>,
-    pub(crate) console: Console,
-}
-
-/// Why no shell could be built.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-#[expect(missing_docs, reason = "each message says what its fields are")]
-pub enum BuildError {
-    #[error("{asked} virtual CPUs where a machine has 1 to 8")]
-    VcpuCount { asked: u8 },
-    #[error(transparent)]
-    Host(#[from] HostError),
-    #[error("{step} failed: {source}")]
-    Step { step: &'static str, source: io::Error },
-}
-
-impl BuildError {
-    /// What to do about it, in one line.
-    #[must_use]
-    pub fn remedy(&self) -> &'static str {
-        match self {
-            Self::VcpuCount { .. } => "ask for 1 to 8",
-            Self::Host(error) => error.remedy(),
-            Self::Step { source, .. } => match source.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE) => "raise the limit on open files (ulimit -n, fs.file-max)",
-                Some(libc::ENOMEM) => "end other machines, or ask for less memory",
-                Some(libc::EAGAIN) => "raise the limits on processes and threads (ulimit -u, pids.max)",
-                _ => "look for its cause in the kernel log",
-            },
-        }
-    }
 }
 
 /// Why an image could not be forked.
@@ -173,23 +69,14 @@ impl ForkError {
     }
 }
 
-/// How long the steps of a fork took.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ForkStages {
-    /// Mapping the image's runs.
-    pub map: Duration,
-    /// Restoring registers and devices, and writing the identity.
-    pub restore: Duration,
-}
-
 impl Shell {
     /// Builds a shell.
     ///
     /// # Errors
     /// [`BuildError`]; nothing is left behind.
     pub fn build(host: &Host, class: Class) -> Result<Self, BuildError> {
-        host.check_memory(class.memory)?;
-        let ram = RamLayout::of(class.memory);
+        host.check_memory(class.memory())?;
+        let ram = RamLayout::of(class.memory());
         // Named before the VM, so dropped after it.
         let mut slots = Vec::with_capacity(2);
         let vm = host.kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
@@ -226,10 +113,10 @@ impl Shell {
         let class = image.class();
         if class != self.class {
             return Err(ForkError::OtherClass {
-                image_memory: class.memory,
-                image_vcpus: class.vcpu_count,
-                shell_memory: self.class.memory,
-                shell_vcpus: self.class.vcpu_count,
+                image_memory: class.memory(),
+                image_vcpus: class.vcpu_count(),
+                shell_memory: self.class.memory(),
+                shell_vcpus: self.class.vcpu_count(),
             });
         }
         let started = Instant::now();
@@ -273,100 +160,5 @@ impl Shell {
         let written = machine.set_identity_page(identity_page);
         written.map_err(|error| BuildError::Step { step: "writing the identity", source: io::Error::other(error) })?;
         Ok(machine)
-    }
-}
-
-impl Frame {
-    fn start(
-        host: &Host,
-        class: Class,
-        ram: RamLayout,
-        vm: VmFd,
-        bus: Arc<Mutex<Bus>>,
-        console: Console,
-    ) -> Result<Self, BuildError> {
-        let mut vcpus = Vec::with_capacity(usize::from(class.vcpu_count));
-        let mut kickers = Vec::with_capacity(usize::from(class.vcpu_count));
-        for index in 0..class.vcpu_count {
-            let vcpu = vm.create_vcpu(u64::from(index)).map_err(step("KVM_CREATE_VCPU"))?;
-            vcpu.set_cpuid2(&cpuid_of(&host.cpuid, index)).map_err(step("KVM_SET_CPUID2"))?;
-            kickers.push(Kicker::new(&vcpu).map_err(|source| BuildError::Step { step: "mapping the run page", source })?);
-            vcpus.push(Arc::new(Mutex::new(vcpu)));
-        }
-        let monitor = Arc::new(Monitor::new(kickers));
-        // From here on dropping the frame ends the threads that were started.
-        let mut frame = Self { threads: Vec::with_capacity(vcpus.len()), monitor, vcpus, vm, bus, console };
-        for index in 0..frame.vcpus.len() {
-            let seat = Seat {
-                index,
-                vcpu: Arc::clone(&frame.vcpus[index]),
-                monitor: Arc::clone(&frame.monitor),
-                bus: Arc::clone(&frame.bus),
-                ram,
-            };
-            let thread = vcpu::spawn(seat).map_err(|source| BuildError::Step { step: "starting a vCPU thread", source })?;
-            frame.threads.push(thread);
-        }
-        frame.monitor.wait_for_start();
-        Ok(frame)
-    }
-
-    /// Locks a vCPU's descriptor. Its thread holds the lock while the guest runs, so callers have paused it.
-    pub(crate) fn vcpu(&self, index: usize) -> std::sync::MutexGuard<'_, VcpuFd> {
-        self.vcpus[index].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Frame {
-    fn drop(&mut self) {
-        self.monitor.stop();
-        for thread in self.threads.drain(..) {
-            // A vCPU thread that panicked has printed why; the machine is going away all the same.
-            thread.join().unwrap_or_default();
-        }
-    }
-}
-
-/// The CPUID entries of one vCPU: KVM's, with its own APIC id (Intel SDM volume 2, leaves 1, 0xB and 0x1F).
-fn cpuid_of(host: &CpuId, index: u8) -> CpuId {
-    let mut cpuid = host.clone();
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            1 => entry.ebx = entry.ebx & 0x00FF_FFFF | u32::from(index) << 24,
-            0xB | 0x1F => entry.edx = u32::from(index),
-            _ => {}
-        }
-    }
-    cpuid
-}
-
-/// The regions that RAM of this size consists of, and their sizes.
-pub(crate) fn ram_regions(memory: MemorySize) -> Vec<(RegionKind, u64)> {
-    RamLayout::of(memory).regions().map(|(start, len)| (RegionKind::Ram(start), len)).collect()
-}
-
-pub(crate) fn step(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> BuildError {
-    move |error| BuildError::Step { step, source: from_errno(error) }
-}
-
-fn os_step(step: &'static str) -> impl Fn(io::Error) -> BuildError {
-    move |source| BuildError::Step { step, source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ram_leaves_the_gap_free() {
-        let regions = |gib: u64| -> Vec<_> { RamLayout::of(MemorySize::from_mib(gib << 10).unwrap()).regions().collect() };
-        assert_eq!(regions(3), [(GuestAddress(0), 3 << 30)]);
-        assert_eq!(regions(4), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]);
-        let four = RamLayout::of(MemorySize::from_mib(4096).unwrap());
-        assert!(four.contains(GuestAddress((3 << 30) - 1)));
-        assert!(!four.contains(GuestAddress(3 << 30)));
-        assert!(!four.contains(GuestAddress(0xFEE0_0000)));
-        assert!(four.contains(GuestAddress((5 << 30) - 1)));
-        assert!(!four.contains(GuestAddress(5 << 30)));
     }
 }

@@ -20,9 +20,9 @@ use uuid::Uuid;
 use super::file::{PREAMBLE_SIZE, Places, Preamble, PreambleError, VERSION};
 use super::save::{self, each_extent};
 use super::{Image, Layer, RamRegion, memfd};
+use crate::class::{Class, VcpuCountError, ram_regions};
 use crate::host::{Host, HostError, available_memory};
 use crate::machine::state::{MachineState, StateError};
-use crate::shell::{BuildError, Class, ram_regions};
 
 /// Why an image was not loaded. Nothing of it is left in memory.
 #[derive(Debug, Error)]
@@ -60,7 +60,7 @@ pub enum LoadErrorKind {
     #[error(transparent)]
     Host(#[from] HostError),
     #[error(transparent)]
-    Class(#[from] BuildError),
+    Class(#[from] VcpuCountError),
     #[error("its regions are not those of a machine with {0}")]
     Layout(MemorySize),
     #[error("its machine state has {state} vCPUs, its manifest {head}")]

@@ -13,8 +13,8 @@ use std::sync::{Arc, OnceLock};
 use types::{CpuProfile, Digest, ExtentMap, GuestAddress, ImageId, LayerIndex, RegionKind, Source};
 use uuid::Uuid;
 
+use crate::class::Class;
 use crate::machine::state::MachineState;
-use crate::shell::Class;
 use crate::sys::slot::{Content, Piece};
 
 pub mod file;

@@ -20,10 +20,10 @@ use types::{ExtentIndex, ExtentMap, LayerIndex, PageIndex, Reason, Run, Source};
 
 use super::state::{self, MachineState, StateError};
 use super::{Backing, Ended, Machine, PauseError};
+use crate::class::ram_regions;
 use crate::host::Host;
 use crate::image::memfd;
 use crate::image::{Image, Layer, RamRegion};
-use crate::shell::ram_regions;
 use crate::sys::copier::{Copier, CopyJob, Turn};
 use crate::sys::pagemap::scan_private;
 use crate::sys::slot::{Content, Piece};

@@ -1,5 +1,6 @@
 //! One machine: its vCPUs, its memory, and what that memory rests on.
 
+pub(crate) mod frame;
 pub mod freeze;
 pub(crate) mod monitor;
 pub mod state;
@@ -12,10 +13,11 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use types::{GuestAddress, MachineId};
 
+use crate::class::Class;
 use crate::device::serial::Console;
 use crate::image::Image;
-use crate::shell::{Class, ForkStages, Frame};
 use crate::sys::guest_memory::{GuestMemory, GuestMemoryError};
+use frame::Frame;
 pub use freeze::{FreezeError, FreezeReport, Freezing, Frozen};
 pub use monitor::Ended;
 
@@ -35,6 +37,15 @@ pub struct Machine {
     identity_page: Option<GuestAddress>,
     running: bool,
     pub(crate) stages: ForkStages,
+}
+
+/// How long the steps of a fork took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkStages {
+    /// Mapping the image's runs.
+    pub map: Duration,
+    /// Restoring registers and devices, and writing the identity.
+    pub restore: Duration,
 }
 
 /// What a machine's memory rests on.

@@ -11,9 +11,9 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::frame::Frame;
 use crate::device::{BadDeviceState, SavedDevice};
 use crate::host::Host;
-use crate::shell::Frame;
 use crate::sys::kvm::set_xsave;
 
 /// The version that [`MachineState::encode`] writes.
@@ -431,7 +431,7 @@ mod tests {
         };
         let state = MachineState {
             tsc_khz: u32::MAX,
-            vcpus: vec![vcpu; usize::from(crate::shell::Class::VCPUS_MAX)],
+            vcpus: vec![vcpu; usize::from(crate::class::Class::VCPUS_MAX)],
             pit: kvm_pit_state2::default(),
             clock_ns: u64::MAX,
             irqchips: IRQCHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() }).to_vec(),

@@ -9,8 +9,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use types::{GuestAddress, Reason};
 
 use super::monitor::{Ended, Monitor, Next};
+use crate::class::RamLayout;
 use crate::device::{Bus, Outcome};
-use crate::shell::RamLayout;
 use crate::sys::kvm::internal_error;
 
 const STACK_SIZE: usize = 256 << 10;

@@ -6,9 +6,11 @@ use thiserror::Error;
 use types::{GuestAddress, MachineId, MemorySize, PAGE_SIZE, PageIndex};
 
 use super::{MESSAGE_VECTOR, TIMER_VECTOR, block};
+use crate::class::Class;
 use crate::host::Host;
 use crate::machine::Machine;
-use crate::shell::{BuildError, Class, Shell, step};
+use crate::machine::frame::{BuildError, step};
+use crate::shell::Shell;
 use crate::sys::guest_memory::{GuestMemory, GuestMemoryError};
 use crate::sys::payload::{BLOCK_SIZE, IDENTITY_PAGE, KVMCLOCK, MB_VCPU, payload};
 
