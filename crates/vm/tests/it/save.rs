@@ -10,7 +10,7 @@ use types::PageIndex;
 use vm::harness::{all_memory, child, child_at_rest, class, count, held, host, parent, seed};
 use vm::image::load::LoadErrorKind;
 use vm::image::{LoadError, SaveError, load, load_branch, save, save_branch};
-use vm::probe::{self, Probe};
+use vm::probe::{self, Command, Probe};
 use vm::{Host, Image};
 
 fn image_with(host: &Host, mib: u64, pages: u64, epoch: u64) -> Arc<Image> {
@@ -131,6 +131,40 @@ fn a_branch_saved_upon_its_base_is_as_large_as_what_was_touched() {
             Err(error) => assert!(!error.remedy().is_empty(), "{error}"),
         }
     }
+}
+
+/// Sealing for the save looks for pages that somebody uses; children that fault all the time must not make it fail.
+#[test]
+fn an_image_is_saved_while_its_children_read_and_write_with_all_their_might() {
+    let host = host();
+    let directory = tempfile::tempdir().unwrap();
+    let (first, pages) = (probe::first_work_page(), 3000);
+    let rounds = count(3, 60);
+    for round in 0..rounds {
+        let mut parent = parent(&host, class(16, 1));
+        Probe::of(&parent).fill(first, pages, 1).unwrap();
+        let base = parent.freeze(&host).unwrap().image;
+        let mut machine = child(&host, &base);
+        Probe::of(&machine).fill(first, 1000, 2).unwrap();
+        let branch = machine.freeze(&host).unwrap().image;
+        let children: Vec<_> = (0..4).map(|_| child(&host, &branch)).collect();
+        let faulting: Vec<_> = (0u64..)
+            .zip(&children)
+            .map(|(seed, child)| {
+                let shuffled = Command::TouchRead { first, count: pages, stride: 1, shuffle: Some(seed) };
+                let written = Command::TouchWrite { first, count: pages, stride: 1, shuffle: true, value: seed };
+                Probe::of(child).post(if seed % 2 == 0 { shuffled } else { written }).unwrap()
+            })
+            .collect();
+        let digest = save(&branch, &directory.path().join("image"), quiet).unwrap().digest;
+        for (child, pending) in children.iter().zip(faulting) {
+            assert_eq!(Probe::of(child).wait(pending).unwrap()[1], pages, "round {round}");
+        }
+        let loaded = load(&host, &directory.path().join("image"), quiet).unwrap();
+        assert_eq!(loaded.digest(), Some(digest));
+        assert_eq!(Probe::of(&child(&host, &loaded)).verify(first, 1000, 2).unwrap(), None, "round {round}");
+    }
+    held("saves under faulting children", rounds);
 }
 
 #[test]
