@@ -125,7 +125,7 @@ fn a_damaged_image_is_refused_or_loads_as_it_was() {
     fs::write(&path, &saved.bytes).unwrap();
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     let head_end = HEAD_AT + u32::from_le_bytes(saved.bytes[12..16].try_into().unwrap()) as usize;
-    let rounds = count(400, 20_000);
+    let rounds = count(400, 5000);
     let (mut refused, mut same) = (0, 0);
     for round in 0..rounds {
         let at = match round % 4 {
@@ -230,7 +230,7 @@ fn a_machine_state_that_lies_is_refused() {
     assert!(matches!(state(&|state| state.truncate(state.len() / 2)), StateError::Malformed { .. }));
     // Whatever bytes it has: a typed refusal, or a state with which KVM is asked and may refuse.
     let mut dice = fastrand::Rng::with_seed(seed());
-    for _ in 0..count(200, 20_000) {
+    for _ in 0..count(200, 3000) {
         let bytes = saved.with_head(|head| {
             let at = dice.usize(0..head.state.len());
             head.state[at] = dice.u8(..);
