@@ -140,14 +140,14 @@ impl Machine {
         set_read_only_slot(&self.frame.vm, 0, *start, slot)
     }
 
-    /// Captures the state of a machine at rest and compares it with that of an image. `None` if nothing differs that should
+    /// Captures the state of a machine at rest and compares it with that of an image. Empty if nothing differs that should
     /// be the same: all but clocks, which go on.
     ///
     /// # Errors
     /// As a freeze.
-    pub fn state_difference(&self, host: &Host, image: &Image) -> Result<Option<String>, crate::machine::state::StateError> {
+    pub fn state_differences(&self, host: &Host, image: &Image) -> Result<Vec<String>, crate::machine::state::StateError> {
         let now = crate::machine::state::capture(host, &self.frame)?;
-        Ok(now.difference(image.state()))
+        Ok(now.differences(image.state()))
     }
 
     /// Sets an MSR of vCPU 0 while it is at rest.

@@ -145,9 +145,13 @@ impl MachineState {
         self.vcpus.len()
     }
 
-    /// The first thing in which two states differ, of what a fork keeps: all but time stamps and counters that run.
+    /// Everything in which two states differ, of what a fork keeps: all but time stamps and counters that run.
     #[cfg(feature = "testing")]
-    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
+    pub(crate) fn differences(&self, other: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        if self.vcpus.len() != other.vcpus.len() || self.irqchips.len() != other.irqchips.len() {
+            found.push("number of vCPUs or interrupt controllers".to_owned());
+        }
         for (index, (a, b)) in self.vcpus.iter().zip(&other.vcpus).enumerate() {
             let same = [
                 ("MP_STATE", a.mp_state == b.mp_state),
@@ -158,29 +162,24 @@ impl MachineState {
                 ("DEBUGREGS", a.debug_regs == b.debug_regs),
                 ("LAPIC", lapic_but_timer(&a.lapic) == lapic_but_timer(&b.lapic)),
                 ("VCPU_EVENTS", a.events == b.events),
+                ("number of MSRs", a.msrs.len() == b.msrs.len()),
             ];
-            if let Some((what, _)) = same.iter().find(|(_, same)| !same) {
-                return Some(format!("vCPU {index}: {what}"));
-            }
-            let msr = a.msrs.iter().zip(&b.msrs).find(|(a, b)| a != b && !RUNNING_MSRS.contains(&a.0));
-            if let Some((a, b)) = msr {
-                return Some(format!("vCPU {index}: MSR {:#x} is {:#x}, was {:#x}", a.0, a.1, b.1));
-            }
-        }
-        if self.vcpus.len() != other.vcpus.len() || self.irqchips.len() != other.irqchips.len() {
-            return Some("number of vCPUs or interrupt controllers".to_owned());
+            found.extend(same.iter().filter(|(_, same)| !same).map(|(what, _)| format!("vCPU {index}: {what}")));
+            let msrs = a.msrs.iter().zip(&b.msrs).filter(|(a, b)| a != b && !RUNNING_MSRS.contains(&a.0));
+            found.extend(msrs.map(|(a, b)| format!("vCPU {index}: MSR {:#x} is {:#x}, was {:#x}", a.0, a.1, b.1)));
         }
         let bytes = |chip: &kvm_irqchip| postcard::to_stdvec(chip).expect("plain data");
-        let chips = self.irqchips.iter().zip(&other.irqchips);
-        if let Some((chip, _)) = chips.into_iter().find(|(a, b)| bytes(a) != bytes(b)) {
-            return Some(format!("interrupt controller {}", chip.chip_id));
-        }
+        let chips = self.irqchips.iter().zip(&other.irqchips).filter(|(a, b)| bytes(a) != bytes(b));
+        found.extend(chips.map(|(chip, _)| format!("interrupt controller {}", chip.chip_id)));
         // Less the times at which its channels were loaded.
         let pit = |state: &Self| state.pit.channels.map(|channel| (channel.count, channel.mode, channel.gate, channel.bcd));
         if pit(self) != pit(other) {
-            return Some("PIT".to_owned());
+            found.push("PIT".to_owned());
         }
-        (self.devices != other.devices).then(|| "devices".to_owned())
+        if self.devices != other.devices {
+            found.push("devices".to_owned());
+        }
+        found
     }
 
     fn check(&self) -> Result<(), StateError> {

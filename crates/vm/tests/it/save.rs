@@ -44,7 +44,7 @@ fn a_loaded_image_is_the_saved_one() {
         memory
     };
     assert!(own(all_memory(&a)) == own(all_memory(&b)));
-    assert_eq!(b.state_difference(&host, &image).unwrap(), None);
+    assert_eq!(b.state_differences(&host, &image).unwrap(), Vec::<String>::new());
     let child = child(&host, &loaded);
     assert_eq!(Probe::of(&child).verify(probe::first_work_page(), 700, 3).unwrap(), None);
     // Saved again it is the same, bit for bit in its head.
