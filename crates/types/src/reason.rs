@@ -38,11 +38,15 @@ pub enum Reason {
     NoQuorum,
     /// The deadline passed.
     DeadlineExceeded,
+    /// The machine's worker process ended by itself (a signal, a panic), and not for lack of memory.
+    WorkerCrashed,
+    /// The machine's worker made a system call that it may not make, and the kernel killed it: its guest may have taken it over.
+    JailViolation,
 }
 
 impl Reason {
     /// Every reason, in the order of the list.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Killed,
         Self::GuestShutdown,
         Self::GuestTripleFault,
@@ -57,6 +61,8 @@ impl Reason {
         Self::OutputLost,
         Self::NoQuorum,
         Self::DeadlineExceeded,
+        Self::WorkerCrashed,
+        Self::JailViolation,
     ];
 
     /// The code that logs, CLI and API show.
@@ -77,6 +83,8 @@ impl Reason {
             Self::OutputLost => "OUTPUT_LOST",
             Self::NoQuorum => "NO_QUORUM",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::WorkerCrashed => "WORKER_CRASHED",
+            Self::JailViolation => "JAIL_VIOLATION",
         }
     }
 }

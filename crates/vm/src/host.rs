@@ -5,6 +5,7 @@ use std::io;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{CpuProfile, Digest, MemorySize};
 
@@ -13,12 +14,18 @@ use crate::sys::kvm::from_errno;
 /// `/dev/kvm` and what was learned from it.
 #[derive(Debug)]
 pub struct Host {
-    pub(crate) kvm: Kvm,
+    kvm: Option<Kvm>,
     /// `/proc/self/pagemap`, for the dirty pages of this process's machines.
     pub(crate) pagemap: File,
+    pub(crate) facts: HostFacts,
+}
+
+/// What was learned from `/dev/kvm`, once for all processes of a node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct HostFacts {
     pub(crate) cpuid: CpuId,
     pub(crate) msrs: Vec<u32>,
-    cpu: CpuProfile,
+    pub(crate) cpu: CpuProfile,
     memory_bytes: u64,
 }
 
@@ -123,19 +130,34 @@ impl Host {
         let cpu = profile(&cpuid, tsc_khz);
         let pagemap = File::open("/proc/self/pagemap").map_err(|error| classify("/proc/self/pagemap", error))?;
         let memory_bytes = total_memory();
-        Ok(Self { kvm, pagemap, cpuid, msrs, cpu, memory_bytes })
+        Ok(Self { kvm: Some(kvm), pagemap, facts: HostFacts { cpuid, msrs, cpu, memory_bytes } })
+    }
+
+    /// A worker's: the node has opened the device and learned the facts, the worker's zygote has opened this pagemap.
+    pub(crate) fn handed_down(kvm: Kvm, pagemap: File, facts: HostFacts) -> Self {
+        Self { kvm: Some(kvm), pagemap, facts }
+    }
+
+    /// The device. A worker closes it once it has its VM, and builds no other.
+    pub(crate) fn kvm(&self) -> &Kvm {
+        self.kvm.as_ref().expect("a worker builds one shell, before it closes the device")
+    }
+
+    /// Closes the device: no further VM can be made.
+    pub(crate) fn close_device(&mut self) {
+        self.kvm = None;
     }
 
     /// The CPU as guests of this host see it.
     #[must_use]
     pub fn cpu(&self) -> &CpuProfile {
-        &self.cpu
+        &self.facts.cpu
     }
 
     /// All memory that the host has.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
+        self.facts.memory_bytes
     }
 
     /// Refuses more memory than the host has at all. (How much is free is the scheduler's question, not the engine's.)
@@ -143,11 +165,8 @@ impl Host {
     /// # Errors
     /// [`HostError::MemoryBeyondHost`].
     pub fn check_memory(&self, asked: MemorySize) -> Result<(), HostError> {
-        if asked.bytes() <= self.memory_bytes {
-            Ok(())
-        } else {
-            Err(HostError::MemoryBeyondHost { asked, host_bytes: self.memory_bytes })
-        }
+        let host_bytes = self.facts.memory_bytes;
+        if asked.bytes() <= host_bytes { Ok(()) } else { Err(HostError::MemoryBeyondHost { asked, host_bytes }) }
     }
 }
 

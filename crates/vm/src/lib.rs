@@ -45,15 +45,19 @@ pub mod fuzzing;
 pub mod harness;
 pub mod host;
 pub mod image;
+pub mod jail;
 pub mod machine;
+pub mod pool;
 pub mod probe;
 pub mod shell;
 mod sys;
+pub mod worker;
 
 pub use class::Class;
 pub use host::{Host, HostError};
 pub use image::Image;
 pub use machine::{Ended, Machine};
+pub use pool::Pool;
 pub use shell::Shell;
 #[cfg(feature = "bare")]
 pub use sys::bare;

@@ -4,9 +4,10 @@
 //! memory slots, interrupt controller, timer, vCPUs, CPUID, one warming run of each vCPU. Slots before vCPUs: after one exists,
 //! each slot costs 7 ms. The slots' address ranges are left unmapped.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use thiserror::Error;
@@ -19,7 +20,7 @@ use crate::device::serial::{self, Console, Serial};
 use crate::host::Host;
 use crate::image::Image;
 pub use crate::machine::frame::BuildError;
-use crate::machine::frame::{Frame, os_step, step};
+use crate::machine::frame::{Frame, Keeping, os_step, step};
 use crate::machine::state::{self, StateError};
 use crate::machine::{Backing, ForkStages, Machine};
 use crate::sys::guest_memory::GuestMemory;
@@ -75,11 +76,16 @@ impl Shell {
     /// # Errors
     /// [`BuildError`]; nothing is left behind.
     pub fn build(host: &Host, class: Class) -> Result<Self, BuildError> {
+        Self::build_kept(host, class, Keeping::default())
+    }
+
+    /// [`Shell::build`], with vCPU threads that are kept as said.
+    pub(crate) fn build_kept(host: &Host, class: Class, keeping: Keeping) -> Result<Self, BuildError> {
         host.check_memory(class.memory())?;
         let ram = RamLayout::of(class.memory());
         // Named before the VM, so dropped after it.
         let mut slots = Vec::with_capacity(2);
-        let vm = host.kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
+        let vm = host.kvm().create_vm().map_err(step("KVM_CREATE_VM"))?;
         for (number, (guest, len)) in (0u32..).zip(ram.regions()) {
             let slot = Slot::reserve(len).map_err(|source| BuildError::Step { step: "reserving addresses", source })?;
             set_memory_slot(&vm, number, guest, &slot)
@@ -94,7 +100,7 @@ impl Shell {
         let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os_step("eventfd"))?;
         vm.register_irqfd(&line, serial::INTERRUPT).map_err(step("KVM_IRQFD"))?;
         let bus = Arc::new(Mutex::new(Bus::new(Serial::new(line, console.clone()))));
-        let frame = Frame::start(host, class, ram, vm, bus, console)?;
+        let frame = Frame::start(host, class, ram, vm, bus, console, keeping)?;
         Ok(Self { frame, slots, class })
     }
 
@@ -110,6 +116,15 @@ impl Shell {
     /// # Errors
     /// [`ForkError`]; the shell is gone, the image is untouched.
     pub fn fork(self, image: &Arc<Image>, id: MachineId) -> Result<Machine, ForkError> {
+        let mut machine = self.map(image, id)?;
+        let mapped = Instant::now();
+        state::restore(&machine.frame.core, image.state())?;
+        machine.stages.restore = mapped.elapsed();
+        Ok(machine)
+    }
+
+    /// The first part of [`Shell::fork`]: the child has its memory and knows who it is, and its state is still to be restored.
+    pub(crate) fn map(self, image: &Arc<Image>, id: MachineId) -> Result<Machine, ForkError> {
         let class = image.class();
         if class != self.class {
             return Err(ForkError::OtherClass {
@@ -125,35 +140,30 @@ impl Shell {
         for ((_, slot), region) in slots.iter_mut().zip(image.ram()) {
             slot.map(region.pieces()).map_err(|source| ForkError::Map { source })?;
         }
-        let mapped = Instant::now();
         let backing = Backing::Image(Arc::clone(image));
         let mut machine = Machine::new(id, frame, GuestMemory::over(slots), backing, class);
         machine.set_identity_page(image.identity_page()).map_err(|source| ForkError::Identity { source })?;
-        state::restore(&machine.frame, image.state())?;
-        machine.stages = ForkStages { map: mapped - started, restore: mapped.elapsed() };
+        machine.stages = ForkStages { map: started.elapsed(), restore: Duration::ZERO };
         Ok(machine)
     }
 
-    /// Makes the shell the first parent: fresh zeroed memory, filled and started by `load`, which returns the guest's identity
-    /// page if it has one.
+    /// Makes the shell the first parent, on memory of its own (see [`first_memory`](crate::image::memfd::first_memory)), filled
+    /// and started by `load`, which returns the guest's identity page if it has one.
     ///
     /// # Errors
     /// What mapping memory or `load` failed with.
     pub(crate) fn boot<E: From<BuildError>>(
         self,
         id: MachineId,
+        memfds: Vec<File>,
         load: impl FnOnce(&GuestMemory, &Frame) -> Result<Option<GuestAddress>, E>,
     ) -> Result<Machine, E> {
-        // Dropped in the reverse of this order, as in `fork`.
+        // Dropped in the reverse of this order, as in `map`.
         let Self { mut slots, frame, class } = self;
-        let os = |step| move |source| BuildError::Step { step, source };
-        let mut memfds = Vec::with_capacity(slots.len());
-        for (_, slot) in &mut slots {
-            let bytes = slot.len() as u64;
-            let memfd = crate::image::memfd::create("farfork-parent", bytes).map_err(os("memfd_create"))?;
-            let whole = Piece { bytes: 0..bytes, content: Content::Shared(std::os::fd::AsFd::as_fd(&memfd)) };
-            slot.map([whole]).map_err(os("mapping guest memory"))?;
-            memfds.push(memfd);
+        assert_eq!(memfds.len(), slots.len(), "a memfd for each region");
+        for ((_, slot), memfd) in slots.iter_mut().zip(&memfds) {
+            let whole = Piece { bytes: 0..slot.len() as u64, content: Content::Shared(std::os::fd::AsFd::as_fd(memfd)) };
+            slot.map([whole]).map_err(os_step("mapping guest memory"))?;
         }
         let mut machine = Machine::new(id, frame, GuestMemory::over(slots), Backing::Own(memfds), class);
         let identity_page = load(machine.memory(), &machine.frame)?;

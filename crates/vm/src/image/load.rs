@@ -203,6 +203,7 @@ fn read_image(
         depth: u32::try_from(head.parents.len()).unwrap_or(u32::MAX),
         parents: head.parents,
         digest: OnceLock::from(preamble.head_digest),
+        wire: OnceLock::new(),
     }))
 }
 

@@ -7,15 +7,17 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
-use types::{CpuProfile, Digest, ExtentMap, GuestAddress, ImageId, LayerIndex, RegionKind, Source};
+use thiserror::Error;
+use types::{CpuProfile, Digest, EXTENT_SIZE, ExtentMap, GuestAddress, ImageId, LayerIndex, RegionKind, Source};
 use uuid::Uuid;
 
-use crate::class::Class;
-use crate::machine::state::MachineState;
+use crate::class::{Class, VcpuCountError, ram_regions};
+use crate::machine::state::{MachineState, StateError};
 use crate::sys::slot::{Content, Piece};
+use crate::worker::protocol::WireImage;
 
 pub mod file;
 pub mod load;
@@ -38,6 +40,7 @@ pub struct Image {
     /// Digests of the images that it was branched from, as far as they were known, nearest first.
     parents: Vec<Digest>,
     digest: OnceLock<Digest>,
+    wire: OnceLock<Vec<u8>>,
 }
 
 /// One region of an image.
@@ -52,12 +55,42 @@ pub struct RamRegion {
 #[derive(Debug)]
 pub struct Layer {
     memfd: File,
+    /// The same for others to read, opened when the first of them asks.
+    read_only: OnceLock<File>,
 }
 
 /// The most parents that an image remembers.
 const PARENTS_MAX: usize = 64;
 
 impl Image {
+    /// The image of a first parent: the memfds that it ran on, one for each region, and the maps over them.
+    pub(crate) fn first(
+        cpu: CpuProfile,
+        state: MachineState,
+        class: Class,
+        maps: Vec<ExtentMap>,
+        memfds: Vec<File>,
+        identity_page: Option<GuestAddress>,
+    ) -> Self {
+        let region = |(((kind, _), map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]);
+        let ram = ram_regions(class.memory()).into_iter().zip(maps).zip(memfds).map(region).collect();
+        Self::new(cpu, state, class, ram, identity_page, None)
+    }
+
+    /// The image of a machine that rests on `base`: a new layer for each region, and maps over all its layers.
+    pub(crate) fn branched(
+        base: &Self,
+        cpu: CpuProfile,
+        state: MachineState,
+        maps: Vec<ExtentMap>,
+        layers: Vec<File>,
+        identity_page: Option<GuestAddress>,
+    ) -> Self {
+        let region = |((base, map), layer): ((&RamRegion, _), _)| base.with_layer(map, Arc::new(Layer::new(layer)));
+        let ram = base.ram.iter().zip(maps).zip(layers).map(region).collect();
+        Self::new(cpu, state, base.class, ram, identity_page, Some(base))
+    }
+
     pub(crate) fn new(
         cpu: CpuProfile,
         state: MachineState,
@@ -71,7 +104,7 @@ impl Image {
         let parents = nearest.into_iter().chain(further.iter().copied()).take(PARENTS_MAX).collect();
         let depth = parent.map_or(0, |parent| parent.depth + 1);
         let id = ImageId::from_uuid(Uuid::now_v7());
-        Self { id, cpu, state, class, ram, identity_page, depth, parents, digest: OnceLock::new() }
+        Self { id, cpu, state, class, ram, identity_page, depth, parents, digest: OnceLock::new(), wire: OnceLock::new() }
     }
 
     /// Its name on this node.
@@ -117,6 +150,55 @@ impl Image {
         self.identity_page
     }
 
+    /// An image as its worker knows it.
+    pub(crate) fn received(cpu: CpuProfile, wire: WireImage, layers: Vec<OwnedFd>) -> Result<Self, BadWireImage> {
+        let class = Class::try_from(wire.class)?;
+        let state = MachineState::decode(&wire.state)?;
+        let regions = ram_regions(class.memory());
+        if regions.len() != wire.regions.len() {
+            return Err(BadWireImage::Regions { due: regions.len(), there: wire.regions.len() });
+        }
+        let mut layers = layers.into_iter();
+        let mut ram = Vec::with_capacity(regions.len());
+        for ((kind, bytes), (map, count)) in regions.into_iter().zip(wire.regions) {
+            check_map(&map, bytes, usize::from(count))?;
+            let own: Vec<_> = layers.by_ref().take(usize::from(count)).map(|fd| Arc::new(Layer::new(File::from(fd)))).collect();
+            if own.len() != usize::from(count) {
+                return Err(BadWireImage::Layers);
+            }
+            ram.push(RamRegion::new(kind, map, own));
+        }
+        if layers.next().is_some() {
+            return Err(BadWireImage::Layers);
+        }
+        Ok(Self::new(cpu, state, class, ram, wire.identity_page, None))
+    }
+
+    /// What a worker must know of it to become its child, encoded: a [`WireImage`].
+    pub(crate) fn wire(&self) -> &[u8] {
+        self.wire.get_or_init(|| {
+            let regions = self.ram.iter().map(|region| (region.map.clone(), region.next_layer().0)).collect();
+            let state = self.state.encode();
+            let wire = WireImage { class: self.class.into(), state, identity_page: self.identity_page, regions };
+            postcard::to_stdvec(&wire).expect("plain data")
+        })
+    }
+
+    /// Descriptors to read its layers through, in the order of its regions.
+    pub(crate) fn read_only_layers(&self) -> io::Result<Vec<&File>> {
+        self.ram.iter().flat_map(|region| &region.layers).map(|layer| layer.read_only()).collect()
+    }
+
+    /// Makes the layers that were made for it final, and makes sure that nobody has one mapped to write.
+    pub(crate) fn seal_for_mapping(&self) -> io::Result<()> {
+        self.ram.iter().filter_map(|region| region.layers.last()).try_for_each(|layer| memfd::seal_for_mapping(&layer.memfd))
+    }
+
+    /// Makes the layers that were made for it final.
+    pub(crate) fn seal(&self) -> io::Result<()> {
+        self.ram.iter().try_for_each(RamRegion::seal)
+    }
+
     pub(crate) fn state(&self) -> &MachineState {
         &self.state
     }
@@ -136,6 +218,33 @@ impl Image {
     pub fn stored_bytes(&self) -> io::Result<u64> {
         self.ram.iter().flat_map(|region| &region.layers).map(|layer| memfd::stored_bytes(&layer.memfd)).sum()
     }
+}
+
+/// Why what came over a channel is no image.
+#[derive(Debug, Error)]
+pub(crate) enum BadWireImage {
+    #[error(transparent)]
+    Class(#[from] VcpuCountError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("it has {there} regions where its class has {due}")]
+    Regions { due: usize, there: usize },
+    #[error("the map of a region has {there} extents where the region has {due}")]
+    Extents { due: u64, there: u64 },
+    #[error("the map of a region names a layer that there is not")]
+    Layers,
+}
+
+/// Whether a map that came over a channel fits its region and names none but existing layers.
+pub(crate) fn check_map(map: &ExtentMap, region_bytes: u64, layer_count: usize) -> Result<(), BadWireImage> {
+    let (due, there) = (region_bytes.div_ceil(EXTENT_SIZE), u64::from(map.extent_count()));
+    if due != there {
+        return Err(BadWireImage::Extents { due, there });
+    }
+    if map.used_layers().last().is_some_and(|last| usize::from(last.0) >= layer_count) {
+        return Err(BadWireImage::Layers);
+    }
+    Ok(())
 }
 
 impl RamRegion {
@@ -200,7 +309,17 @@ impl RamRegion {
 
 impl Layer {
     pub(crate) fn new(memfd: File) -> Self {
-        Self { memfd }
+        Self { memfd, read_only: OnceLock::new() }
+    }
+
+    /// A descriptor through which nobody can write, for a worker.
+    pub(crate) fn read_only(&self) -> io::Result<&File> {
+        if let Some(file) = self.read_only.get() {
+            return Ok(file);
+        }
+        // A memfd has no name; its descriptor is one.
+        let file = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.memfd)))?;
+        Ok(self.read_only.get_or_init(|| file))
     }
 
     pub(crate) fn memfd(&self) -> &File {

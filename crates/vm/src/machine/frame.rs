@@ -8,7 +8,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 
-use super::monitor::Monitor;
+use super::monitor::{Monitor, Witness};
 use super::vcpu::{self, Seat};
 use crate::class::{Class, RamLayout};
 use crate::device::Bus;
@@ -21,10 +21,25 @@ use crate::sys::kvm::{Kicker, from_errno};
 pub(crate) struct Frame {
     threads: Vec<JoinHandle<()>>,
     pub(crate) monitor: Arc<Monitor>,
-    pub(crate) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    pub(crate) vm: VmFd,
-    pub(crate) bus: Arc<Mutex<Bus>>,
+    pub(crate) core: Core,
     pub(crate) console: Console,
+}
+
+/// What holds the state that a freeze captures and a fork restores.
+#[derive(Clone, Debug)]
+pub(crate) struct Core {
+    pub(crate) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) bus: Arc<Mutex<Bus>>,
+}
+
+/// How a machine's vCPU threads are kept, by whoever runs the machine.
+#[derive(Clone, Default)]
+pub(crate) struct Keeping {
+    /// Called first by each vCPU's thread: takes from it what it will not need.
+    pub(crate) confine: Option<fn() -> io::Result<()>>,
+    /// Told what happens, by the thread to which it happens.
+    pub(crate) witness: Option<Arc<dyn Witness>>,
 }
 
 /// Why no shell could be built.
@@ -62,25 +77,29 @@ impl Frame {
         vm: VmFd,
         bus: Arc<Mutex<Bus>>,
         console: Console,
+        keeping: Keeping,
     ) -> Result<Self, BuildError> {
+        let Keeping { confine, witness } = keeping;
         let mut vcpus = Vec::with_capacity(usize::from(class.vcpu_count()));
         let mut kickers = Vec::with_capacity(usize::from(class.vcpu_count()));
         for index in 0..class.vcpu_count() {
             let vcpu = vm.create_vcpu(u64::from(index)).map_err(step("KVM_CREATE_VCPU"))?;
-            vcpu.set_cpuid2(&cpuid_of(&host.cpuid, index)).map_err(step("KVM_SET_CPUID2"))?;
+            vcpu.set_cpuid2(&cpuid_of(&host.facts.cpuid, index)).map_err(step("KVM_SET_CPUID2"))?;
             kickers.push(Kicker::new(&vcpu).map_err(|source| BuildError::Step { step: "mapping the run page", source })?);
             vcpus.push(Arc::new(Mutex::new(vcpu)));
         }
-        let monitor = Arc::new(Monitor::new(kickers));
+        let monitor = Arc::new(Monitor::new(kickers, witness));
+        let core = Core { vcpus, vm: Arc::new(vm), bus };
         // From here on dropping the frame ends the threads that were started.
-        let mut frame = Self { threads: Vec::with_capacity(vcpus.len()), monitor, vcpus, vm, bus, console };
-        for index in 0..frame.vcpus.len() {
+        let mut frame = Self { threads: Vec::with_capacity(core.vcpus.len()), monitor, core, console };
+        for index in 0..frame.core.vcpus.len() {
             let seat = Seat {
                 index,
-                vcpu: Arc::clone(&frame.vcpus[index]),
+                vcpu: Arc::clone(&frame.core.vcpus[index]),
                 monitor: Arc::clone(&frame.monitor),
-                bus: Arc::clone(&frame.bus),
+                bus: Arc::clone(&frame.core.bus),
                 ram,
+                confine,
             };
             let thread = vcpu::spawn(seat).map_err(|source| BuildError::Step { step: "starting a vCPU thread", source })?;
             frame.threads.push(thread);
@@ -88,7 +107,9 @@ impl Frame {
         frame.monitor.wait_for_start();
         Ok(frame)
     }
+}
 
+impl Core {
     /// Locks a vCPU's descriptor. Its thread holds the lock while the guest runs, so callers have paused it.
     pub(crate) fn vcpu(&self, index: usize) -> std::sync::MutexGuard<'_, VcpuFd> {
         self.vcpus[index].lock().unwrap_or_else(PoisonError::into_inner)

@@ -20,10 +20,9 @@ use types::{ExtentIndex, ExtentMap, LayerIndex, PageIndex, Reason, Run, Source};
 
 use super::state::{self, MachineState, StateError};
 use super::{Backing, Ended, Machine, PauseError};
-use crate::class::ram_regions;
 use crate::host::Host;
+use crate::image::Image;
 use crate::image::memfd;
-use crate::image::{Image, Layer, RamRegion};
 use crate::sys::copier::{Copier, CopyJob, Turn};
 use crate::sys::pagemap::scan_private;
 use crate::sys::slot::{Content, Piece};
@@ -96,11 +95,38 @@ impl FreezeError {
 #[derive(Debug)]
 #[must_use = "the image is only there when it is finished"]
 pub struct Freezing {
+    instant: Taken,
+    image: Arc<Image>,
+}
+
+/// What was taken at the instant: all of an image but the layers themselves.
+#[derive(Debug)]
+#[must_use = "the touched extents are only there when the copy is finished"]
+pub(crate) struct Taken {
+    pub(crate) state: MachineState,
+    /// For each region, over the layers of the image that the machine rests on, and the new one.
+    pub(crate) maps: Vec<ExtentMap>,
     report: FreezeReport,
     began_copy: Instant,
-    image: Arc<Image>,
-    /// None for an image that is complete already.
+    /// None where nothing is copied.
     copier: Option<Copier>,
+}
+
+impl Taken {
+    /// What becomes readable when the copy may be finished: see [`Copier::descriptors`].
+    pub(crate) fn copier(&self) -> Option<&Copier> {
+        self.copier.as_ref()
+    }
+
+    /// Waits until the touched extents are copied.
+    pub(crate) fn finish_copy(&mut self) -> Result<FreezeReport, FreezeError> {
+        if let Some(copier) = self.copier.take() {
+            copier.finish().map_err(step("copying the touched extents"))?;
+            failpoint!("freeze.copy", |source| FreezeError::Step { step: "copying the touched extents", source });
+            self.report.copy = self.began_copy.elapsed();
+        }
+        Ok(self.report)
+    }
 }
 
 impl Freezing {
@@ -109,13 +135,9 @@ impl Freezing {
     /// # Errors
     /// [`FreezeError::Step`]; the machine is not concerned.
     pub fn finish(self) -> Result<Frozen, FreezeError> {
-        let Self { mut report, began_copy, image, copier } = self;
-        if let Some(copier) = copier {
-            copier.finish().map_err(step("copying the touched extents"))?;
-            failpoint!("freeze.copy", |source| FreezeError::Step { step: "copying the touched extents", source });
-            report.copy = began_copy.elapsed();
-            image.ram().iter().try_for_each(RamRegion::seal).map_err(step("sealing the image"))?;
-        }
+        let Self { mut instant, image } = self;
+        let report = instant.finish_copy()?;
+        image.seal().map_err(step("sealing the image"))?;
         Ok(Frozen { image, report })
     }
 }
@@ -135,6 +157,24 @@ impl Machine {
     /// # Errors
     /// [`FreezeError`]; see there.
     pub fn begin_freeze(&mut self, host: &Host) -> Result<Freezing, FreezeError> {
+        let base = self.image().cloned();
+        let layers = match &base {
+            None => Vec::new(),
+            Some(_) => memfd::new_layers(self.class.memory()).map_err(step("memfd_create"))?,
+        };
+        let instant = self.take_instant(host, &layers)?;
+        let image = match base {
+            None => Arc::clone(self.image().expect("a first parent that was frozen rests on its image")),
+            Some(base) => {
+                let (maps, state) = (instant.maps.clone(), instant.state.clone());
+                Arc::new(Image::branched(&base, host.cpu().clone(), state, maps, layers, self.identity_page))
+            }
+        };
+        Ok(Freezing { instant, image })
+    }
+
+    /// Takes the instant of an image, into `new_layers` where the machine rests on an image already: one for each region, empty.
+    pub(crate) fn take_instant(&mut self, host: &Host, new_layers: &[File]) -> Result<Taken, FreezeError> {
         if let Some(ended) = self.ended() {
             return Err(FreezeError::Ended(ended));
         }
@@ -145,12 +185,12 @@ impl Machine {
             }
             Backing::Image(base) => {
                 let base = Arc::clone(base);
-                self.freeze_by_copier(host, &base)
+                self.freeze_by_copier(host, &base, new_layers)
             }
         }
     }
 
-    fn freeze_in_place(&mut self, host: &Host, layers: Vec<File>) -> Result<Freezing, FreezeError> {
+    fn freeze_in_place(&mut self, host: &Host, layers: Vec<File>) -> Result<Taken, FreezeError> {
         // Short holes become stored zeros, so that no child's access can make the image grow. Most of that is done while the
         // guest still runs; in the pause only what it touched meanwhile changes.
         let filled: io::Result<Vec<ExtentMap>> = layers.iter().map(|layer| fill_short_holes(layer, None)).collect();
@@ -165,31 +205,23 @@ impl Machine {
             self.map_shared_again(&layers);
             return Err(FreezeError::Step { step: "mapping the image", source });
         }
-        let regions: Vec<RamRegion> = ram_regions(self.class.memory())
-            .into_iter()
-            .zip(maps)
-            .zip(layers)
-            .map(|(((kind, _), map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]))
-            .collect();
-        let sealed = regions.iter().try_for_each(RamRegion::seal);
-        let image = Arc::new(Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, None));
+        let image = Image::first(host.cpu().clone(), state.clone(), self.class, maps.clone(), layers, self.identity_page);
+        let sealed = image.seal();
         // From the new mapping on this is what the machine rests on, sealed or not: nobody else writes to these memfds.
-        self.backing = Backing::Image(Arc::clone(&image));
+        self.backing = Backing::Image(Arc::new(image));
         sealed.map_err(step("sealing the image"))?;
         pause.report.instant = pause.lap();
-        Ok(Freezing { report: pause.end(), began_copy: Instant::now(), image, copier: None })
+        Ok(Taken { state, maps, report: pause.end(), began_copy: Instant::now(), copier: None })
     }
 
-    fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>) -> Result<Freezing, FreezeError> {
-        let new_layers: io::Result<Vec<File>> =
-            self.memory.slots().iter().map(|(_, slot)| memfd::create("farfork-branch", slot.len() as u64)).collect();
-        let new_layers = new_layers.map_err(step("memfd_create"))?;
+    fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>, new_layers: &[File]) -> Result<Taken, FreezeError> {
+        assert_eq!(new_layers.len(), base.ram().len(), "a new layer for each region");
         let turn = Turn::wait();
         let mut pause = Pause::begin(self)?;
         let state = pause.capture(host, self)?;
-        let mut regions = Vec::with_capacity(new_layers.len());
+        let mut maps = Vec::with_capacity(new_layers.len());
         let mut jobs = Vec::new();
-        for (number, (region, layer)) in base.ram().iter().zip(&new_layers).enumerate() {
+        for (number, (region, layer)) in base.ram().iter().zip(new_layers).enumerate() {
             let (touched, dirty_pages) = self.touched_extents(host, number).map_err(step("PAGEMAP_SCAN"))?;
             pause.report.dirty_pages += dirty_pages;
             let overlay = region.map().overlay(&touched, region.next_layer());
@@ -199,20 +231,13 @@ impl Machine {
                 pause.report.copied_extents += extents.len() as u64;
                 jobs.push(CopyJob { from: self.memory.slot_address(number, at), len, to: layer.as_fd(), at });
             }
-            regions.push((region, overlay.map));
+            maps.push(overlay.map);
         }
         pause.report.scan = pause.lap();
         failpoint!("freeze.copier", |source| FreezeError::Step { step: "forking the copier", source });
         let copier = turn.start(&self.memory, &jobs).map_err(step("forking the copier"))?;
         pause.report.instant = pause.lap();
-        let report = pause.end();
-        let regions = regions
-            .into_iter()
-            .zip(new_layers)
-            .map(|((base, map), layer)| base.with_layer(map, Arc::new(Layer::new(layer))))
-            .collect();
-        let image = Image::new(host.cpu().clone(), state, self.class, regions, self.identity_page, Some(base));
-        Ok(Freezing { report, began_copy: Instant::now(), image: Arc::new(image), copier: Some(copier) })
+        Ok(Taken { state, maps, report: pause.end(), began_copy: Instant::now(), copier: Some(copier) })
     }
 
     /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages.
@@ -281,7 +306,7 @@ impl Pause {
     }
 
     fn capture(&mut self, host: &Host, machine: &Machine) -> Result<MachineState, StateError> {
-        let state = state::capture(host, &machine.frame)?;
+        let state = state::capture(host, &machine.frame.core)?;
         self.report.capture = self.lap();
         Ok(state)
     }

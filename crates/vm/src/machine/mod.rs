@@ -111,6 +111,16 @@ impl Machine {
         &self.frame.console
     }
 
+    /// The guest was let run by the thread that restored it.
+    pub(crate) fn is_now_running(&mut self) {
+        self.running = true;
+    }
+
+    /// Where its guest finds out who it is.
+    pub(crate) fn identity_page(&self) -> Option<GuestAddress> {
+        self.identity_page
+    }
+
     /// Lets the guest run.
     pub fn resume(&mut self) {
         self.running = true;
@@ -170,7 +180,7 @@ impl Machine {
     /// If KVM does not take it.
     pub fn interrupt(&self, vector: u8) -> std::io::Result<()> {
         let message = kvm_bindings::kvm_msi { address_lo: 0xFEE0_0000, data: u32::from(vector), ..Default::default() };
-        self.frame.vm.signal_msi(message).map(drop).map_err(crate::sys::kvm::from_errno)
+        self.frame.core.vm.signal_msi(message).map(drop).map_err(crate::sys::kvm::from_errno)
     }
 
     /// Types on its serial port.
@@ -178,7 +188,7 @@ impl Machine {
     /// # Errors
     /// If the port's input buffer has no room for all of it.
     pub fn type_in(&self, input: &[u8]) -> std::io::Result<()> {
-        self.frame.bus.lock().unwrap_or_else(PoisonError::into_inner).serial.type_in(input)
+        self.frame.core.bus.lock().unwrap_or_else(PoisonError::into_inner).serial.type_in(input)
     }
 
     /// Brings the vCPUs to rest without changing whether the machine counts as running.

@@ -10,7 +10,7 @@
 //! The order is what the controller wants of all vCPUs: Hold, Run or Stop. It is changed under the lock **before** the vCPUs
 //! are kicked, and a vCPU looks at it **after** it has cleared its kick, so that no order is slept through.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use types::Reason;
@@ -59,7 +59,6 @@ struct Vcpu {
     faults: u64,
 }
 
-#[derive(Debug)]
 struct State {
     order: Order,
     vcpus: Vec<Vcpu>,
@@ -69,28 +68,58 @@ struct State {
     stall: Duration,
     /// How many of them have not run again yet.
     stalled_vcpus: usize,
+    /// Something for the first vCPU's thread to do.
+    task: Option<Task>,
+}
+
+/// Work that a vCPU's thread does before it runs the guest.
+pub(crate) type Task = Box<dyn FnOnce() + Send>;
+
+/// Is told what happens to a machine, by the thread to which it happens. What it does must not take long, nor call the monitor.
+pub(crate) trait Witness: Send + Sync {
+    /// The first exit, which is how the first instruction is observed.
+    fn first_exit(&self, at: Instant);
+    /// A guest has said that it waits for work, or that it took an exception.
+    fn news(&self, vcpu: usize, faults: u64);
+    /// The machine has ended.
+    fn ended(&self, ended: &Ended);
 }
 
 /// See the module.
-#[derive(Debug)]
 pub(crate) struct Monitor {
     state: Mutex<State>,
     changed: Condvar,
     kickers: Vec<Kicker>,
+    witness: Option<Arc<dyn Witness>>,
+}
+
+impl std::fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Monitor").field("kickers", &self.kickers).finish_non_exhaustive()
+    }
 }
 
 /// What a vCPU thread does next.
 pub(crate) enum Next {
     Run,
+    Do(Task),
     Leave,
 }
 
 impl Monitor {
-    pub(crate) fn new(kickers: Vec<Kicker>) -> Self {
+    pub(crate) fn new(kickers: Vec<Kicker>, witness: Option<Arc<dyn Witness>>) -> Self {
         let vcpus =
             kickers.iter().map(|_| Vcpu { seat: Seat::Starting, idle: false, rings: 0, rings_seen: 0, faults: 0 }).collect();
-        let state = State { order: Order::Hold, vcpus, ended: None, first_exit: None, stall: Duration::ZERO, stalled_vcpus: 0 };
-        Self { state: Mutex::new(state), changed: Condvar::new(), kickers }
+        let state = State {
+            order: Order::Hold,
+            vcpus,
+            ended: None,
+            first_exit: None,
+            stall: Duration::ZERO,
+            stalled_vcpus: 0,
+            task: None,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new(), kickers, witness }
     }
 
     pub(crate) fn kicker(&self, vcpu: usize) -> &Kicker {
@@ -134,6 +163,13 @@ impl Monitor {
         let waited = self.changed.wait_timeout_while(self.lock(), patience, stalled);
         let state = waited.unwrap_or_else(PoisonError::into_inner).0;
         (state.stalled_vcpus == 0).then_some(state.stall)
+    }
+
+    /// Gives the first vCPU's thread something to do before it runs the guest. The machine is at rest.
+    pub(crate) fn give_task(&self, task: Task) {
+        let replaced = self.lock().task.replace(task);
+        assert!(replaced.is_none(), "one task at a time");
+        self.changed.notify_all();
     }
 
     /// Tells every vCPU thread to leave. The caller joins them.
@@ -191,8 +227,14 @@ impl Monitor {
 
     /// Ends the machine for a reason; the first reason stays.
     pub(crate) fn end(&self, ended: Ended) {
-        self.lock().ended.get_or_insert(ended);
+        let mut state = self.lock();
+        let is_first = state.ended.is_none();
+        let first = state.ended.get_or_insert(ended).clone();
+        drop(state);
         self.give_order(Order::Hold);
+        if let (true, Some(witness)) = (is_first, &self.witness) {
+            witness.ended(&first);
+        }
     }
 
     /// Whether every vCPU thread has done its warming run.
@@ -221,6 +263,11 @@ impl Monitor {
     pub(crate) fn wait_to_run(&self, vcpu: usize) -> Next {
         let mut state = self.lock();
         loop {
+            if vcpu == 0
+                && let Some(task) = state.task.take()
+            {
+                return Next::Do(task);
+            }
             let (seat, next) = match state.order {
                 Order::Stop => (Seat::Gone, Some(Next::Leave)),
                 Order::Hold => (Seat::Resting, None),
@@ -250,23 +297,36 @@ impl Monitor {
     }
 
     /// The guest waits for work, unless it was rung since it last did.
-    pub(crate) fn note_idle(&self, vcpu: usize) {
+    pub(crate) fn note_idle(&self, number: usize) {
         let mut state = self.lock();
-        let vcpu = &mut state.vcpus[vcpu];
+        let vcpu = &mut state.vcpus[number];
         vcpu.idle = vcpu.rings == vcpu.rings_seen;
         vcpu.rings_seen = vcpu.rings;
+        let faults = vcpu.faults;
         drop(state);
         self.changed.notify_all();
+        if let Some(witness) = &self.witness {
+            witness.news(number, faults);
+        }
     }
 
     pub(crate) fn note_fault(&self, vcpu: usize) {
-        self.lock().vcpus[vcpu].faults += 1;
+        let mut state = self.lock();
+        state.vcpus[vcpu].faults += 1;
+        let faults = state.vcpus[vcpu].faults;
+        drop(state);
         self.changed.notify_all();
+        if let Some(witness) = &self.witness {
+            witness.news(vcpu, faults);
+        }
     }
 
     pub(crate) fn note_first_exit(&self, at: Instant) {
         self.lock().first_exit.get_or_insert(at);
         self.changed.notify_all();
+        if let Some(witness) = &self.witness {
+            witness.first_exit(at);
+        }
     }
 
     /// The thread of this vCPU is about to end.

@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::frame::Frame;
+use super::frame::Core;
 use crate::device::{BadDeviceState, SavedDevice};
 use crate::host::Host;
 use crate::sys::kvm::set_xsave;
@@ -225,23 +225,23 @@ const XCRS_MAX: usize = 16;
 const LAPIC_REGISTERS: usize = 64;
 
 /// Reads the state of a machine at rest.
-pub(crate) fn capture(host: &Host, frame: &Frame) -> Result<MachineState, StateError> {
-    let vcpus: Result<Vec<_>, _> = (0..frame.vcpus.len()).map(|index| capture_vcpu(host, &frame.vcpu(index))).collect();
+pub(crate) fn capture(host: &Host, core: &Core) -> Result<MachineState, StateError> {
+    let vcpus: Result<Vec<_>, _> = (0..core.vcpus.len()).map(|index| capture_vcpu(host, &core.vcpu(index))).collect();
     let irqchips: Result<Vec<_>, StateError> = IRQCHIPS
         .iter()
         .map(|chip_id| {
             let mut chip = kvm_irqchip { chip_id: *chip_id, ..Default::default() };
-            frame.vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+            core.vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
             Ok(chip)
         })
         .collect();
     Ok(MachineState {
         tsc_khz: host.cpu().tsc_khz,
         vcpus: vcpus?,
-        pit: frame.vm.get_pit2().map_err(kvm("KVM_GET_PIT2"))?,
-        clock_ns: frame.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?.clock,
+        pit: core.vm.get_pit2().map_err(kvm("KVM_GET_PIT2"))?,
+        clock_ns: core.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?.clock,
         irqchips: irqchips?,
-        devices: frame.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner).save(),
+        devices: core.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner).save(),
     })
 }
 
@@ -249,7 +249,7 @@ fn capture_vcpu(host: &Host, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
     // MP_STATE first: reading it makes KVM accept pending INIT and SIPI, which changes what the rest reads.
     let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
     let xsave = vcpu.get_xsave().map_err(kvm("KVM_GET_XSAVE"))?;
-    let mut msrs = get_msrs(vcpu, &host.msrs)?;
+    let mut msrs = get_msrs(vcpu, &host.facts.msrs)?;
     let tsc = msrs.iter().find(|(index, _)| *index == MSR_IA32_TSC).map_or(0, |(_, value)| *value);
     for (index, value) in &mut msrs {
         // KVM clears the deadline when its timer has fired and the interrupt is not delivered yet. Restoring zero would disarm
@@ -274,21 +274,21 @@ fn capture_vcpu(host: &Host, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
 
 /// Puts a shell into a captured state. Its memory is mapped, since restoring registers may read it (page-table pointers, the
 /// clock's page).
-pub(crate) fn restore(frame: &Frame, state: &MachineState) -> Result<(), StateError> {
-    if state.vcpus.len() != frame.vcpus.len() {
-        return Err(StateError::VcpuCount { state: state.vcpus.len(), machine: frame.vcpus.len() });
+pub(crate) fn restore(core: &Core, state: &MachineState) -> Result<(), StateError> {
+    if state.vcpus.len() != core.vcpus.len() {
+        return Err(StateError::VcpuCount { state: state.vcpus.len(), machine: core.vcpus.len() });
     }
     for (index, saved) in state.vcpus.iter().enumerate() {
-        restore_vcpu(&frame.vcpu(index), saved, state.tsc_khz)?;
+        restore_vcpu(&core.vcpu(index), saved, state.tsc_khz)?;
     }
-    frame.vm.set_pit2(&state.pit).map_err(kvm("KVM_SET_PIT2"))?;
+    core.vm.set_pit2(&state.pit).map_err(kvm("KVM_SET_PIT2"))?;
     let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
-    frame.vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
+    core.vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
     for chip in &state.irqchips {
-        frame.vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+        core.vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
     }
     // Devices last: theirs may raise interrupts.
-    frame.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner).restore(&state.devices)?;
+    core.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner).restore(&state.devices)?;
     Ok(())
 }
 

@@ -22,6 +22,7 @@ pub(crate) struct Seat {
     pub(crate) monitor: Arc<Monitor>,
     pub(crate) bus: Arc<Mutex<Bus>>,
     pub(crate) ram: RamLayout,
+    pub(crate) confine: Option<fn() -> io::Result<()>>,
 }
 
 /// Why a stretch of guest code came to an end.
@@ -59,6 +60,12 @@ impl Drop for Leaving<'_> {
 impl Seat {
     fn live(self) {
         let _leaving = Leaving { monitor: &self.monitor, index: self.index };
+        if let Some(confine) = self.confine
+            && let Err(error) = confine()
+        {
+            self.monitor.end(self.ended(Reason::KvmInternal, format!("its thread could not be confined: {error}")));
+            return;
+        }
         let kicker = self.monitor.kicker(self.index);
         kicker.adopt_this_thread();
         self.finish_exit(&mut self.vcpu.lock().unwrap_or_else(PoisonError::into_inner));
@@ -70,6 +77,10 @@ impl Seat {
             match self.monitor.wait_to_run(self.index) {
                 Next::Leave => return,
                 Next::Run => {}
+                Next::Do(task) => {
+                    task();
+                    continue;
+                }
             }
             if let Some(kicked_at) = kicked_at.take() {
                 self.monitor.note_gap(Instant::elapsed(&kicked_at));

@@ -1,5 +1,7 @@
 //! Starting the probe: tables in its memory, and registers with which it starts in ring 3.
 
+use std::fs::File;
+
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, Msrs, kvm_dtable, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
@@ -8,8 +10,9 @@ use types::{GuestAddress, MachineId, MemorySize, PAGE_SIZE, PageIndex};
 use super::{MESSAGE_VECTOR, TIMER_VECTOR, block};
 use crate::class::Class;
 use crate::host::Host;
+use crate::image::memfd::first_memory;
 use crate::machine::Machine;
-use crate::machine::frame::{BuildError, step};
+use crate::machine::frame::{BuildError, os_step, step};
 use crate::shell::Shell;
 use crate::sys::guest_memory::{GuestMemory, GuestMemoryError};
 use crate::sys::payload::{BLOCK_SIZE, IDENTITY_PAGE, KVMCLOCK, MB_VCPU, payload};
@@ -62,10 +65,17 @@ impl BootError {
 /// [`BootError`].
 pub fn boot(host: &Host, class: Class, id: MachineId) -> Result<Machine, BootError> {
     let shell = Shell::build(host, class)?;
-    shell.boot(id, |memory, frame| {
+    let memory = first_memory(class.memory()).map_err(os_step("memfd_create"))?;
+    boot_in(shell, memory, id)
+}
+
+/// [`boot`] in a shell and in memory that are there already.
+pub(crate) fn boot_in(shell: Shell, memory: Vec<File>, id: MachineId) -> Result<Machine, BootError> {
+    let class = shell.class();
+    shell.boot(id, memory, |memory, frame| {
         write_tables(memory, class)?;
         for index in 0..usize::from(class.vcpu_count()) {
-            set_registers(&frame.vcpu(index), index)?;
+            set_registers(&frame.core.vcpu(index), index)?;
         }
         Ok(Some(GuestAddress(IDENTITY_PAGE)))
     })

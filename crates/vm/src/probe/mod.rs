@@ -16,6 +16,7 @@ mod pattern;
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{GuestAddress, MachineId, PAGE_SIZE, PageIndex};
 use uuid::Uuid;
@@ -25,6 +26,7 @@ use crate::sys::payload::{
     BLOCK_SIZE, KVMCLOCK, MB_ARG0, MB_BUFFER, MB_DONE, MB_FAULT, MB_HELD, MB_MESSAGES, MB_OP, MB_RESULT0, MB_SEQ, MB_STOP,
     MB_TICKS, PATTERN_STEP,
 };
+pub(crate) use boot::boot_in;
 pub use boot::{BootError, boot, first_work_page, work_pages};
 pub use pattern::{checksum, fill_page, page_word};
 
@@ -51,7 +53,7 @@ pub const fn clock_page(index: usize) -> GuestAddress {
 
 /// What a probe can be asked to do. Pages are numbered from guest address 0; commands that work on many take a first page and
 /// a count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "field names say it; what comes back is in `Reply`")]
 pub enum Command {
     /// -> ticks counted so far
@@ -87,7 +89,7 @@ pub enum Command {
 }
 
 /// Ways to break.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the variants say it")]
 pub enum Fault {
     Undefined,
@@ -201,6 +203,17 @@ impl<'machine> Probe<'machine> {
             *word = self.load(at)?;
         }
         Ok(reply)
+    }
+
+    /// The reply, if it is there; what [`Probe::wait`] would return without waiting.
+    pub(crate) fn look(&self, pending: Pending) -> Option<Result<Reply, ProbeError>> {
+        let Pending { seq, faults_before, .. } = pending;
+        let monitor = &self.machine.frame.monitor;
+        let is_answered = self.load(MB_DONE).is_ok_and(|done| done == seq);
+        if is_answered || monitor.faults(self.vcpu) > faults_before || monitor.ended().is_some() {
+            return Some(self.wait(pending));
+        }
+        None
     }
 
     /// Tells a command that runs until told to stop, to stop.

@@ -143,13 +143,13 @@ struct BareShell {
 
 impl BareShell {
     fn build(host: &Host, bytes: u64) -> io::Result<Self> {
-        let vm = host.kvm.create_vm().map_err(from_errno)?;
+        let vm = host.kvm().create_vm().map_err(from_errno)?;
         let slot = Slot::reserve(bytes)?;
         set_memory_slot(&vm, 0, GuestAddress(0), &slot)?;
         vm.create_irq_chip().map_err(from_errno)?;
         vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).map_err(from_errno)?;
         let mut vcpu = vm.create_vcpu(0).map_err(from_errno)?;
-        vcpu.set_cpuid2(&host.cpuid).map_err(from_errno)?;
+        vcpu.set_cpuid2(&host.facts.cpuid).map_err(from_errno)?;
         vcpu.set_kvm_immediate_exit(1);
         match vcpu.run() {
             Err(error) if error.errno() == libc::EINTR => {}
@@ -195,7 +195,8 @@ impl Saved {
         // A TSS whose I/O bitmap lies in zeroed memory, for CPUs that check it.
         sregs.tr = kvm_segment { base: 0x8000, limit: 0x4068, selector: 0x40, type_: 11, present: 1, ..Default::default() };
         sregs.gdt = kvm_dtable { base: 0x7000, limit: 0xFFF, ..Default::default() };
-        let entries: Vec<_> = host.msrs.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let entries: Vec<_> =
+            host.facts.msrs.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
         let mut msrs = Msrs::from_entries(&entries).map_err(|_| io::Error::other("too many MSRs"))?;
         vcpu.get_msrs(&mut msrs).map_err(from_errno)?;
         let irqchips: io::Result<Vec<_>> = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]

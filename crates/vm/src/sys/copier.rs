@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
@@ -65,7 +66,7 @@ impl Turn {
 }
 
 fn clone_copier(jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
-    let done = EventFd::new(libc::EFD_CLOEXEC)?;
+    let done = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
     let mut kept: Vec<RawFd> = jobs.iter().map(|job| job.to.as_raw_fd()).collect();
     kept.push(done.as_raw_fd());
     kept.sort_unstable();
@@ -85,35 +86,44 @@ fn clone_copier(jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
 }
 
 impl Copier {
+    /// What becomes readable when [`Copier::finish`] would not wait: the event, and the end of the process.
+    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [super::borrow_fd(&self.done), self.pidfd.as_fd()]
+    }
+
     /// Waits until everything is written. The process may be on its way out for a little longer; dropping the copier waits for
     /// that.
     pub(crate) fn finish(&self) -> io::Result<()> {
-        // SAFETY: the event descriptor is open for as long as `self`.
-        let done = unsafe { BorrowedFd::borrow_raw(self.done.as_raw_fd()) };
-        let mut fds = [PollFd::new(&done, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
+        let [done, process] = self.descriptors();
+        let mut fds = [PollFd::new(&done, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
         rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, None))?;
-        if fds[0].revents().contains(PollFlags::IN) {
-            return Ok(());
+        // It may have said so and ended between the looks at its two descriptors, hence the event first, whichever it was.
+        match self.done.read() {
+            Ok(SUCCESS) => Ok(()),
+            Ok(word) => Err(io::Error::from_raw_os_error(i32::try_from(word - SUCCESS).unwrap_or(libc::EIO))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::other("the copier ended without a word")),
+            Err(error) => Err(error),
         }
-        // It ended without a word.
-        let status = self.reap()?.ok_or_else(|| io::Error::other("the copier has no exit status"))?;
-        match (status.exit_status(), status.terminating_signal()) {
-            // It said so and exited between the looks at its two descriptors.
-            (Some(0), _) => Ok(()),
-            (Some(errno), _) if errno != 0 => Err(io::Error::from_raw_os_error(errno)),
-            (status, signal) => Err(io::Error::other(format!("the copier ended with status {status:?}, signal {signal:?}"))),
-        }
-    }
-
-    fn reap(&self) -> rustix::io::Result<Option<WaitIdStatus>> {
-        reap(self.pidfd.as_fd())
     }
 }
+
+/// What a copier says when all is written; when not, an error number more.
+const SUCCESS: u64 = 1;
+
+/// Says that the kernel reaps this process's children (`sys::process::ignore_children`).
+pub(crate) fn leave_reaping_to_the_kernel() {
+    KERNEL_REAPS.store(true, Ordering::Relaxed);
+}
+
+static KERNEL_REAPS: AtomicBool = AtomicBool::new(false);
 
 impl Drop for Copier {
     /// Once everything is written the process is on its way out, which takes it as long again. Nobody need wait for that, but
     /// somebody must, or a zombie stays: a thread of this process does it for all copiers.
     fn drop(&mut self) {
+        if KERNEL_REAPS.load(Ordering::Relaxed) {
+            return;
+        }
         static REAPER: OnceLock<Option<Sender<OwnedFd>>> = OnceLock::new();
         let reaper = REAPER.get_or_init(|| {
             let (sender, ended) = std::sync::mpsc::channel::<OwnedFd>();
@@ -125,8 +135,7 @@ impl Drop for Copier {
             _ => false,
         };
         if !handed_over {
-            // ECHILD: `finish` has seen to it.
-            self.reap().map(drop).unwrap_or_default();
+            reap(self.pidfd.as_fd()).map(drop).unwrap_or_default();
         }
     }
 }
@@ -171,12 +180,10 @@ fn copy(jobs: &[CopyJob<'_>], done: RawFd, kept: &[RawFd]) -> ! {
             done += written.cast_unsigned();
         }
     }
-    if errno == 0 {
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: the descriptor was inherited and the kernel reads eight bytes of this stack. Should it fail, the parent sees
-        // the exit instead.
-        unsafe { libc::write(done, one.as_ptr().cast(), one.len()) };
-    }
+    let word = (SUCCESS + u64::from(errno.unsigned_abs())).to_ne_bytes();
+    // SAFETY: the descriptor was inherited and the kernel reads eight bytes of this stack. Should it fail, the parent sees the
+    // exit instead.
+    unsafe { libc::write(done, word.as_ptr().cast(), word.len()) };
     // SAFETY: ends this process without running anything of the parent's.
-    unsafe { libc::_exit(errno) }
+    unsafe { libc::_exit(0) }
 }

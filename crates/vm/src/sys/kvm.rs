@@ -1,13 +1,13 @@
 //! The KVM calls that take addresses, and the page through which a running vCPU is asked to come out.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{kvm_run, kvm_userspace_memory_region, kvm_xsave};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use types::GuestAddress;
 
@@ -50,6 +50,12 @@ pub(crate) fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> io::Result<()> {
     // SAFETY: the kernel reads as many bytes as KVM_CAP_XSAVE2 says, which `Host::open` refuses above the 4,096 of
     // `kvm_xsave`.
     unsafe { vcpu.set_xsave(xsave) }.map_err(from_errno)
+}
+
+/// The KVM device behind a descriptor that was handed down.
+pub(crate) fn from_descriptor(device: OwnedFd) -> Kvm {
+    // SAFETY: the descriptor is owned, and its ownership goes over.
+    unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
 }
 
 /// Asks a vCPU's thread to leave KVM_RUN: first the flag, which makes the next entry return at once, then a signal, which
@@ -120,7 +126,7 @@ pub(crate) fn from_errno(error: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(error.errno())
 }
 
-fn kick_signal() -> libc::c_int {
+pub(crate) fn kick_signal() -> libc::c_int {
     vmm_sys_util::signal::SIGRTMIN()
 }
 

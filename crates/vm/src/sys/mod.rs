@@ -12,4 +12,14 @@ pub(crate) mod guest_memory;
 pub(crate) mod kvm;
 pub(crate) mod pagemap;
 pub(crate) mod payload;
+pub(crate) mod process;
 pub(crate) mod slot;
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Borrows the descriptor of something that owns one, but only shows its number.
+pub(crate) fn borrow_fd(owner: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: the types this is called with (`EventFd`, `Kvm`) own their descriptor and close it when they are dropped, which
+    // the borrow outlives not.
+    unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
+}

@@ -9,3 +9,4 @@ mod probe;
 mod random_operations;
 mod save;
 mod state;
+mod workers;

@@ -6,6 +6,8 @@
 //! | `FARFORK_COUNT` | `quick` or `full`: which of the two counts of [`count`] a test runs | `quick` |
 //! | `FARFORK_SEED` | the seed of randomised tests, printed by each | drawn anew |
 
+pub mod attempts;
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -137,7 +139,7 @@ impl Machine {
     /// If the kernel does not let us.
     pub fn forbid_writes(&self) -> io::Result<()> {
         let (start, slot) = &self.memory().slots()[0];
-        set_read_only_slot(&self.frame.vm, 0, *start, slot)
+        set_read_only_slot(&self.frame.core.vm, 0, *start, slot)
     }
 
     /// Captures the state of a machine at rest and compares it with that of an image. Empty if nothing differs that should
@@ -146,7 +148,7 @@ impl Machine {
     /// # Errors
     /// As a freeze.
     pub fn state_differences(&self, host: &Host, image: &Image) -> Result<Vec<String>, crate::machine::state::StateError> {
-        let now = crate::machine::state::capture(host, &self.frame)?;
+        let now = crate::machine::state::capture(host, &self.frame.core)?;
         Ok(now.differences(image.state()))
     }
 
@@ -157,7 +159,7 @@ impl Machine {
     pub fn set_msr(&self, index: u32, data: u64) {
         let entry = kvm_bindings::kvm_msr_entry { index, data, ..Default::default() };
         let msrs = kvm_bindings::Msrs::from_entries(&[entry]).expect("one entry");
-        assert_eq!(self.frame.vcpu(0).set_msrs(&msrs).expect("KVM_SET_MSRS"), 1, "MSR {index:#x}");
+        assert_eq!(self.frame.core.vcpu(0).set_msrs(&msrs).expect("KVM_SET_MSRS"), 1, "MSR {index:#x}");
     }
 }
 

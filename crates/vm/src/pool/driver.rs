@@ -1,0 +1,205 @@
+//! The thread that starts the zygote, listens to it and to all workers, and sees them end.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use rustix::event::epoll;
+
+use super::worker::Worker;
+use super::{Inner, Zygote};
+use crate::worker::channel::{self, Channel, ReceiveError, Received};
+use crate::worker::protocol::{Failure, FromWorker, FromZygote, ToZygote};
+
+/// What the zygote's channel is called among the events; workers have their numbers, which begin at 1.
+const ZYGOTE: u64 = 0;
+/// Before a zygote that ended is started again.
+const RESTART_PAUSE: Duration = Duration::from_millis(200);
+
+/// The thread's life. It is also the zygote's parent, which the kernel lets no zygote outlive.
+pub(super) fn drive(inner: Arc<Inner>) {
+    let mut buffer = channel::buffer();
+    loop {
+        let ended = match start_zygote(&inner) {
+            Ok((mut child, channel)) => {
+                let ended = listen(&inner, &channel, &mut buffer);
+                // It has hung up, or will when it finds that the other end has gone.
+                channel.shut_down();
+                child.wait().map(drop).unwrap_or_default();
+                epoll::delete(&inner.events, &*channel).unwrap_or_default();
+                ended
+            }
+            Err(error) => Failure {
+                message: format!("the zygote could not be started: {error}"),
+                remedy: "check that farfork's program file is still there".to_owned(),
+                errno: error.raw_os_error().unwrap_or(0),
+            },
+        };
+        forget_all(&inner);
+        let mut state = inner.lock();
+        let was_ready = matches!(state.zygote, Zygote::Ready(_));
+        state.zygote = Zygote::Failed(ended);
+        let is_over = state.is_stopping || !was_ready;
+        drop(state);
+        inner.changed.notify_all();
+        if is_over {
+            return;
+        }
+        std::thread::sleep(RESTART_PAUSE);
+    }
+}
+
+fn start_zygote(inner: &Inner) -> io::Result<(Child, Arc<Channel>)> {
+    let (ours, theirs) = Channel::pair()?;
+    let (program, arguments) = &inner.settings.zygote;
+    let stdin = Stdio::from(theirs.into_descriptor());
+    let child = Command::new(program).args(arguments).stdin(stdin).stdout(Stdio::null()).env_clear().spawn()?;
+    let ours = Arc::new(ours);
+    epoll::add(&inner.events, &*ours, epoll::EventData::new_u64(ZYGOTE), epoll::EventFlags::IN)?;
+    if let Some(groups) = &inner.groups {
+        groups.admit_zygote(child.id()).map_err(io::Error::other)?;
+    }
+    let hello = ToZygote::Hello { facts: Box::new(inner.host.facts.clone()), jail: inner.settings.jail.clone() };
+    // A zygote that is gone already has closed its end; the first receive then says so.
+    ours.send(&hello, &[crate::sys::borrow_fd(inner.host.kvm())]).unwrap_or_default();
+    Ok((child, ours))
+}
+
+/// Until the zygote is gone; says why.
+fn listen(inner: &Arc<Inner>, zygote: &Arc<Channel>, buffer: &mut [u8]) -> Failure {
+    let mut happened = Vec::with_capacity(256);
+    loop {
+        happened.clear();
+        let waited =
+            rustix::io::retry_on_intr(|| epoll::wait(&inner.events, rustix::buffer::spare_capacity(&mut happened), None));
+        if let Err(error) = waited {
+            return Failure { message: format!("epoll_wait failed: {error}"), remedy: "restart the node".into(), errno: 0 };
+        }
+        for event in happened.drain(..) {
+            match event.data.u64() {
+                ZYGOTE => {
+                    if let Err(failure) = hear_zygote(inner, zygote, buffer) {
+                        return failure;
+                    }
+                }
+                number => {
+                    let worker = inner.lock().workers.get(&number).cloned();
+                    if let Some(worker) = worker {
+                        hear_worker(inner, &worker, buffer);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut [u8]) -> Result<(), Failure> {
+    let Received { message, descriptors } = zygote.receive::<FromZygote>(buffer).map_err(|error| {
+        let remedy = "look for its last words in the node's log".to_owned();
+        Failure { message: format!("the zygote ended: {error}"), remedy, errno: 0 }
+    })?;
+    let worker_of = |number| inner.lock().workers.get(&number).cloned();
+    match message {
+        FromZygote::Ready => {
+            inner.lock().zygote = Zygote::Ready(Arc::clone(zygote));
+            inner.changed.notify_all();
+        }
+        FromZygote::Failed(failure) => return Err(failure),
+        FromZygote::Spawned { worker, pid } => {
+            let pidfd: Option<OwnedFd> = descriptors.into_iter().next();
+            if let Some(worker) = worker_of(worker) {
+                worker.deliver(|mail| {
+                    mail.pid = Some(pid);
+                    mail.pidfd = pidfd;
+                });
+            }
+        }
+        FromZygote::NotSpawned { worker, errno } => {
+            if let Some(worker) = worker_of(worker) {
+                let error = io::Error::from_raw_os_error(errno);
+                let message = format!("a worker could not be forked: {error}");
+                let remedy = "raise the limits on processes and threads (ulimit -u, pids.max, kernel.pid_max)".to_owned();
+                worker.deliver(|mail| mail.failed = Some(Failure { message, remedy, errno }));
+                forget(inner, &worker);
+            }
+        }
+        FromZygote::Exited { worker, how } => {
+            if let Some(worker) = worker_of(worker) {
+                // What it said before it ended is still in its channel.
+                while drain(&worker, buffer) {}
+                see_off(inner, &worker, Some(how));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut [u8]) {
+    if !drain(worker, buffer) {
+        // It is on its way out; its zygote will say how.
+        epoll::delete(&inner.events, worker).unwrap_or_default();
+    }
+}
+
+/// Takes one message if there is one. Says whether there may be more.
+fn drain(worker: &Worker, buffer: &mut [u8]) -> bool {
+    match worker.channel.try_receive::<FromWorker>(buffer) {
+        Ok(Some(received)) => {
+            worker.take(received.message);
+            true
+        }
+        Ok(None) => false,
+        Err(ReceiveError::Gone) => false,
+        Err(error) => {
+            // Not one of ours any more, whatever it is.
+            let message = format!("the worker said something that cannot be: {error}");
+            worker.deliver(|mail| {
+                mail.failed.get_or_insert(Failure { message, remedy: "fork again from its image".into(), errno: 0 });
+            });
+            worker.kill();
+            false
+        }
+    }
+}
+
+/// A worker is gone.
+fn see_off(inner: &Inner, worker: &Arc<Worker>, how: Option<crate::worker::protocol::Exit>) {
+    let (machine, ended, was_killed) = worker.has_exited(how);
+    if let (Some(machine), false) = (machine, was_killed) {
+        inner.lock().ends.retain(|subscriber| subscriber.send((machine, ended.clone())).is_ok());
+    }
+    forget(inner, worker);
+}
+
+/// Gives back what the pool had for a worker that is gone.
+fn forget(inner: &Inner, worker: &Arc<Worker>) {
+    epoll::delete(&inner.events, worker.as_fd()).unwrap_or_default();
+    // The kernel may take a moment to see that the group is empty.
+    for _ in 0..200 {
+        let mut group = worker.group.lock().unwrap_or_else(PoisonError::into_inner);
+        if group.as_mut().is_none_or(|group| group.remove()) {
+            *group = None;
+            break;
+        }
+        drop(group);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut state = inner.lock();
+    state.workers.remove(&worker.number);
+    if let Some(shelf) = state.shelves.get_mut(&worker.class) {
+        shelf.forget(worker);
+    }
+    drop(state);
+    inner.changed.notify_all();
+}
+
+/// The zygote is gone, and the kernel has killed its workers.
+fn forget_all(inner: &Inner) {
+    let workers: Vec<Arc<Worker>> = inner.lock().workers.values().cloned().collect();
+    for worker in workers {
+        worker.channel.shut_down();
+        see_off(inner, &worker, None);
+    }
+}

@@ -1,0 +1,285 @@
+//! Shells: how many there should be, and the threads that build them.
+//!
+//! For each class in use as many wait as were asked for in the busiest second of the last minute, within what memory allows: a
+//! shell costs its process, and kernel tables in proportion to its slot. A class that nobody has asked for in ten minutes has
+//! none.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::worker::Worker;
+use super::{Inner, PoolError, State, Zygote};
+use crate::class::Class;
+use crate::host::available_memory;
+use crate::jail::apply::{FIRST_UID, THREADS_MAX};
+use crate::worker::channel::Channel;
+use crate::worker::protocol::{Failure, ToWorker, ToZygote};
+
+const BUCKET: Duration = Duration::from_secs(1);
+const WINDOW: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_secs(600);
+/// After a build that failed, before the next one that nobody waits for.
+const BACK_OFF: Duration = Duration::from_secs(1);
+/// How often a builder with nothing to do looks whether demand has gone down.
+const ROUND: Duration = Duration::from_secs(5);
+
+/// The shells of one class.
+#[derive(Debug, Default)]
+pub(super) struct Shelf {
+    ready: Vec<Arc<Worker>>,
+    pub(super) building: u32,
+    /// Forks that wait for a shell.
+    waiting: u32,
+    /// How many were asked for, by the second, newest last.
+    demand: VecDeque<(Instant, u32)>,
+    last_demand: Option<Instant>,
+    /// The last build's failure, for those who wait, and when it was.
+    failed: Option<(Instant, Failure)>,
+}
+
+impl Shelf {
+    pub(super) fn ready_count(&self) -> u32 {
+        u32::try_from(self.ready.len()).unwrap_or(u32::MAX)
+    }
+
+    /// So many were asked for.
+    pub(super) fn note_demand(&mut self, now: Instant, count: u32) {
+        self.last_demand = Some(now);
+        match self.demand.back_mut() {
+            Some((since, sum)) if now - *since < BUCKET => *sum = sum.saturating_add(count),
+            _ => self.demand.push_back((now, count)),
+        }
+        while self.demand.front().is_some_and(|(since, _)| now - *since > WINDOW) {
+            self.demand.pop_front();
+        }
+    }
+
+    /// How many should wait, memory aside.
+    fn wanted(&self, now: Instant, min: u32, max: u32) -> u32 {
+        if self.last_demand.is_none_or(|last| now - last > IDLE) {
+            return 0;
+        }
+        let recent = self.demand.iter().filter(|(since, _)| now - *since <= WINDOW);
+        recent.map(|(_, count)| *count).max().unwrap_or(0).clamp(min.min(max), max)
+    }
+
+    pub(super) fn forget(&mut self, worker: &Arc<Worker>) {
+        self.ready.retain(|ready| !Arc::ptr_eq(ready, worker));
+    }
+}
+
+/// What one shell costs, in bytes: its process, and kernel tables (measured: docs/specification.md, L5).
+fn cost_bytes(class: Class) -> u64 {
+    (1 << 20) + class.memory().bytes() / 400
+}
+
+/// How much more memory than its own pages a worker may have: its process, KVM's tables for its slots, its page tables.
+pub(super) fn overhead_bytes(class: Class) -> u64 {
+    (32 << 20) + class.memory().bytes() / 64
+}
+
+/// How many shells of each class should wait.
+pub(super) fn wanted(inner: &Inner, state: &State, now: Instant) -> HashMap<Class, u32> {
+    let settings = &inner.settings;
+    let mut wanted: HashMap<Class, u32> = state
+        .shelves
+        .iter()
+        .map(|(class, shelf)| (*class, shelf.wanted(now, settings.shells_min, settings.shells_max)))
+        .collect();
+    let cost: u64 = wanted.iter().map(|(class, count)| cost_bytes(*class) * u64::from(*count)).sum();
+    let budget = available_memory().unwrap_or(0) / settings.memory_share.max(1);
+    if cost > budget {
+        for count in wanted.values_mut() {
+            let fitting = u128::from(*count) * u128::from(budget) / u128::from(cost.max(1));
+            *count = u32::try_from(fitting).unwrap_or(u32::MAX);
+        }
+    }
+    wanted
+}
+
+/// Takes a shell, or waits for one that is built for it. Says whether one was ready.
+pub(super) fn take_shell(inner: &Inner, class: Class, patience: Duration) -> Result<(Arc<Worker>, bool), PoolError> {
+    let deadline = Instant::now() + patience;
+    let asked = Instant::now();
+    let mut state = inner.lock();
+    let mut is_waiting = false;
+    loop {
+        let zygote_failed = match &state.zygote {
+            Zygote::Failed(failure) => Some(failure.clone()),
+            Zygote::Starting | Zygote::Ready(_) => None,
+        };
+        let is_stopping = state.is_stopping;
+        let shelf = state.shelves.entry(class).or_default();
+        let outcome = if is_stopping {
+            Some(Err(PoolError::Stopping))
+        } else if let Some(worker) = shelf.ready.pop() {
+            Some(Ok((worker, !is_waiting)))
+        } else if let Some((_, failure)) = shelf.failed.as_ref().filter(|(at, _)| *at > asked) {
+            Some(Err(PoolError::Failed(failure.clone())))
+        } else {
+            let left = deadline.saturating_duration_since(Instant::now());
+            (left.is_zero()).then(|| Err(zygote_failed.map_or(PoolError::Stuck(patience), PoolError::Failed)))
+        };
+        if let Some(outcome) = outcome {
+            shelf.waiting -= u32::from(is_waiting);
+            return outcome;
+        }
+        if !is_waiting {
+            is_waiting = true;
+            shelf.waiting += 1;
+            inner.changed.notify_all();
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        state = inner.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+/// The life of a thread that builds shells, and takes down those that are too many.
+pub(super) fn build_shells(inner: Arc<Inner>) {
+    loop {
+        let mut state = inner.lock();
+        let class = loop {
+            if state.is_stopping {
+                return;
+            }
+            match next_class(&inner, &mut state) {
+                Next::Build(class) => break class,
+                Next::TakeDown(worker) => {
+                    drop(state);
+                    worker.kill();
+                    state = inner.lock();
+                }
+                Next::Nothing => state = inner.changed.wait_timeout(state, ROUND).unwrap_or_else(PoisonError::into_inner).0,
+            }
+        };
+        state.shelves.entry(class).or_default().building += 1;
+        drop(state);
+        let built = build(&inner, class);
+        let mut state = inner.lock();
+        let is_stopping = state.is_stopping;
+        let shelf = state.shelves.entry(class).or_default();
+        shelf.building = shelf.building.saturating_sub(1);
+        match built {
+            Ok(worker) if is_stopping || worker.mail().ended.is_some() => worker.kill(),
+            Ok(worker) => shelf.ready.push(worker),
+            Err(error) => {
+                let failure = match error {
+                    PoolError::Failed(failure) => failure,
+                    other => {
+                        let errno = other.errno().unwrap_or(0);
+                        Failure { message: other.to_string(), remedy: other.remedy().to_owned(), errno }
+                    }
+                };
+                shelf.failed = Some((Instant::now(), failure));
+            }
+        }
+        drop(state);
+        inner.changed.notify_all();
+    }
+}
+
+enum Next {
+    Build(Class),
+    TakeDown(Arc<Worker>),
+    Nothing,
+}
+
+fn next_class(inner: &Inner, state: &mut State) -> Next {
+    let starved = state.shelves.iter().find(|(_, shelf)| shelf.waiting > shelf.building + shelf.ready_count());
+    if let Some((class, _)) = starved {
+        return Next::Build(*class);
+    }
+    if state.forks > 0 {
+        // Building takes CPU time that a fork under way wants.
+        return Next::Nothing;
+    }
+    let now = Instant::now();
+    let has_failed = |shelf: &Shelf| shelf.failed.as_ref().is_some_and(|(at, _)| now - *at < BACK_OFF);
+    let wanted = wanted(inner, state, now);
+    for (class, shelf) in &mut state.shelves {
+        let wanted = wanted.get(class).copied().unwrap_or(0);
+        if shelf.ready_count() + shelf.building < wanted && !has_failed(shelf) {
+            return Next::Build(*class);
+        }
+        if shelf.ready_count() > wanted
+            && shelf.waiting == 0
+            && let Some(worker) = shelf.ready.pop()
+        {
+            return Next::TakeDown(worker);
+        }
+    }
+    Next::Nothing
+}
+
+/// Has a worker forked, and built into a shell.
+fn build(inner: &Inner, class: Class) -> Result<Arc<Worker>, PoolError> {
+    let step = |step| move |source| PoolError::Step { step, source };
+    let zygote = match &inner.lock().zygote {
+        Zygote::Ready(channel) => Arc::clone(channel),
+        Zygote::Failed(failure) => return Err(PoolError::Failed(failure.clone())),
+        Zygote::Starting => return Err(PoolError::Stopping),
+    };
+    let (ours, theirs) = Channel::pair().map_err(step("socketpair"))?;
+    let number = inner.next_worker();
+    let worker = Arc::new(Worker::new(number, class, ours));
+    inner.lock().workers.insert(number, Arc::clone(&worker));
+    let born = bear(inner, &zygote, &worker, theirs);
+    if born.is_err() {
+        worker.kill();
+        if worker.mail().pid.is_none() {
+            // Nobody will say that it has exited.
+            inner.lock().workers.remove(&number);
+            inner.changed.notify_all();
+        }
+    }
+    born.map(|()| worker)
+}
+
+fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel) -> Result<(), PoolError> {
+    use rustix::event::epoll;
+    use std::os::fd::AsFd;
+    let step = |step| move |source| PoolError::Step { step, source };
+    let events = epoll::add(&inner.events, worker.as_fd(), epoll::EventData::new_u64(worker.number), epoll::EventFlags::IN);
+    events.map_err(|error| PoolError::Step { step: "epoll_ctl", source: error.into() })?;
+    // Unique among those alive: numbers come back after 2^24.
+    let uid = FIRST_UID + u32::try_from(worker.number % (1 << 24)).expect("below 2^24");
+    let spawn = ToZygote::Spawn { worker: worker.number, uid };
+    zygote.send(&spawn, &[theirs.as_fd()]).map_err(step("asking for a worker"))?;
+    drop(theirs);
+    let pid = worker.wait(|mail| mail.pid)?;
+    if let Some(groups) = &inner.groups {
+        let memory = worker.class.memory().bytes() + overhead_bytes(worker.class);
+        let group = groups.worker(worker.number, memory, THREADS_MAX).and_then(|group| group.admit(pid).map(|()| group));
+        let group = group.map_err(|error| {
+            PoolError::Failed(Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
+        })?;
+        *worker.group.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
+    }
+    worker.send(&ToWorker::Build(worker.class.into()), &[])?;
+    worker.wait(|mail| mail.built.map(drop))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shells_follow_demand() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut shelf = Shelf::default();
+        assert_eq!(shelf.wanted(at(0), 4, 100), 0);
+        shelf.note_demand(at(0), 1);
+        assert_eq!(shelf.wanted(at(0), 4, 100), 4);
+        shelf.note_demand(at(10), 30);
+        shelf.note_demand(at(10), 20);
+        assert_eq!(shelf.wanted(at(11), 4, 100), 50);
+        assert_eq!(shelf.wanted(at(11), 4, 40), 40);
+        shelf.note_demand(at(69), 6);
+        assert_eq!(shelf.wanted(at(69), 4, 100), 50);
+        assert_eq!(shelf.wanted(at(71), 4, 100), 6);
+        assert_eq!(shelf.wanted(at(600), 4, 100), 4);
+        assert_eq!(shelf.wanted(at(670), 4, 100), 0);
+    }
+}

@@ -1,0 +1,416 @@
+//! Machines in their workers: fork, boot, freeze, and what they answer.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use types::MachineId;
+
+use super::worker::{Running, Worker};
+use super::{ForkOptions, Inner, PATIENCE, PoolError, keeper};
+use crate::class::{Class, ram_regions};
+use crate::image::{Image, check_map, memfd};
+use crate::machine::state::MachineState;
+use crate::machine::{Ended, FreezeReport, Frozen};
+use crate::probe::{Command, Reply};
+use crate::worker::monotonic_ns;
+use crate::worker::protocol::{self, DESCRIPTORS_MAX, ToWorker, WireFrozen};
+
+/// The fewest bytes of pages that a machine must be allowed to write: what its first instructions write.
+const LIMIT_MIN: u64 = 1 << 20;
+
+/// A machine in its worker. Dropping it kills it.
+#[derive(Debug)]
+pub struct Jailed {
+    id: MachineId,
+    inner: Arc<Inner>,
+    worker: Arc<Worker>,
+    rests_on: Mutex<RestsOn>,
+    limit_bytes: u64,
+}
+
+/// What a machine's memory rests on.
+#[derive(Debug)]
+enum RestsOn {
+    /// A first parent's own memory, a memfd for each region, until it is frozen.
+    Own(Vec<std::fs::File>),
+    Image {
+        image: Arc<Image>,
+        /// Bytes that its branches had copied: the kernel counts them as the worker's.
+        branched_bytes: u64,
+    },
+}
+
+/// How a fork spent its time. In this order; the sum of the stages is `first`.
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "see `cluster` and docs/specification.md, L1")]
+pub struct ForkTimes {
+    /// From the call until the first instruction was observed. Up to the last stage where none was: a guest that computes
+    /// without an exit.
+    pub first: Duration,
+    pub shell: Duration,
+    pub send: Duration,
+    pub map: Duration,
+    pub restore: Duration,
+    pub run: Duration,
+    /// Whether a shell was ready.
+    pub had_shell: bool,
+}
+
+/// What a machine costs, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Memory {
+    /// Its share of what it maps.
+    pub pss_bytes: u64,
+    /// What it alone maps.
+    pub private_bytes: u64,
+    /// Its page tables.
+    pub page_table_bytes: u64,
+    /// CPU time so far.
+    pub cpu: Duration,
+}
+
+pub(super) fn fork_all(
+    inner: &Arc<Inner>,
+    image: &Arc<Image>,
+    ids: &[MachineId],
+    options: ForkOptions,
+) -> Vec<Result<(Jailed, ForkTimes), PoolError>> {
+    let started = monotonic_ns();
+    {
+        let mut state = inner.lock();
+        state.forks += 1;
+        let count = u32::try_from(ids.len()).unwrap_or(u32::MAX);
+        state.shelves.entry(image.class()).or_default().note_demand(Instant::now(), count);
+    }
+    // All are sent before any is waited for.
+    let sent: Vec<_> = ids.iter().map(|id| send_fork(inner, image, *id, options)).collect();
+    let forked = sent
+        .into_iter()
+        .map(|sent| {
+            let (jailed, had_shell, shell_ns) = sent?;
+            let running = jailed.worker.wait(|mail| mail.running)?;
+            Ok((jailed, times(started, shell_ns, running, had_shell)))
+        })
+        .collect();
+    inner.lock().forks -= 1;
+    inner.changed.notify_all();
+    forked
+}
+
+fn times(started: u64, shell_ns: u64, running: Running, had_shell: bool) -> ForkTimes {
+    let Running { received_ns, first_ns, map_ns, restore_ns } = running;
+    let ns = Duration::from_nanos;
+    // Another process's numbers: they are not trusted to be in order.
+    let first = if first_ns == 0 { received_ns.saturating_add(map_ns).saturating_add(restore_ns) } else { first_ns };
+    let after = |later: u64, earlier: u64| ns(later.saturating_sub(earlier));
+    ForkTimes {
+        first: after(first, started),
+        shell: after(shell_ns, started),
+        send: after(received_ns, shell_ns),
+        map: ns(map_ns),
+        restore: ns(restore_ns),
+        run: after(first, received_ns.saturating_add(map_ns).saturating_add(restore_ns)),
+        had_shell,
+    }
+}
+
+fn send_fork(
+    inner: &Arc<Inner>,
+    image: &Arc<Image>,
+    id: MachineId,
+    options: ForkOptions,
+) -> Result<(Jailed, bool, u64), PoolError> {
+    let class = image.class();
+    let limit_bytes = options.limit_bytes.unwrap_or(class.memory().bytes()).min(class.memory().bytes());
+    if limit_bytes < LIMIT_MIN.min(class.memory().bytes()) {
+        return Err(PoolError::Limit { asked_bytes: limit_bytes, least_bytes: LIMIT_MIN });
+    }
+    let layers = image.read_only_layers().map_err(|source| PoolError::Step { step: "opening the image to read", source })?;
+    let (worker, had_shell) = keeper::take_shell(inner, class, PATIENCE)?;
+    let shell_ns = monotonic_ns();
+    worker.deliver(|mail| mail.machine = Some(id));
+    let rests_on = RestsOn::Image { image: Arc::clone(image), branched_bytes: 0 };
+    // From here on dropping it kills the worker.
+    let jailed = Jailed { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(rests_on), limit_bytes };
+    if options.limit_bytes.is_some() {
+        jailed.limit_memory(0)?;
+    }
+    let fork = protocol::encode(&ToWorker::Fork { id, image: image.wire().to_vec() });
+    let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
+    let (first, last) = descriptors.split_at((descriptors.len().max(1) - 1) / DESCRIPTORS_MAX * DESCRIPTORS_MAX);
+    for some in first.chunks(DESCRIPTORS_MAX) {
+        jailed.worker.send(&ToWorker::Layers, some)?;
+    }
+    jailed.worker.sent(jailed.worker.channel.send_bytes(&fork, last))?;
+    Ok((jailed, had_shell, shell_ns))
+}
+
+pub(super) fn boot_probe(inner: &Arc<Inner>, class: Class, id: MachineId) -> Result<Jailed, PoolError> {
+    let memory = memfd::first_memory(class.memory()).map_err(|source| PoolError::Step { step: "memfd_create", source })?;
+    let (worker, _) = keeper::take_shell(inner, class, PATIENCE)?;
+    worker.deliver(|mail| mail.machine = Some(id));
+    let limit_bytes = class.memory().bytes();
+    let copies: std::io::Result<Vec<_>> = memory.iter().map(std::fs::File::try_clone).collect();
+    let copies = copies.map_err(|source| PoolError::Step { step: "duplicating a descriptor", source })?;
+    let jailed = Jailed { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(RestsOn::Own(memory)), limit_bytes };
+    let descriptors: Vec<BorrowedFd<'_>> = copies.iter().map(AsFd::as_fd).collect();
+    jailed.worker.send(&ToWorker::BootProbe { id }, &descriptors)?;
+    jailed.worker.wait(|mail| mail.running)?;
+    Ok(jailed)
+}
+
+impl Jailed {
+    /// Who it is.
+    #[must_use]
+    pub fn id(&self) -> MachineId {
+        self.id
+    }
+
+    /// Its memory size and number of vCPUs.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        self.worker.class
+    }
+
+    /// The process that it is, in this one's namespace.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.worker.mail().pid
+    }
+
+    /// Why it ended, if it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.worker.mail().ended.clone()
+    }
+
+    /// Waits for its end. `None` if it has not ended within `patience`.
+    #[must_use]
+    pub fn wait_for_end(&self, patience: Duration) -> Option<Ended> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(ended) = self.ended() {
+                return Some(ended);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.ended()
+    }
+
+    /// Ends it. It is gone, with all that it had, a little later.
+    pub fn kill(&self) {
+        self.worker.kill();
+    }
+
+    /// Makes an image of this instant. It is paused for that, and goes on before the image is complete.
+    ///
+    /// # Errors
+    /// [`PoolError`]; it goes on as it was, unless it has ended.
+    pub fn freeze(&self) -> Result<Frozen, PoolError> {
+        // One at a time, as in the worker.
+        let mut rests_on = self.rests_on.lock().unwrap_or_else(PoisonError::into_inner);
+        self.worker.mail().frozen = None;
+        match &mut *rests_on {
+            RestsOn::Own(memory) => {
+                let memory = std::mem::take(memory);
+                let frozen = self.worker.send(&ToWorker::Freeze, &[]).and_then(|()| self.wait_for_frozen());
+                let frozen = match frozen.and_then(|wire| self.check(*wire, &[1, 1])) {
+                    Ok(frozen) => frozen,
+                    Err(error) => {
+                        *rests_on = RestsOn::Own(memory);
+                        return Err(error);
+                    }
+                };
+                let (state, maps, identity_page, report) = frozen;
+                let cpu = self.inner.host.cpu().clone();
+                let image = Image::first(cpu, state, self.class(), maps, memory, identity_page);
+                // Not even the worker, which had it mapped to write, can change it any more.
+                image.seal_for_mapping().map_err(|source| PoolError::Step { step: "sealing the image", source })?;
+                let image = Arc::new(image);
+                *rests_on = RestsOn::Image { image: Arc::clone(&image), branched_bytes: 0 };
+                Ok(Frozen { image, report })
+            }
+            RestsOn::Image { image: base, branched_bytes } => {
+                let layers = memfd::new_layers(self.class().memory());
+                let layers = layers.map_err(|source| PoolError::Step { step: "memfd_create", source })?;
+                // What the copier writes counts as the worker's, for as long as the image lives.
+                self.limit_memory(*branched_bytes + self.class().memory().bytes())?;
+                let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
+                let frozen = self.worker.send(&ToWorker::Freeze, &descriptors).and_then(|()| self.wait_for_frozen());
+                let counts: Vec<usize> = base.ram().iter().map(|region| region.layers().len() + 1).collect();
+                let checked = frozen.and_then(|wire| self.check(*wire, &counts));
+                let (state, maps, identity_page, report) = match checked {
+                    Ok(checked) => checked,
+                    Err(error) => {
+                        self.limit_memory(*branched_bytes).unwrap_or_default();
+                        return Err(error);
+                    }
+                };
+                let cpu = self.inner.host.cpu().clone();
+                let image = Image::branched(base, cpu, state, maps, layers, identity_page);
+                image.seal().map_err(|source| PoolError::Step { step: "sealing the image", source })?;
+                *branched_bytes += image.own_bytes().unwrap_or(0);
+                self.limit_memory(*branched_bytes).unwrap_or_default();
+                Ok(Frozen { image: Arc::new(image), report })
+            }
+        }
+    }
+
+    fn wait_for_frozen(&self) -> Result<Box<WireFrozen>, PoolError> {
+        self.worker.wait(|mail| mail.frozen.take())?.map_err(PoolError::Failed)
+    }
+
+    /// A worker's word for what it froze: not believed without a look at every number.
+    fn check(
+        &self,
+        wire: WireFrozen,
+        layer_counts: &[usize],
+    ) -> Result<(MachineState, Vec<types::ExtentMap>, Option<types::GuestAddress>, FreezeReport), PoolError> {
+        let lie = |what: String| PoolError::Lie { what };
+        let state = MachineState::decode(&wire.state).map_err(|error| lie(error.to_string()))?;
+        if state.vcpu_count() != usize::from(self.class().vcpu_count()) {
+            return Err(lie(format!("a state with {} vCPUs", state.vcpu_count())));
+        }
+        let regions = ram_regions(self.class().memory());
+        if wire.maps.len() != regions.len() {
+            return Err(lie(format!("{} regions", wire.maps.len())));
+        }
+        for ((map, (_, bytes)), count) in wire.maps.iter().zip(&regions).zip(layer_counts) {
+            check_map(map, *bytes, *count).map_err(|error| lie(error.to_string()))?;
+        }
+        let is_ram = |at: types::GuestAddress| crate::class::RamLayout::of(self.class().memory()).contains(at);
+        if let Some(page) = wire.identity_page.filter(|page| !is_ram(*page) || page.0 % types::PAGE_SIZE != 0) {
+            return Err(lie(format!("an identity page at {page}")));
+        }
+        let [stall, rest, capture, scan, instant, copy] = wire.took_ns.map(Duration::from_nanos);
+        let (dirty_pages, copied_extents) = (wire.dirty_pages, wire.copied_extents);
+        let report = FreezeReport { stall, rest, capture, scan, instant, copy, dirty_pages, copied_extents };
+        Ok((state, wire.maps, wire.identity_page, report))
+    }
+
+    /// Lets the worker have its own pages, what runs it, and so many bytes more.
+    fn limit_memory(&self, more_bytes: u64) -> Result<(), PoolError> {
+        let bytes = self.limit_bytes + keeper::overhead_bytes(self.class()) + more_bytes;
+        match &*self.worker.group.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(group) => group.limit_memory(bytes).map_err(|error| PoolError::Step {
+                step: "limiting the worker's memory",
+                source: std::io::Error::other(error),
+            }),
+        }
+    }
+
+    /// Gives the probe on a vCPU a command and waits for its reply.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn call(&self, vcpu: u8, command: Command) -> Result<Reply, PoolError> {
+        self.post(vcpu, command)?;
+        self.answer(vcpu)
+    }
+
+    /// Gives the probe on a vCPU a command.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn post(&self, vcpu: u8, command: Command) -> Result<(), PoolError> {
+        if let Some(slot) = self.worker.mail().answers.get_mut(usize::from(vcpu)) {
+            *slot = None;
+        }
+        self.worker.send(&ToWorker::Probe { vcpu, command }, &[])
+    }
+
+    /// Waits for the reply to a command that was posted.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn answer(&self, vcpu: u8) -> Result<Reply, PoolError> {
+        let answer = self.worker.wait(|mail| mail.answers.get_mut(usize::from(vcpu)).and_then(Option::take))?;
+        answer.map_err(PoolError::Failed)
+    }
+
+    /// Tells a command that runs until told to stop, to stop, and waits for its reply.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn stop(&self, vcpu: u8) -> Result<Reply, PoolError> {
+        self.worker.send(&ToWorker::StopProbe { vcpu }, &[])?;
+        self.answer(vcpu)
+    }
+
+    /// Brings it to rest, or lets it run again.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn set_running(&self, is_to_run: bool) -> Result<(), PoolError> {
+        self.worker.mail().is_done = false;
+        self.worker.send(if is_to_run { &ToWorker::Resume } else { &ToWorker::Pause }, &[])?;
+        self.worker.wait(|mail| mail.is_done.then_some(()))
+    }
+
+    /// What it printed: the newest 64 KiB, oldest first, and how many older bytes made room for it.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn console(&self) -> Result<(Vec<u8>, u64), PoolError> {
+        if self.ended().is_some() {
+            return Ok(self.worker.mail().console.clone().unwrap_or_default());
+        }
+        self.worker.mail().console = None;
+        self.worker.send(&ToWorker::Console, &[])?;
+        self.worker.wait(|mail| mail.console.take())
+    }
+
+    /// What it costs now, as the kernel counts it.
+    ///
+    /// # Errors
+    /// If it has ended, or this process may not know.
+    pub fn memory(&self) -> std::io::Result<Memory> {
+        let pid = self.pid().filter(|_| self.ended().is_none()).ok_or(std::io::ErrorKind::NotFound)?;
+        Memory::of_process(pid)
+    }
+
+    /// Tries to break out, for the tests of the jail. The error number, 0 for success.
+    ///
+    /// # Errors
+    /// [`PoolError`]; the end of the worker among them.
+    #[cfg(feature = "testing")]
+    pub fn attempt(&self, order: crate::harness::attempts::Order, descriptors: &[BorrowedFd<'_>]) -> Result<i32, PoolError> {
+        self.worker.mail().attempted = None;
+        self.worker.send(&ToWorker::Attempt(order), descriptors)?;
+        self.worker.wait(|mail| mail.attempted.take())
+    }
+}
+
+impl Drop for Jailed {
+    fn drop(&mut self) {
+        self.worker.kill();
+    }
+}
+
+impl Memory {
+    /// Of any process, from `/proc/PID/smaps_rollup`, `status` and `stat`.
+    ///
+    /// # Errors
+    /// If there is no such process, or this one may not know.
+    pub fn of_process(pid: i32) -> std::io::Result<Self> {
+        let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let kib = |text: &str, name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).unwrap_or(0) << 10
+        };
+        // After the name, which may hold anything: state is the first field, user and system time the 12th and 13th.
+        let ticks: u64 = stat.rsplit_once(')').map_or(0, |(_, fields)| {
+            fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum()
+        });
+        Ok(Self {
+            pss_bytes: kib(&rollup, "Pss"),
+            private_bytes: kib(&rollup, "Private_Clean") + kib(&rollup, "Private_Dirty"),
+            page_table_bytes: kib(&status, "VmPTE"),
+            cpu: Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second().max(1)),
+        })
+    }
+}

@@ -1,0 +1,86 @@
+//! Making processes: what `fork(2)` is in a process of one thread, with namespaces and a pidfd.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::thread::UnshareFlags;
+
+/// A child process.
+#[derive(Debug)]
+pub(crate) struct Child {
+    pub(crate) pid: i32,
+    pub(crate) pidfd: OwnedFd,
+}
+
+/// Forks a process that lives in new `namespaces` and does `life`.
+///
+/// The caller has one thread: the child then has a consistent copy of everything, locks and heap among it, and may go on as the
+/// caller could have. (The zygote never starts a thread; see `worker::zygote`.)
+pub(crate) fn fork_into(namespaces: UnshareFlags, life: impl FnOnce() -> std::convert::Infallible) -> io::Result<Child> {
+    let mut pidfd: libc::c_int = -1;
+    let flags = i64::from(namespaces.bits()) | i64::from(libc::CLONE_PIDFD | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM the new process has its own copy of everything; the kernel writes the descriptor to `pidfd`. The
+    // copy is consistent, since no other thread was in the middle of anything (see above).
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+    match pid {
+        0 => {
+            let life = std::panic::AssertUnwindSafe(life);
+            let ended = std::panic::catch_unwind(life);
+            // A child must not unwind into the loop of its parent.
+            let Err(_) = ended;
+            exit(101)
+        }
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        _ => Ok(Child { pid: i32::try_from(pid).expect("a pid"), pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) } }),
+    }
+}
+
+/// Moves this process into new namespaces.
+pub(crate) fn unshare(namespaces: UnshareFlags) -> io::Result<()> {
+    // SAFETY: unsharing CLONE_FILES is what could break others' use of descriptors; only namespaces are unshared here.
+    Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
+}
+
+/// Closes every descriptor but these and the standard ones. What owned them is never dropped: the caller is a new process that
+/// does not return to its parent's code.
+pub(crate) fn close_all_but(kept: &[BorrowedFd<'_>]) {
+    let mut kept: Vec<u32> = kept.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
+    kept.sort_unstable();
+    let mut from = 3;
+    for fd in kept.into_iter().chain([u32::MAX]) {
+        if from < fd {
+            // SAFETY: the descriptors in between are not used again by this process (see above).
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+        }
+        from = from.max(fd.saturating_add(1));
+    }
+}
+
+/// Ends this process at once, without running destructors or what was registered for its exit.
+pub(crate) fn exit(code: i32) -> ! {
+    // SAFETY: has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Has the kernel reap this process's children.
+pub(crate) fn ignore_children() {
+    // SAFETY: ignoring a signal runs no code.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    assert_ne!(before, libc::SIG_ERR, "SIGCHLD can be ignored");
+}
+
+/// Keeps the heap in one piece that only grows, so that no thread of a worker needs a mapping of its own for it.
+pub(crate) fn keep_heap_in_one_piece() {
+    let settings = [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_MMAP_THRESHOLD, i32::MAX),
+        (libc::M_MMAP_MAX, 0),
+        (libc::M_TRIM_THRESHOLD, i32::MAX),
+        (libc::M_TOP_PAD, 1 << 20),
+    ];
+    for (parameter, value) in settings {
+        // SAFETY: has no preconditions.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}

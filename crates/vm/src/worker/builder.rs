@@ -1,0 +1,226 @@
+//! A worker's first thread of two: builds the shell, maps the image into it, and is gone before the guest's first instruction.
+//! It may make system calls that the rest of the worker may not.
+//!
+//! ```text
+//! builder         Build ──▶ shell ──▶ Fork ──▶ map ──┬──▶ ends
+//! vCPU 0                                             └──▶ restore ──▶ waits for that end ──▶ runs the guest
+//! main thread     waits ····················································▶ control
+//! ```
+//!
+//! A first parent keeps its builder until it is frozen, since that maps its memory anew; from its boot on with a filter of its
+//! own.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
+
+use super::channel::{self, Received};
+use super::control::{self, Control, Until};
+use super::protocol::{Failure, FromWorker, ToWorker, WireClass, WireImage};
+use super::{REPORT, Shared, monotonic_ns};
+use crate::class::Class;
+use crate::host::Host;
+use crate::image::Image;
+use crate::jail::apply::limit_address_space;
+use crate::jail::syscalls::confine_thread;
+use crate::machine::Machine;
+use crate::machine::frame::Keeping;
+use crate::machine::state;
+use crate::probe;
+use crate::shell::Shell;
+use crate::sys::process::exit;
+
+const STACK_SIZE: usize = 256 << 10;
+
+/// Where the main thread finds the machine.
+#[derive(Default)]
+struct Handover {
+    control: Mutex<(Option<Box<Control>>, bool)>,
+    changed: Condvar,
+}
+
+/// The life of a worker's main thread.
+pub(crate) fn live(host: Host, shared: Arc<Shared>) -> ! {
+    let handover = Arc::new(Handover::default());
+    let builder = Builder { host, shared: Arc::clone(&shared), handover: Arc::clone(&handover), buffer: channel::buffer() };
+    {
+        // Locked until the handle is in its place, where the first vCPU's thread will look for it.
+        let mut slot = shared.builder.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = std::thread::Builder::new().name("builder".into()).stack_size(STACK_SIZE).spawn(move || builder.build());
+        match thread {
+            Ok(handle) => *slot = Some(handle),
+            Err(error) => give_up(&shared, &failure("starting the builder", &error)),
+        }
+    }
+    if let Err(error) = confine_thread(&shared.jail, &shared.filters.control) {
+        give_up(&shared, &failure("the filter of system calls", &error));
+    }
+    let waiting = |(control, ready): &mut (Option<Box<Control>>, bool)| control.is_none() || !*ready;
+    let slot = handover.control.lock().unwrap_or_else(PoisonError::into_inner);
+    let (control, _) = &mut *handover.changed.wait_while(slot, waiting).unwrap_or_else(PoisonError::into_inner);
+    let mut control = control.take().expect("waited for");
+    control.serve(Until::Closed);
+    exit(0)
+}
+
+/// Tells the node, and ends the worker.
+pub(super) fn give_up(shared: &Shared, failure: &Failure) -> ! {
+    shared.channel.send(&FromWorker::Failed(failure.clone()), &[]).unwrap_or_default();
+    exit(1)
+}
+
+pub(super) fn failure(what: &str, error: &io::Error) -> Failure {
+    let remedy = "look for its cause in the kernel log".to_owned();
+    Failure { message: format!("{what} failed: {error}"), remedy, errno: error.raw_os_error().unwrap_or(0) }
+}
+
+struct Builder {
+    host: Host,
+    shared: Arc<Shared>,
+    handover: Arc<Handover>,
+    buffer: Vec<u8>,
+}
+
+impl Builder {
+    fn build(mut self) {
+        let class = match self.receive().message {
+            ToWorker::Build(class) => class,
+            other => self.give_up_over(&other),
+        };
+        let shell = self.shell(class);
+        let mut layers = Vec::new();
+        loop {
+            let received_ns;
+            let Received { message, descriptors } = {
+                let received = self.receive();
+                received_ns = monotonic_ns();
+                received
+            };
+            layers.extend(descriptors);
+            match message {
+                ToWorker::Layers => {}
+                ToWorker::Fork { id, image } => return self.fork(shell, id, &image, layers, received_ns),
+                ToWorker::BootProbe { id } => return self.boot(shell, id, layers),
+                other => self.give_up_over(&other),
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Received<ToWorker> {
+        match self.shared.channel.receive(&mut self.buffer) {
+            Ok(received) => received,
+            // The node is gone, or wants no shell any more.
+            Err(channel::ReceiveError::Gone) => exit(0),
+            Err(error) => give_up(&self.shared, &failure("receiving an order", &io::Error::other(error))),
+        }
+    }
+
+    fn give_up_over(&self, order: &ToWorker) -> ! {
+        let what = format!("the order {order:?} of a shell");
+        give_up(&self.shared, &failure(&what, &io::ErrorKind::InvalidInput.into()))
+    }
+
+    fn shell(&mut self, class: WireClass) -> Shell {
+        let started = Instant::now();
+        let class = match Class::try_from(class) {
+            Ok(class) => class,
+            Err(error) => give_up(&self.shared, &failure("reading the class", &io::Error::other(error))),
+        };
+        let keeping = Keeping { confine: Some(confine_vcpu), witness: Some(Arc::clone(&self.shared) as _) };
+        let shell = match Shell::build_kept(&self.host, class, keeping) {
+            Ok(shell) => shell,
+            Err(error) => {
+                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
+                give_up(&self.shared, &failed)
+            }
+        };
+        self.host.close_device();
+        if let Err(error) = limit_address_space(&self.shared.jail, class.memory()) {
+            give_up(&self.shared, &failure("limiting the address space", &error));
+        }
+        let took_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        if self.shared.channel.send(&FromWorker::Built { took_ns }, &[]).is_err() {
+            exit(0);
+        }
+        shell
+    }
+
+    fn fork(self, shell: Shell, id: types::MachineId, image: &[u8], layers: Vec<OwnedFd>, received_ns: u64) {
+        let image = match receive_image(&self.host, image, layers) {
+            Ok(image) => Arc::new(image),
+            Err(failed) => give_up(&self.shared, &failed),
+        };
+        let machine = match shell.map(&image, id) {
+            Ok(machine) => machine,
+            Err(error) => {
+                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
+                give_up(&self.shared, &failed)
+            }
+        };
+        let map_ns = u64::try_from(machine.stages().map.as_nanos()).unwrap_or(u64::MAX);
+        let Self { host, shared, handover, buffer } = self;
+        let core = machine.frame.core.clone();
+        let monitor = Arc::clone(&machine.frame.monitor);
+        let control = Control::over(machine, host, Arc::clone(&shared), buffer);
+        handover.control.lock().unwrap_or_else(PoisonError::into_inner).0 = Some(Box::new(control));
+        let runner = Arc::clone(&monitor);
+        // By the vCPU's own thread, which has to be woken anyway.
+        monitor.give_task(Box::new(move || {
+            let started = monotonic_ns();
+            if let Err(error) = state::restore(&core, image.state()) {
+                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
+                give_up(&shared, &failed);
+            }
+            let restore_ns = monotonic_ns() - started;
+            // No thread that can map memory is left when the guest runs.
+            if let Some(builder) = shared.builder.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                builder.join().unwrap_or_default();
+            }
+            runner.run();
+            let mut slot = handover.control.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(control) = &mut slot.0 {
+                control.is_forked(control::ForkTimes { received_ns, map_ns, restore_ns });
+            }
+            slot.1 = true;
+            drop(slot);
+            handover.changed.notify_all();
+        }));
+    }
+
+    fn boot(self, shell: Shell, id: types::MachineId, memory: Vec<OwnedFd>) {
+        let memory = memory.into_iter().map(File::from).collect();
+        let machine: Machine = match probe::boot_in(shell, memory, id) {
+            Ok(machine) => machine,
+            Err(error) => {
+                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
+                give_up(&self.shared, &failed)
+            }
+        };
+        if let Err(error) = confine_thread(&self.shared.jail, &self.shared.filters.first_parent) {
+            give_up(&self.shared, &failure("the filter of system calls", &error));
+        }
+        let Self { host, shared, handover, buffer } = self;
+        let mut control = Box::new(Control::over(machine, host, Arc::clone(&shared), buffer));
+        control.is_forked(control::ForkTimes { received_ns: monotonic_ns(), map_ns: 0, restore_ns: 0 });
+        control.resume();
+        control.serve(Until::Frozen);
+        *handover.control.lock().unwrap_or_else(PoisonError::into_inner) = (Some(control), true);
+        handover.changed.notify_all();
+    }
+}
+
+/// What a vCPU's thread does first.
+fn confine_vcpu() -> io::Result<()> {
+    let shared = REPORT.get().expect("a worker has told where to report");
+    confine_thread(&shared.jail, &shared.filters.vcpu)
+}
+
+/// The image, as far as a child needs it.
+fn receive_image(host: &Host, bytes: &[u8], layers: Vec<OwnedFd>) -> Result<Image, Failure> {
+    let bad =
+        |error: &dyn std::fmt::Display| failure(&format!("reading the image ({error})"), &io::ErrorKind::InvalidData.into());
+    let wire: WireImage = postcard::from_bytes(bytes).map_err(|error| bad(&error))?;
+    Image::received(host.cpu().clone(), wire, layers).map_err(|error| bad(&error))
+}

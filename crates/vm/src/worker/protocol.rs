@@ -1,0 +1,290 @@
+//! What node, zygote and workers say to each other: postcard behind a magic number and a version, one message a packet.
+//!
+//! Node and zygote are the same program, but a worker that its guest has taken over is not: what comes from a worker is checked
+//! like bytes from outside, and refers to nothing of the node's but by numbers within bounds.
+//!
+//! New variants go to the end; a change of an old one is a new version.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use types::{ExtentMap, GuestAddress, MachineId, MemorySize, Reason};
+
+use crate::class::{Class, VcpuCountError};
+use crate::host::HostFacts;
+use crate::jail::Jail;
+use crate::probe::{Command, Reply};
+
+/// The longest message: a machine state, and the maps of two regions with 512 runs each.
+pub const MESSAGE_SIZE_MAX: usize = 128 << 10;
+/// The most descriptors with a message (the kernel takes 253).
+pub const DESCRIPTORS_MAX: usize = 200;
+
+const MAGIC: [u8; 2] = *b"ff";
+const VERSION: u16 = 1;
+const HEADER_SIZE: usize = 4;
+
+/// A kind of message.
+pub trait Message: DeserializeOwned {}
+
+impl Message for ToZygote {}
+impl Message for FromZygote {}
+impl Message for ToWorker {}
+impl Message for FromWorker {}
+
+/// Bytes that are no message.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum BadMessage {
+    #[error("a message is longer than {MESSAGE_SIZE_MAX} bytes, or has more than {DESCRIPTORS_MAX} descriptors")]
+    TooLong,
+    #[error("a message does not begin as one")]
+    NoMagic,
+    #[error("a message has version {0}; this farfork speaks version {VERSION}")]
+    UnknownVersion(u16),
+    #[error("a message does not decode: {0}")]
+    Malformed(postcard::Error),
+    #[error("a message has {0} bytes after its end")]
+    TrailingBytes(usize),
+}
+
+/// From the node to its zygote.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum ToZygote {
+    /// First; with the descriptor of `/dev/kvm`.
+    Hello { facts: Box<HostFacts>, jail: Jail },
+    /// Fork a worker; with its end of the channel.
+    Spawn { worker: u64, uid: u32 },
+}
+
+/// From the zygote to its node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromZygote {
+    /// It is confined and waits for orders.
+    Ready,
+    /// A worker was forked; with its pidfd.
+    Spawned {
+        /// As in the order.
+        worker: u64,
+        /// In the node's namespace.
+        pid: i32,
+    },
+    /// A worker was not forked.
+    NotSpawned {
+        /// As in the order.
+        worker: u64,
+        /// Why.
+        errno: i32,
+    },
+    /// A worker has ended and was reaped.
+    Exited {
+        /// As in the order.
+        worker: u64,
+        /// How.
+        how: Exit,
+    },
+    /// The zygote cannot do its work.
+    Failed(Failure),
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// By itself, with this status.
+    Status(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+/// Something that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct Failure {
+    /// What and where.
+    pub message: String,
+    /// What to do about it.
+    pub remedy: String,
+    /// The error number behind it, 0 if there is none.
+    pub errno: i32,
+}
+
+/// From the node to a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// First: be a shell of this class.
+    Build(WireClass),
+    /// Descriptors of an image's layers, more than fit with [`ToWorker::Fork`].
+    Layers,
+    /// Become a child of this image ([`WireImage`], encoded); with the (last) descriptors of its layers, in the order of its
+    /// regions.
+    Fork {
+        /// Who it is.
+        id: MachineId,
+        /// The image.
+        image: Vec<u8>,
+    },
+    /// Become a first parent that runs the probe; with a memfd for each region.
+    BootProbe {
+        /// Who it is.
+        id: MachineId,
+    },
+    /// Make an image; of a child with a memfd for each region.
+    Freeze,
+    /// Bring the guest to rest.
+    Pause,
+    /// Let it run.
+    Resume,
+    /// Give the probe a command. The answer comes when it has one.
+    Probe {
+        /// Which of its vCPUs.
+        vcpu: u8,
+        /// What.
+        command: Command,
+    },
+    /// Tell a probe's command that runs until told to, to stop.
+    StopProbe {
+        /// On which vCPU.
+        vcpu: u8,
+    },
+    /// Send what the guest printed.
+    Console,
+    /// Try to break out, for the tests of the jail.
+    #[cfg(feature = "testing")]
+    Attempt(crate::harness::attempts::Order),
+}
+
+/// From a worker to the node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromWorker {
+    /// It is a shell.
+    Built {
+        /// Nanoseconds that this took.
+        took_ns: u64,
+    },
+    /// It is a child, and its first instruction was observed.
+    Running {
+        /// When the order was received; this and the next on the monotonic clock.
+        received_ns: u64,
+        /// When the first exit was.
+        first_ns: u64,
+        /// How long mapping took.
+        map_ns: u64,
+        /// How long restoring took.
+        restore_ns: u64,
+    },
+    /// What was asked for was not done, and the worker is of no further use unless it was a running machine.
+    Failed(Failure),
+    /// An image was made.
+    Frozen(Box<WireFrozen>),
+    /// No image was made; the machine goes on as it was.
+    NotFrozen(Failure),
+    /// It is paused, or runs again.
+    Done,
+    /// A probe has an answer.
+    Answer {
+        /// Which of its vCPUs.
+        vcpu: u8,
+        /// What.
+        answer: Result<Reply, Failure>,
+    },
+    /// What the guest printed: the newest, oldest first, and how many older bytes made room for it.
+    Console {
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// The number.
+        dropped: u64,
+    },
+    /// The machine has ended by itself.
+    Ended {
+        /// Why.
+        reason: Reason,
+        /// The numbers.
+        detail: String,
+        /// The last that it printed.
+        console: Vec<u8>,
+    },
+    /// What came of an attempt to break out: 0, or the error number.
+    #[cfg(feature = "testing")]
+    Attempted(i32),
+}
+
+/// A [`Class`] on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireClass {
+    memory: MemorySize,
+    vcpu_count: u8,
+}
+
+impl From<Class> for WireClass {
+    fn from(class: Class) -> Self {
+        Self { memory: class.memory(), vcpu_count: class.vcpu_count() }
+    }
+}
+
+impl TryFrom<WireClass> for Class {
+    type Error = VcpuCountError;
+
+    fn try_from(wire: WireClass) -> Result<Self, Self::Error> {
+        Self::new(wire.memory, wire.vcpu_count)
+    }
+}
+
+/// What a worker must know of an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WireImage {
+    /// What kind of shell it needs.
+    pub class: WireClass,
+    /// The machine state, encoded.
+    pub state: Vec<u8>,
+    /// Where a child finds out who it is.
+    pub identity_page: Option<GuestAddress>,
+    /// For each region, its map and how many layers it has.
+    pub regions: Vec<(ExtentMap, u16)>,
+}
+
+/// What a worker says of an image that it made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WireFrozen {
+    /// The machine state, encoded.
+    pub state: Vec<u8>,
+    /// Where a child finds out who it is.
+    pub identity_page: Option<GuestAddress>,
+    /// For each region, its map over the layers of the image that the machine was forked from, and the new one.
+    pub maps: Vec<ExtentMap>,
+    /// Costs, in nanoseconds: stall, rest, capture, scan, instant, copy.
+    pub took_ns: [u64; 6],
+    /// Pages that the machine had written.
+    pub dirty_pages: u64,
+    /// Extents that were copied.
+    pub copied_extents: u64,
+}
+
+pub(crate) fn encode<M: Serialize>(message: &M) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(256);
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    postcard::to_extend(message, bytes).expect("plain data")
+}
+
+/// Reads a message.
+///
+/// # Errors
+/// [`BadMessage`].
+pub fn decode<M: Message>(bytes: &[u8]) -> Result<M, BadMessage> {
+    if bytes.len() > MESSAGE_SIZE_MAX {
+        return Err(BadMessage::TooLong);
+    }
+    let (header, body) = bytes.split_at_checked(HEADER_SIZE).ok_or(BadMessage::NoMagic)?;
+    if header[..2] != MAGIC {
+        return Err(BadMessage::NoMagic);
+    }
+    let version = u16::from_le_bytes([header[2], header[3]]);
+    if version != VERSION {
+        return Err(BadMessage::UnknownVersion(version));
+    }
+    match postcard::take_from_bytes(body) {
+        Ok((message, [])) => Ok(message),
+        Ok((_, rest)) => Err(BadMessage::TrailingBytes(rest.len())),
+        Err(error) => Err(BadMessage::Malformed(error)),
+    }
+}
