@@ -23,6 +23,7 @@ use crate::machine::Machine;
 use crate::probe::{self, Probe};
 use crate::shell::Shell;
 use crate::sys::kvm::set_read_only_slot;
+pub use crate::sys::process::Crash;
 
 /// The number of rounds: `quick` in `make test`, `full` in `make soak`.
 ///

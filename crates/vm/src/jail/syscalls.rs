@@ -102,6 +102,7 @@ const CAPTURE: &[(&str, u64)] = &[
 ];
 
 const COPIER_FLAGS: &[(&str, u64)] = &[("CLONE_PIDFD|SIGCHLD", libc::CLONE_PIDFD as u64 | libc::SIGCHLD as u64)];
+const CHECK: &[(&str, u64)] = &[("F_GETFD", 1)];
 const INHERITANCE: &[(&str, u64)] = &[("MADV_DONTFORK", 10), ("MADV_DOFORK", 11)];
 
 /// A vCPU's thread.
@@ -110,6 +111,9 @@ pub const VCPU: &[Allowed] = &[
     allowed!(futex, SYS_futex, Any, "locks, and waiting for work"),
     allowed!(write, SYS_write, Any, "raises a device's interrupt, and wakes the control thread (eventfds)"),
     allowed!(rt_sigreturn, SYS_rt_sigreturn, Any, "comes back from the signal that brings it out of the guest"),
+    allowed!(tgkill, SYS_tgkill, Kick(2), "brings the other vCPUs out of the guest when the machine ends"),
+    allowed!(getpid, SYS_getpid, Any, "the C library asks before tgkill"),
+    allowed!(rt_sigprocmask, SYS_rt_sigprocmask, Any, "the C library keeps signals away during tgkill"),
     allowed!(clock_gettime, SYS_clock_gettime, Any, "time stamps, where the vDSO cannot give them"),
     allowed!(brk, SYS_brk, Any, "the heap grows: a device's buffer, the text of an error"),
     allowed!(sched_yield, SYS_sched_yield, Any, "a contended lock of the standard library"),
@@ -126,6 +130,7 @@ pub const CONTROL: &[Allowed] = &[
     allowed!(read, SYS_read, Any, "news of the vCPUs and of a copier (eventfds)"),
     allowed!(write, SYS_write, Any, "a device's interrupt line; a copier's last word (eventfds)"),
     allowed!(close, SYS_close, Any, "descriptors that it is done with"),
+    allowed!(fcntl, SYS_fcntl, OneOf(1, CHECK), "the standard library, built for tests, looks whether they are open"),
     allowed!(ioctl, SYS_ioctl, OneOf(1, CAPTURE), "a branch: the state of the machine, and which pages it has written"),
     allowed!(madvise, SYS_madvise, OneOf(2, INHERITANCE), "a branch: which memory its copier inherits; changes no mapping"),
     allowed!(clone, SYS_clone, OneOf(0, COPIER_FLAGS), "a branch: its copier, a process and never a thread"),

@@ -371,6 +371,15 @@ impl Jailed {
         Memory::of_process(pid)
     }
 
+    /// Ends its worker in some way, for the tests of ends.
+    ///
+    /// # Errors
+    /// If it has ended already.
+    #[cfg(feature = "testing")]
+    pub fn crash(&self, crash: crate::harness::Crash) -> Result<(), PoolError> {
+        self.worker.send(&ToWorker::Crash(crash), &[])
+    }
+
     /// Tries to break out, for the tests of the jail. The error number, 0 for success.
     ///
     /// # Errors

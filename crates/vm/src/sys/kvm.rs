@@ -97,7 +97,10 @@ impl Kicker {
     /// Asks the thread to come out. It must not have been joined yet: `Monitor` stops kicking before `Machine` joins.
     pub(crate) fn kick(&self) {
         self.set_immediate_exit(true);
-        if let Some(thread) = self.thread.get() {
+        // SAFETY: has no preconditions.
+        let this = unsafe { libc::pthread_self() };
+        // The thread itself is not in the guest.
+        if let Some(thread) = self.thread.get().filter(|thread| **thread != this) {
             // SAFETY: the thread has not been joined, so the id is valid; a thread that has ended gets nothing.
             let sent = unsafe { libc::pthread_kill(*thread, kick_signal()) };
             assert!(sent == 0 || sent == libc::ESRCH, "pthread_kill: {sent}");

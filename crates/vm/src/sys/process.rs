@@ -70,6 +70,49 @@ pub(crate) fn ignore_children() {
     assert_ne!(before, libc::SIG_ERR, "SIGCHLD can be ignored");
 }
 
+/// Has a fault end this process at once. The standard library's handler, which explains overflows of the stack, makes system
+/// calls that a worker may not make.
+pub(crate) fn die_of_faults() {
+    for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        // SAFETY: the default action runs no code of ours.
+        let before = unsafe { libc::signal(signal, libc::SIG_DFL) };
+        assert_ne!(before, libc::SIG_ERR, "the handler of a fault can be changed");
+    }
+}
+
+/// Ways for a worker to end that tests ask for.
+#[cfg(feature = "testing")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Crash {
+    /// A panic.
+    Panic,
+    /// An access to memory that is not there.
+    Fault,
+    /// A system call that it may not make.
+    ForbiddenCall,
+    /// A status of its own.
+    Exit,
+}
+
+#[cfg(feature = "testing")]
+impl Crash {
+    pub(crate) fn happen(self) -> ! {
+        match self {
+            Self::Panic => panic!("a test asked for it"),
+            Self::Fault => {
+                // SAFETY: there is nothing at address 8, which is what this is for: the process ends here.
+                unsafe { std::ptr::without_provenance::<u8>(8).read_volatile() };
+            }
+            Self::ForbiddenCall => {
+                // SAFETY: reads nothing and changes nothing.
+                unsafe { libc::getuid() };
+            }
+            Self::Exit => {}
+        }
+        exit(3)
+    }
+}
+
 /// Keeps the heap in one piece that only grows, so that no thread of a worker needs a mapping of its own for it.
 pub(crate) fn keep_heap_in_one_piece() {
     let settings = [

@@ -15,7 +15,7 @@ use super::protocol::{Failure, FromWorker, ToWorker, WireFrozen};
 use crate::host::Host;
 use crate::machine::freeze::{FreezeError, Taken};
 use crate::machine::{FreezeReport, Machine};
-use crate::probe::{Pending, Probe, ProbeError};
+use crate::probe::{Command, Pending, Probe, ProbeError};
 use crate::sys::process::exit;
 
 /// A guest that has not come out of its own code by then runs all the same.
@@ -162,8 +162,10 @@ impl Control {
             }
             ToWorker::Probe { vcpu, command } => self.give_command(vcpu, command),
             ToWorker::StopProbe { vcpu } => {
-                if usize::from(vcpu) < self.pending.len() {
-                    Probe::on(&self.machine, usize::from(vcpu)).tell_to_stop().unwrap_or_default();
+                if let Some(pending) = self.pending.get_mut(usize::from(vcpu)) {
+                    let probe = Probe::on(&self.machine, usize::from(vcpu));
+                    *pending = pending.or_else(|| probe.inherited(Command::Ping).ok());
+                    probe.tell_to_stop().unwrap_or_default();
                 }
             }
             ToWorker::Console => {
@@ -175,6 +177,8 @@ impl Control {
                 let errno = crate::harness::attempts::attempt(order, &self.machine, descriptors);
                 self.send(&FromWorker::Attempted(errno));
             }
+            #[cfg(feature = "testing")]
+            ToWorker::Crash(crash) => crash.happen(),
             ToWorker::Build(_) | ToWorker::Layers | ToWorker::Fork { .. } | ToWorker::BootProbe { .. } => {
                 let message = "the order is for a shell, and this is a machine".to_owned();
                 self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));
@@ -183,7 +187,7 @@ impl Control {
         false
     }
 
-    fn give_command(&mut self, vcpu: u8, command: crate::probe::Command) {
+    fn give_command(&mut self, vcpu: u8, command: Command) {
         let index = usize::from(vcpu);
         let answer = match self.pending.get(index) {
             None => Err("it has no such vCPU".to_owned()),

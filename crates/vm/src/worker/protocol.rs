@@ -141,7 +141,7 @@ pub enum ToWorker {
         /// What.
         command: Command,
     },
-    /// Tell a probe's command that runs until told to, to stop.
+    /// Tell a probe's command that runs until told to, to stop; also one that was inherited from the machine that was frozen.
     StopProbe {
         /// On which vCPU.
         vcpu: u8,
@@ -151,6 +151,9 @@ pub enum ToWorker {
     /// Try to break out, for the tests of the jail.
     #[cfg(feature = "testing")]
     Attempt(crate::harness::attempts::Order),
+    /// End, for the tests of ends.
+    #[cfg(feature = "testing")]
+    Crash(crate::harness::Crash),
 }
 
 /// From a worker to the node.

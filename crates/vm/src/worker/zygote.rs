@@ -37,6 +37,7 @@ pub fn main() -> ExitCode {
 fn live() -> Result<(), Failed> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("PR_SET_PDEATHSIG"))?;
     process::keep_heap_in_one_piece();
+    process::die_of_faults();
     let channel = Channel::over(std::io::stdin().as_fd().try_clone_to_owned().map_err(|error| ("taking its socket", error))?);
     let null = std::fs::File::open("/dev/null").map_err(|error| ("opening /dev/null", error))?;
     rustix::stdio::dup2_stdin(&null).map_err(failed("closing standard input"))?;
