@@ -3,6 +3,7 @@
 mod bad_input;
 mod corpora;
 mod exits;
+mod fleet;
 mod fork;
 mod leaks;
 mod probe;

@@ -219,7 +219,7 @@ fn a_zygote_that_is_killed_takes_its_workers_along_and_another_takes_its_place()
 }
 
 /// This test process has one pool, and so one child: the zygote.
-fn zygote_of(_pool: &Pool) -> Pid {
+pub(crate) fn zygote_of(_pool: &Pool) -> Pid {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let children = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).ok());
     let children: String = children.collect();
