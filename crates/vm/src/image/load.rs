@@ -3,13 +3,16 @@
 //! The file is read with `pread`, not mapped: a file that shrinks under a mapping ends the process with SIGBUS, and bytes that
 //! are verified in a mapping can change after they were (`docs/decisions/0003`). What is verified is the private copy.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use thiserror::Error;
 use types::extents::ExtentMapError;
 use types::manifest::{HashPageError, HeadError, ManifestError, decode_hash_page};
@@ -125,7 +128,22 @@ impl LoadError {
 /// # Errors
 /// [`LoadError`], before anything is allocated where the head is at fault.
 pub fn load(host: &Host, path: &Path, mut progress: impl FnMut(u64, u64)) -> Result<Arc<Image>, LoadError> {
-    read_image(host, None, path, &mut progress).map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
+    let loaded = open(path).and_then(|file| read_image(host, None, &file, &mut progress));
+    loaded.map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
+}
+
+/// [`load()`] of a name in a directory that is open, without following a link or leaving it.
+///
+/// # Errors
+/// As [`load()`].
+pub fn load_in(
+    host: &Host,
+    directory: BorrowedFd<'_>,
+    name: &OsStr,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Arc<Image>, LoadError> {
+    let loaded = open_beneath(directory, name).and_then(|file| read_image(host, None, &file, &mut progress));
+    loaded.map_err(|kind| LoadError { path: PathBuf::from(name), kind: Box::new(kind) })
 }
 
 /// Loads the image that was saved under `path` without what it shares with `base`. Layers that they share in memory are shared
@@ -139,22 +157,33 @@ pub fn load_branch(
     path: &Path,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Arc<Image>, LoadError> {
-    read_image(host, Some(base), path, &mut progress).map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
+    let loaded = open(path).and_then(|file| read_image(host, Some(base), &file, &mut progress));
+    loaded.map_err(|kind| LoadError { path: path.to_owned(), kind: Box::new(kind) })
+}
+
+/// NONBLOCK: a FIFO in its place must not hang the caller.
+fn open(path: &Path) -> Result<File, LoadErrorKind> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(LoadErrorKind::Open)
+}
+
+fn open_beneath(directory: BorrowedFd<'_>, name: &OsStr) -> Result<File, LoadErrorKind> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let file = rustix::fs::openat2(directory, name, flags, Mode::empty(), resolve);
+    file.map(File::from).map_err(|error| LoadErrorKind::Open(error.into()))
 }
 
 fn read_image(
     host: &Host,
     base: Option<&Image>,
-    path: &Path,
+    file: &File,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<Image>, LoadErrorKind> {
-    // NONBLOCK: a FIFO in its place must not hang the caller.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(LoadErrorKind::Open)?;
     let metadata = file.metadata().map_err(LoadErrorKind::Open)?;
     if !metadata.is_file() {
         return Err(LoadErrorKind::NotAFile);
     }
-    let (preamble, head) = read_head(&file)?;
+    let (preamble, head) = read_head(file)?;
     let (class, state) = check_head(host, &head)?;
     let base = match (preamble.base, base) {
         (None, _) => None,
@@ -169,9 +198,9 @@ fn read_image(
         return Err(LoadErrorKind::Length { expected_bytes: places.file_len, actual_bytes: metadata.len() });
     }
     let digests: Result<Vec<_>, _> =
-        head.regions.iter().enumerate().map(|(number, region)| read_digests(&file, number, region, &places)).collect();
+        head.regions.iter().enumerate().map(|(number, region)| read_digests(file, number, region, &places)).collect();
     let manifest = Manifest::new(head, digests?)?;
-    let stored = Stored::read(&file, &manifest, &places)?;
+    let stored = Stored::read(file, &manifest, &places)?;
     // A small file may stand for a large memory: what is zero in a data run is stored.
     let (needed_bytes, available_bytes) = (stored.count * EXTENT_SIZE, available_memory().map_err(LoadErrorKind::Memory)?);
     if needed_bytes > available_bytes {
@@ -181,7 +210,7 @@ fn read_image(
     let mut ram = Vec::with_capacity(manifest.head().regions.len());
     for (number, region) in manifest.head().regions.iter().enumerate() {
         let source = Source {
-            file: &file,
+            file,
             number,
             start: places.regions[number],
             digests: manifest.extent_digests(number),

@@ -24,8 +24,8 @@ pub mod load;
 pub(crate) mod memfd;
 pub mod save;
 
-pub use load::{LoadError, load, load_branch};
-pub use save::{SaveError, SaveReport, save, save_branch};
+pub use load::{LoadError, load, load_branch, load_in};
+pub use save::{SaveError, SaveReport, save, save_branch, save_in};
 
 /// See the module.
 #[derive(Debug)]

@@ -1,12 +1,15 @@
 //! Saving an image: written beside its place under a temporary name, made durable, and only then given its name. A crash
 //! leaves the old file or the new one, never a part of one.
 
-use std::fs::{File, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{AtFlags, Mode, OFlags};
 use thiserror::Error;
 use types::manifest::{HeadError, ManifestError, encode_hash_page, hash_page_digests};
 use types::{Digest, EXTENT_SIZE, ExtentIndex, ExtentMap, Head, LayerIndex, Manifest, PAGE_SIZE, RegionHead, Source};
@@ -70,7 +73,20 @@ impl SaveError {
 /// # Errors
 /// [`SaveError`]; nothing is left behind.
 pub fn save(image: &Image, path: &Path, progress: impl FnMut(u64, u64)) -> Result<SaveReport, SaveError> {
-    write(image, None, path, progress)
+    write(image, None, &Place::of(path)?, progress)
+}
+
+/// [`save()`] under a name in a directory that is open, without following a link or leaving it.
+///
+/// # Errors
+/// [`SaveError`]; nothing is left behind.
+pub fn save_in(
+    image: &Image,
+    directory: BorrowedFd<'_>,
+    name: &OsStr,
+    progress: impl FnMut(u64, u64),
+) -> Result<SaveReport, SaveError> {
+    write(image, None, &Place::beneath(directory, name)?, progress)
 }
 
 /// Saves `image` under `path` without what it shares with `base`, an image that it was branched from and that has been saved
@@ -79,25 +95,18 @@ pub fn save(image: &Image, path: &Path, progress: impl FnMut(u64, u64)) -> Resul
 /// # Errors
 /// [`SaveError`]; nothing is left behind.
 pub fn save_branch(image: &Image, base: &Image, path: &Path, progress: impl FnMut(u64, u64)) -> Result<SaveReport, SaveError> {
-    write(image, Some(base), path, progress)
+    write(image, Some(base), &Place::of(path)?, progress)
 }
 
 fn write(
     image: &Image,
     base: Option<&Image>,
-    path: &Path,
+    place: &Place,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<SaveReport, SaveError> {
     let base = base.map(|base| Base::of(base, image)).transpose()?;
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let name = path.file_name().ok_or_else(|| SaveError::NoName { path: path.to_owned() })?;
-    let mut temporary_name = std::ffi::OsString::from(".");
-    temporary_name.push(name);
-    temporary_name.push(format!(".{}.tmp", Uuid::now_v7()));
-    let temporary = Temporary { path: Some(directory.join(temporary_name)) };
+    let path = &place.shown;
+    let temporary = Temporary::of(place);
     let io = |step| move |source| classify(path, step, source);
 
     let manifest = manifest_of(image, &mut progress)?;
@@ -109,8 +118,8 @@ fn write(
         WriteFailed::File(step, source) => classify(path, step, source),
     })?;
     sync(&file).map_err(io("fsync"))?;
-    temporary.rename_to(path).map_err(io("renaming"))?;
-    File::open(directory).and_then(|directory| sync(&directory)).map_err(io(SYNC_DIRECTORY))?;
+    temporary.rename().map_err(io("renaming"))?;
+    sync(&place.directory).map_err(io(SYNC_DIRECTORY))?;
     Ok(SaveReport { digest, written_bytes })
 }
 
@@ -293,30 +302,70 @@ fn sync(file: &File) -> io::Result<()> {
     file.sync_all()
 }
 
-/// A file that is deleted unless it gets its name.
-struct Temporary {
-    path: Option<PathBuf>,
+/// Where a file is to be: a name in a directory that is open.
+struct Place {
+    directory: File,
+    name: OsString,
+    /// For messages.
+    shown: PathBuf,
 }
 
-impl Temporary {
-    fn create(&self) -> io::Result<File> {
-        let path = self.path.as_ref().expect("renamed only once");
-        OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
+impl Place {
+    fn of(path: &Path) -> Result<Self, SaveError> {
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let name = path.file_name().ok_or_else(|| SaveError::NoName { path: path.to_owned() })?.to_owned();
+        let directory = File::open(parent).map_err(|source| classify(path, "opening its directory", source))?;
+        Ok(Self { directory, name, shown: path.to_owned() })
     }
 
-    fn rename_to(mut self, path: &Path) -> io::Result<()> {
+    fn beneath(directory: BorrowedFd<'_>, name: &OsStr) -> Result<Self, SaveError> {
+        let shown = PathBuf::from(name);
+        let mut components = shown.components();
+        if !matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name) {
+            return Err(SaveError::NoName { path: shown });
+        }
+        let directory = directory.try_clone_to_owned().map_err(|source| classify(&shown, "opening its directory", source))?;
+        Ok(Self { directory: File::from(directory), name: name.to_owned(), shown })
+    }
+}
+
+/// A file that is deleted unless it gets its name.
+struct Temporary<'a> {
+    place: &'a Place,
+    name: Option<OsString>,
+}
+
+impl<'a> Temporary<'a> {
+    fn of(place: &'a Place) -> Self {
+        let mut name = OsString::from(".");
+        name.push(&place.name);
+        name.push(format!(".{}.tmp", Uuid::now_v7()));
+        Self { place, name: Some(name) }
+    }
+
+    fn create(&self) -> io::Result<File> {
+        let name = self.name.as_ref().expect("renamed only once");
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(File::from(rustix::fs::openat(&self.place.directory, name, flags, Mode::RUSR | Mode::WUSR)?))
+    }
+
+    fn rename(mut self) -> io::Result<()> {
         failpoint!("save.rename", |source| source);
-        std::fs::rename(self.path.as_ref().expect("renamed only once"), path)?;
-        self.path = None;
+        let name = self.name.as_ref().expect("renamed only once");
+        rustix::fs::renameat(&self.place.directory, name, &self.place.directory, &self.place.name)?;
+        self.name = None;
         Ok(())
     }
 }
 
-impl Drop for Temporary {
+impl Drop for Temporary<'_> {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
+        if let Some(name) = &self.name {
             // It may not exist yet; what cannot be deleted is found by its name and suffix.
-            std::fs::remove_file(path).unwrap_or_default();
+            rustix::fs::unlinkat(&self.place.directory, name, AtFlags::empty()).unwrap_or_default();
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use types::PageIndex;
 use vm::harness::{all_memory, child, child_at_rest, class, count, held, host, parent, seed};
-use vm::image::load::LoadErrorKind;
+use vm::image::{self, load::LoadErrorKind};
 use vm::image::{LoadError, SaveError, load, load_branch, save, save_branch};
 use vm::probe::{self, Command, Probe};
 use vm::{Host, Image};
@@ -291,4 +291,34 @@ fn a_process_killed_while_it_saves_leaves_a_whole_image() {
     }
     assert!(met_a_save > 0, "none of {rounds} kills met a save");
     held("kills in the middle of a save, each with a whole image after it", met_a_save);
+}
+
+#[test]
+fn a_store_is_never_left_by_a_name_or_a_link() {
+    use std::ffi::OsStr;
+    use std::os::fd::AsFd;
+    let host = host();
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let image = parent(&host, class(8, 1)).freeze(&host).unwrap().image;
+    let open = fs::File::open(&store).unwrap();
+    for name in ["", ".", "..", "../outside", "a/b", "/outside", "./a"] {
+        let error = image::save_in(&image, open.as_fd(), OsStr::new(name), |_, _| {}).unwrap_err();
+        assert!(matches!(error, image::SaveError::NoName { .. }), "{name:?}: {error}");
+    }
+    let outside = directory.path().join("outside");
+    let report = image::save(&image, &outside, |_, _| {}).unwrap();
+    // A link in the store is replaced by a save, and refused by a load, wherever it leads.
+    std::os::unix::fs::symlink(&outside, store.join("link")).unwrap();
+    let error = image::load_in(&host, open.as_fd(), OsStr::new("link"), |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("cannot be opened"), "{error}");
+    let error = image::load_in(&host, open.as_fd(), OsStr::new("../outside"), |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("cannot be opened"), "{error}");
+    let length = fs::metadata(&outside).unwrap().len();
+    image::save_in(&image, open.as_fd(), OsStr::new("link"), |_, _| {}).unwrap();
+    assert!(fs::symlink_metadata(store.join("link")).unwrap().is_file());
+    assert_eq!(fs::metadata(&outside).unwrap().len(), length);
+    let loaded = image::load_in(&host, open.as_fd(), OsStr::new("link"), |_, _| {}).unwrap();
+    assert_eq!(loaded.digest(), Some(report.digest));
 }
