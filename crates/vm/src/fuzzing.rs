@@ -2,17 +2,30 @@
 //! what must hold when it accepts them.
 
 use types::manifest::{decode_hash_page, encode_hash_page, hash_page_digests};
-use types::{Digest, Head};
+use types::{CpuProfile, Digest, Head};
 
-use crate::image::file;
+use crate::image::{Image, check_map, file};
 use crate::machine::state::MachineState;
+use crate::worker::protocol::{self, FromWorker, FromZygote, ToWorker};
+
+/// Seeds for the corpora of the messages: one of each kind, with this machine state in those that have one.
+#[must_use]
+pub fn message_seeds(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+    crate::worker::samples::all(state)
+}
 
 /// A fuzz target: its name, which is also the name of its corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 4] =
-    [("head", head), ("hash_page", hash_page), ("image_file", image_file), ("machine_state", machine_state)];
+pub const TARGETS: [Target; 6] = [
+    ("head", head),
+    ("hash_page", hash_page),
+    ("image_file", image_file),
+    ("machine_state", machine_state),
+    ("from_worker", from_worker),
+    ("to_worker", to_worker),
+];
 
 /// A manifest head of somebody who can compute digests.
 pub fn head(bytes: &[u8]) {
@@ -42,6 +55,35 @@ pub fn image_file(bytes: &[u8]) {
             fixed[16..48].copy_from_slice(digest.as_bytes());
             file::parse(&fixed).map(drop).unwrap_or_default();
         }
+    }
+}
+
+/// What a worker says, which its guest may have taken over.
+pub fn from_worker(bytes: &[u8]) {
+    if let Ok(message) = protocol::decode::<FromWorker>(bytes) {
+        let encoded = protocol::encode(&message);
+        assert_eq!(protocol::decode::<FromWorker>(&encoded).as_ref(), Ok(&message));
+        if let FromWorker::Frozen(frozen) = message {
+            for map in &frozen.maps {
+                check_map(map, 64 << 20, 2).unwrap_or_default();
+            }
+            machine_state(&frozen.state);
+        }
+    }
+    if let Ok(message) = protocol::decode::<FromZygote>(bytes) {
+        assert_eq!(protocol::decode::<FromZygote>(&protocol::encode(&message)).as_ref(), Ok(&message));
+    }
+}
+
+/// What a worker is told, and the image with it.
+pub fn to_worker(bytes: &[u8]) {
+    let Ok(message) = protocol::decode::<ToWorker>(bytes) else { return };
+    assert_eq!(protocol::decode::<ToWorker>(&protocol::encode(&message)).as_ref(), Ok(&message));
+    if let ToWorker::Fork { image, .. } = message
+        && let Ok(wire) = postcard::from_bytes(&image)
+    {
+        let cpu = CpuProfile { vendor: String::new(), family: 0, model: 0, cpuid: Digest::of(&[]), tsc_khz: 1 };
+        Image::received(cpu, wire, Vec::new()).map(drop).unwrap_or_default();
     }
 }
 

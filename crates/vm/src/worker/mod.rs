@@ -15,6 +15,8 @@ pub(crate) mod builder;
 pub(crate) mod channel;
 pub(crate) mod control;
 pub mod protocol;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod samples;
 pub mod zygote;
 
 use std::io;

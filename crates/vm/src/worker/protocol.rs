@@ -262,6 +262,7 @@ pub struct WireFrozen {
     pub copied_extents: u64,
 }
 
+/// Writes a message.
 pub(crate) fn encode<M: Serialize>(message: &M) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(256);
     bytes.extend_from_slice(&MAGIC);
@@ -289,5 +290,55 @@ pub fn decode<M: Message>(bytes: &[u8]) -> Result<M, BadMessage> {
         Ok((message, [])) => Ok(message),
         Ok((_, rest)) => Err(BadMessage::TrailingBytes(rest.len())),
         Err(error) => Err(BadMessage::Malformed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::samples;
+
+    /// `FARFORK_BLESS=1` writes the golden file of a new version.
+    #[test]
+    fn messages_are_those_of_the_golden_file() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/protocol-v{VERSION}.txt"));
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let written: String = samples::all(&[1, 2]).iter().map(|(name, bytes)| format!("{name} {}\n", hex(bytes))).collect();
+        if std::env::var_os("FARFORK_BLESS").is_some() && !path.exists() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, &written).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), written);
+    }
+
+    #[test]
+    fn what_is_sent_is_what_is_received() {
+        for (name, bytes) in samples::all(&[1, 2]) {
+            let again = [
+                decode::<FromWorker>(&bytes).map(|message| encode(&message)),
+                decode::<ToWorker>(&bytes).map(|message| encode(&message)),
+                decode::<FromZygote>(&bytes).map(|message| encode(&message)),
+                decode::<ToZygote>(&bytes).map(|message| encode(&message)),
+            ];
+            assert!(again.contains(&Ok(bytes)), "{name}");
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        let good = encode(&FromWorker::Built { took_ns: 300 });
+        let with = |at: usize, value: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = value;
+            decode::<FromWorker>(&bytes)
+        };
+        assert_eq!(with(0, b'F'), Err(BadMessage::NoMagic));
+        assert_eq!(with(2, 9), Err(BadMessage::UnknownVersion(9)));
+        assert!(matches!(with(4, 200), Err(BadMessage::Malformed(_))));
+        for len in 0..good.len() {
+            decode::<FromWorker>(&good[..len]).unwrap_err();
+        }
+        assert_eq!(decode::<FromWorker>(&[&good[..], &[0]].concat()), Err(BadMessage::TrailingBytes(1)));
+        assert_eq!(decode::<FromWorker>(&vec![0; MESSAGE_SIZE_MAX + 1]), Err(BadMessage::TooLong));
     }
 }

@@ -69,12 +69,17 @@ fn seeds_of_the_corpora_can_be_written_anew() {
     let hash_page = [&64u16.to_le_bytes()[..], &file[4096 + (64 << 10)..][..64 * 32]].concat();
     let seeds =
         [("head", frame), ("hash_page", &hash_page), ("image_file", &file[..4096 + head_len]), ("machine_state", &head.state)];
-    for (name, seed) in seeds {
+    let seeds = seeds.into_iter().map(|(name, seed)| (name, "seed", seed.to_vec()));
+    // A message goes into both: each refuses the other's at its number, or takes it for another.
+    let messages = vm::fuzzing::message_seeds(&head.state);
+    let messages =
+        messages.iter().flat_map(|(name, message)| ["from_worker", "to_worker"].map(|target| (target, *name, message.clone())));
+    for (name, file, seed) in seeds.chain(messages) {
         let (_, target) = TARGETS.into_iter().find(|(target, _)| *target == name).unwrap();
-        target(seed);
+        target(&seed);
         if std::env::var_os("FARFORK_BLESS").is_some() {
             std::fs::create_dir_all(corpus(name)).unwrap();
-            std::fs::write(corpus(name).join("seed"), seed).unwrap();
+            std::fs::write(corpus(name).join(file), &seed).unwrap();
         }
     }
 }
