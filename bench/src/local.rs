@@ -38,7 +38,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, firecracker: Option<&Path>) 
 }
 
 /// The host's own first touch of memory is slow on virtual hosts; it is paid before anything is timed.
-fn warm_host_memory() {
+pub(crate) fn warm_host_memory() {
     announce("nothing yet: touching the host's memory once");
     let bytes = vec![1u8; 2 << 30];
     assert_eq!(bytes.iter().step_by(4096).map(|byte| u64::from(*byte)).sum::<u64>(), (2 << 30) / 4096);

@@ -6,6 +6,7 @@ mod floor;
 mod local;
 mod proof;
 mod report;
+mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,6 +45,21 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         firecracker: Option<PathBuf>,
     },
+    /// Forks into jailed workers (rows L1 to L5, L7): with and without shells, one, 100 and 1,000 children, memory
+    Workers {
+        /// Write table and raw samples here as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Fewer samples: under a minute instead of several
+        #[arg(long)]
+        quick: bool,
+        /// Also measure the snapshot/load of this Firecracker binary, as a control
+        #[arg(long, value_name = "PATH")]
+        firecracker: Option<PathBuf>,
+    },
+    /// The process that workers are forked from; what `workers` starts
+    #[command(hide = true)]
+    Zygote,
     /// One bare fork in this process, as nanoseconds of its stages; what `floor` starts for each sample
     #[command(hide = true)]
     FloorSample {
@@ -56,6 +72,8 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Floor { json, quick } => floor::run(json.as_deref(), quick),
         Verb::Local { json, quick, firecracker } => local::run(json.as_deref(), quick, firecracker.as_deref()),
+        Verb::Workers { json, quick, firecracker } => workers::run(json.as_deref(), quick, firecracker.as_deref()),
+        Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib } => floor::print_sample(mib),
     };
     finish(outcome)

@@ -91,6 +91,12 @@ impl Row {
         }
     }
 
+    /// The samples are not microseconds but MiB.
+    pub(crate) fn in_mib(mut self) -> Self {
+        self.unit = "MiB";
+        self
+    }
+
     pub(crate) fn reaching(mut self, reach: impl Into<String>, met: bool) -> Self {
         self.reach = reach.into();
         self.met = Some(met);
