@@ -179,7 +179,10 @@ fn classify(path: &'static str, source: io::Error) -> HostError {
 }
 
 /// Memory that the host can give without swapping, by the kernel's own estimate.
-pub(crate) fn available_memory() -> io::Result<u64> {
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn available_memory() -> io::Result<u64> {
     let info = std::fs::read_to_string("/proc/meminfo")?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).and_then(|kib| kib.trim().parse::<u64>().ok());

@@ -118,7 +118,7 @@ impl Shell {
     pub fn fork(self, image: &Arc<Image>, id: MachineId) -> Result<Machine, ForkError> {
         let mut machine = self.map(image, id)?;
         let mapped = Instant::now();
-        state::restore(&machine.frame.core, image.state())?;
+        state::restore(&machine.frame.core, image.state(), None)?;
         machine.stages.restore = mapped.elapsed();
         Ok(machine)
     }

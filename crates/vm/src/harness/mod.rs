@@ -164,6 +164,12 @@ impl Machine {
     }
 }
 
+/// Everything in which the states of two images differ that should be the same in a child and its image.
+#[must_use]
+pub fn image_differences(one: &Image, other: &Image) -> Vec<String> {
+    one.state().differences(other.state())
+}
+
 /// What happened in a run of [`RandomOps`].
 #[derive(Clone, Copy, Debug, Default)]
 #[expect(missing_docs, reason = "counts of operations")]

@@ -70,6 +70,8 @@ struct State {
     stalled_vcpus: usize,
     /// Something for the first vCPU's thread to do.
     task: Option<Task>,
+    /// The next task is about to come: the thread that will do it stays awake for it.
+    is_task_near: bool,
 }
 
 /// Work that a vCPU's thread does before it runs the guest.
@@ -118,6 +120,7 @@ impl Monitor {
             stall: Duration::ZERO,
             stalled_vcpus: 0,
             task: None,
+            is_task_near: false,
         };
         Self { state: Mutex::new(state), changed: Condvar::new(), kickers, witness }
     }
@@ -167,8 +170,17 @@ impl Monitor {
 
     /// Gives the first vCPU's thread something to do before it runs the guest. The machine is at rest.
     pub(crate) fn give_task(&self, task: Task) {
-        let replaced = self.lock().task.replace(task);
+        let mut state = self.lock();
+        let replaced = state.task.replace(task);
+        state.is_task_near = false;
+        drop(state);
         assert!(replaced.is_none(), "one task at a time");
+        self.changed.notify_all();
+    }
+
+    /// Wakes the first vCPU's thread for a task that comes within microseconds: waking it takes longer than that.
+    pub(crate) fn announce_task(&self) {
+        self.lock().is_task_near = true;
         self.changed.notify_all();
     }
 
@@ -280,6 +292,12 @@ impl Monitor {
             }
             if let Some(next) = next {
                 return next;
+            }
+            if vcpu == 0 && state.is_task_near {
+                drop(state);
+                std::thread::yield_now();
+                state = self.lock();
+                continue;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -50,6 +50,16 @@ pub(crate) struct VcpuState {
     events: kvm_vcpu_events,
 }
 
+impl VcpuState {
+    /// Whether the guest has told KVM where to keep its clock: bit 0 of either MSR for that.
+    fn has_kvmclock(&self) -> bool {
+        self.msrs.iter().any(|(index, value)| CLOCK_MSRS.contains(index) && value & 1 == 1)
+    }
+}
+
+/// MSR_KVM_SYSTEM_TIME and its newer number.
+const CLOCK_MSRS: [u32; 2] = [0x12, 0x4B56_4D01];
+
 /// The sizes of the kernel's structures. Their serialization pads and truncates silently, so a state from a build with other
 /// sizes is refused by this list.
 type Sizes = [usize; 10];
@@ -274,12 +284,16 @@ fn capture_vcpu(host: &Host, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
 
 /// Puts a shell into a captured state. Its memory is mapped, since restoring registers may read it (page-table pointers, the
 /// clock's page).
-pub(crate) fn restore(core: &Core, state: &MachineState) -> Result<(), StateError> {
+///
+/// `fresh` is what the shell's own state is, where that is known: parts that nothing else changes and that are the same need
+/// not be restored. Each call to KVM about a vCPU costs 5-10 us.
+pub(crate) fn restore(core: &Core, state: &MachineState, fresh: Option<&MachineState>) -> Result<(), StateError> {
     if state.vcpus.len() != core.vcpus.len() {
         return Err(StateError::VcpuCount { state: state.vcpus.len(), machine: core.vcpus.len() });
     }
     for (index, saved) in state.vcpus.iter().enumerate() {
-        restore_vcpu(&core.vcpu(index), saved, state.tsc_khz)?;
+        let fresh = fresh.filter(|fresh| fresh.tsc_khz == state.tsc_khz).and_then(|fresh| fresh.vcpus.get(index));
+        restore_vcpu(&core.vcpu(index), saved, state.tsc_khz, fresh)?;
     }
     core.vm.set_pit2(&state.pit).map_err(kvm("KVM_SET_PIT2"))?;
     let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
@@ -292,26 +306,35 @@ pub(crate) fn restore(core: &Core, state: &MachineState) -> Result<(), StateErro
     Ok(())
 }
 
-fn restore_vcpu(vcpu: &VcpuFd, saved: &VcpuState, tsc_khz: u32) -> Result<(), StateError> {
-    // CPUID was set when the shell was built. The TSC's rate before any MSR that counts in it.
-    if vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))? != tsc_khz {
+fn restore_vcpu(vcpu: &VcpuFd, saved: &VcpuState, tsc_khz: u32, fresh: Option<&VcpuState>) -> Result<(), StateError> {
+    // CPUID was set when the shell was built. The TSC's rate before any MSR that counts in it; a fresh vCPU has the host's.
+    if fresh.is_none() && vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))? != tsc_khz {
         vcpu.set_tsc_khz(tsc_khz).map_err(kvm("KVM_SET_TSC_KHZ"))?;
     }
-    vcpu.set_mp_state(saved.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
+    if fresh.is_none_or(|fresh| fresh.mp_state != saved.mp_state) {
+        vcpu.set_mp_state(saved.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
+    }
     vcpu.set_regs(&saved.regs).map_err(kvm("KVM_SET_REGS"))?;
     vcpu.set_sregs(&saved.sregs).map_err(kvm("KVM_SET_SREGS"))?;
     set_xsave(vcpu, &xsave_of_bytes(&saved.xsave)).map_err(|error| StateError::Kvm {
         call: "KVM_SET_XSAVE",
         source: kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)),
     })?;
-    vcpu.set_xcrs(&xcrs_of_list(&saved.xcrs)).map_err(kvm("KVM_SET_XCRS"))?;
-    vcpu.set_debug_regs(&saved.debug_regs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
+    if fresh.is_none_or(|fresh| fresh.xcrs != saved.xcrs) {
+        vcpu.set_xcrs(&xcrs_of_list(&saved.xcrs)).map_err(kvm("KVM_SET_XCRS"))?;
+    }
+    if fresh.is_none_or(|fresh| fresh.debug_regs != saved.debug_regs) {
+        vcpu.set_debug_regs(&saved.debug_regs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
+    }
     // After SREGS, which hold the APIC's base address and mode.
     vcpu.set_lapic(&lapic_of_words(&saved.lapic)).map_err(kvm("KVM_SET_LAPIC"))?;
     // After the LAPIC, whose timer mode decides whether KVM takes a TSC deadline. The list is in `Host::msrs` order.
     set_msrs(vcpu, &saved.msrs)?;
     vcpu.set_vcpu_events(&saved.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))?;
     // Tells a guest kernel that it was paused, so that its watchdogs stay calm. EINVAL: it does not use this clock.
+    if fresh.is_some() && !saved.has_kvmclock() {
+        return Ok(());
+    }
     match vcpu.kvmclock_ctrl() {
         Err(error) if error.errno() != libc::EINVAL => Err(kvm("KVM_KVMCLOCK_CTRL")(error)),
         _ => Ok(()),

@@ -69,8 +69,9 @@ impl Shelf {
     }
 }
 
-/// What one shell costs, in bytes: its process, and kernel tables (measured: docs/specification.md, L5).
-fn cost_bytes(class: Class) -> u64 {
+/// What one idle machine costs, in bytes: its process, and kernel tables (measured: docs/specification.md, L5).
+#[must_use]
+pub fn machine_cost_bytes(class: Class) -> u64 {
     (1 << 20) + class.memory().bytes() / 400
 }
 
@@ -87,7 +88,7 @@ pub(super) fn wanted(inner: &Inner, state: &State, now: Instant) -> HashMap<Clas
         .iter()
         .map(|(class, shelf)| (*class, shelf.wanted(now, settings.shells_min, settings.shells_max)))
         .collect();
-    let cost: u64 = wanted.iter().map(|(class, count)| cost_bytes(*class) * u64::from(*count)).sum();
+    let cost: u64 = wanted.iter().map(|(class, count)| machine_cost_bytes(*class) * u64::from(*count)).sum();
     let budget = available_memory().unwrap_or(0) / settings.memory_share.max(1);
     if cost > budget {
         for count in wanted.values_mut() {

@@ -36,6 +36,7 @@ use crate::machine::{Ended, FreezeError};
 use crate::worker::channel::Channel;
 use crate::worker::protocol::Failure;
 use keeper::Shelf;
+pub use keeper::machine_cost_bytes;
 pub use machine::{ForkTimes, Jailed, Memory};
 use worker::Worker;
 

@@ -27,7 +27,7 @@ use crate::jail::apply::limit_address_space;
 use crate::jail::syscalls::confine_thread;
 use crate::machine::Machine;
 use crate::machine::frame::Keeping;
-use crate::machine::state;
+use crate::machine::state::{self, MachineState};
 use crate::probe;
 use crate::shell::Shell;
 use crate::sys::process::exit;
@@ -89,7 +89,7 @@ impl Builder {
             ToWorker::Build(class) => class,
             other => self.give_up_over(&other),
         };
-        let shell = self.shell(class);
+        let (shell, fresh) = self.shell(class);
         let mut layers = Vec::new();
         loop {
             let received_ns;
@@ -101,7 +101,7 @@ impl Builder {
             layers.extend(descriptors);
             match message {
                 ToWorker::Layers => {}
-                ToWorker::Fork { id, image } => return self.fork(shell, id, &image, layers, received_ns),
+                ToWorker::Fork { id, image } => return self.fork((shell, fresh), id, &image, layers, received_ns),
                 ToWorker::BootProbe { id } => return self.boot(shell, id, layers),
                 other => self.give_up_over(&other),
             }
@@ -122,7 +122,7 @@ impl Builder {
         give_up(&self.shared, &failure(&what, &io::ErrorKind::InvalidInput.into()))
     }
 
-    fn shell(&mut self, class: WireClass) -> Shell {
+    fn shell(&mut self, class: WireClass) -> (Shell, MachineState) {
         let started = Instant::now();
         let class = match Class::try_from(class) {
             Ok(class) => class,
@@ -137,6 +137,7 @@ impl Builder {
             }
         };
         self.host.close_device();
+        let fresh = self.rehearse(&shell);
         if let Err(error) = limit_address_space(&self.shared.jail, class.memory()) {
             give_up(&self.shared, &failure("limiting the address space", &error));
         }
@@ -144,10 +145,39 @@ impl Builder {
         if self.shared.channel.send(&FromWorker::Built { took_ns }, &[]).is_err() {
             exit(0);
         }
-        shell
+        (shell, fresh)
     }
 
-    fn fork(self, shell: Shell, id: types::MachineId, image: &[u8], layers: Vec<OwnedFd>, received_ns: u64) {
+    /// Has the shell's threads do once what a fork will have them do: what they touch for the first time costs more than all the
+    /// system calls in between. What is restored here is what a new machine has anyway; returns it.
+    fn rehearse(&self, shell: &Shell) -> MachineState {
+        let core = shell.frame.core.clone();
+        let captured = state::capture(&self.host, &core).map(|state| state.encode());
+        let state = captured.and_then(|bytes| MachineState::decode(&bytes));
+        let (sender, done) = std::sync::mpsc::channel();
+        let restore = move || {
+            let restored = state.and_then(|state| state::restore(&core, &state, None).map(|()| state));
+            sender.send(restored).unwrap_or_default();
+        };
+        shell.frame.monitor.give_task(Box::new(restore));
+        match done.recv() {
+            Ok(Ok(state)) => state,
+            Ok(Err(error)) => {
+                give_up(&self.shared, &Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
+            }
+            Err(_) => give_up(&self.shared, &failure("the rehearsal of a vCPU's thread", &io::ErrorKind::Other.into())),
+        }
+    }
+
+    fn fork(
+        self,
+        (shell, fresh): (Shell, MachineState),
+        id: types::MachineId,
+        image: &[u8],
+        layers: Vec<OwnedFd>,
+        received_ns: u64,
+    ) {
+        shell.frame.monitor.announce_task();
         let image = match receive_image(&self.host, image, layers) {
             Ok(image) => Arc::new(image),
             Err(failed) => give_up(&self.shared, &failed),
@@ -169,7 +199,7 @@ impl Builder {
         // By the vCPU's own thread, which has to be woken anyway.
         monitor.give_task(Box::new(move || {
             let started = monotonic_ns();
-            if let Err(error) = state::restore(&core, image.state()) {
+            if let Err(error) = state::restore(&core, image.state(), Some(&fresh)) {
                 let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
                 give_up(&shared, &failed);
             }

@@ -251,3 +251,31 @@ fn a_stopped_pool_refuses_and_leaves_no_worker() {
     let error = pool.fork(&image, &[new_id()], ForkOptions::default()).remove(0).unwrap_err();
     assert!(matches!(error, PoolError::Stopping), "{error}");
 }
+
+/// A shell restores only what differs from its own fresh state: that must be all that differs.
+#[test]
+fn a_child_has_every_register_of_its_image() {
+    let pool = pool();
+    for vcpus in [1, 4] {
+        let parent = pool.boot_probe(class(64, vcpus), new_id()).unwrap();
+        // Registers, vectors, a timer: nothing stays as it was at the start.
+        parent.call(0, Command::Ticks { initial_count: 1 << 20, divide: 3 }).unwrap();
+        for vcpu in 0..vcpus {
+            parent.post(vcpu, Command::Hold { vector_bytes: 32 }).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        let image = parent.freeze().unwrap().image;
+        parent.call(0, Command::Ping).unwrap_err();
+        let child = fork(&pool, &image, 1).remove(0);
+        let again = child.freeze().unwrap().image;
+        let differences = vm::harness::image_differences(&again, &image);
+        // The child has run since: its program counter, the vectors that it compares, its timer may have moved on.
+        let moves = |difference: &String| {
+            [": REGS", ": XSAVE", ": VCPU_EVENTS", ": LAPIC"].iter().any(|part| difference.ends_with(part))
+        };
+        assert!(differences.iter().all(moves), "{differences:?}");
+        for vcpu in 0..vcpus {
+            assert_eq!(child.stop(vcpu).unwrap()[0], 0, "registers of vCPU {vcpu}");
+        }
+    }
+}
