@@ -1,0 +1,146 @@
+//! Refusals and failures as HTTP status and body `{"error":{"code","message","remedy","reason"}}`.
+//!
+//! | status | codes | whose |
+//! |---|---|---|
+//! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID` | the request is wrong, whatever the node's state |
+//! | 403 | `FORBIDDEN` | this user may not use this node |
+//! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE` | there is none |
+//! | 405 | `METHOD_NOT_ALLOWED` | the route exists, for other methods |
+//! | 408 | `SLOW_REQUEST` | the body did not come within the deadline |
+//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID` | not in this state; another request may pass |
+//! | 413 | `BODY_TOO_LARGE` | more than 1 MiB |
+//! | 422 | `BAD_IMAGE`, `NOT_VERIFIABLE`, `WRONG_PROOF` | understood, but this image or machine cannot |
+//! | 429 | `BUSY` | too many calls wait; `Retry-After` |
+//! | 500 | `INTERNAL`, `STORE` | something of ours failed |
+//! | 503 | `EXHAUSTED`, `HOST`, `STOPPING` | the node is short of something, or going; `Retry-After` |
+//! | 507 | `STORE_FULL` | the store's file system is full |
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use types::Reason;
+
+use super::wire::{ErrorAnswer, ErrorBody};
+use crate::node::{NodeError, metrics};
+
+/// What a client is told when it does not get what it asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    remedy: String,
+    reason: Option<Reason>,
+    closes: bool,
+}
+
+impl ApiError {
+    /// 400: the body is no JSON of the shape that the route takes.
+    #[must_use]
+    pub fn bad_json(error: &serde_json::Error) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BAD_JSON", format!("the body: {error}"), "GET /v1/openapi.json says what it takes")
+    }
+
+    /// 400: something else of the request is malformed.
+    #[must_use]
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BAD_REQUEST", message, "GET /v1/openapi.json says what each route takes")
+    }
+
+    /// 403.
+    #[must_use]
+    pub fn forbidden(uid: u32) -> Self {
+        let message = format!("user {uid} may not use this node");
+        Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", message, "start the node with --allow-uid, or ask as its own user")
+            .closing()
+    }
+
+    /// 404: no such route.
+    #[must_use]
+    pub fn unknown_route() -> Self {
+        let remedy = "GET /v1/openapi.json lists the routes";
+        Self::new(StatusCode::NOT_FOUND, "UNKNOWN_ROUTE", "there is no such route", remedy)
+    }
+
+    /// 405.
+    #[must_use]
+    pub fn method_not_allowed() -> Self {
+        let remedy = "the header Allow lists its methods";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", "the route does not take this method", remedy)
+    }
+
+    /// 408: the body did not come in time.
+    #[must_use]
+    pub fn slow_request(deadline: std::time::Duration) -> Self {
+        let message = format!("the body did not come within {} ms", deadline.as_millis());
+        Self::new(StatusCode::REQUEST_TIMEOUT, "SLOW_REQUEST", message, "send the body at once").closing()
+    }
+
+    /// 413.
+    #[must_use]
+    pub fn body_too_large(max_bytes: usize) -> Self {
+        let message = format!("the body is longer than {max_bytes} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "BODY_TOO_LARGE", message, "split it into several requests").closing()
+    }
+
+    /// 500: a handler panicked.
+    #[must_use]
+    pub fn internal() -> Self {
+        NodeError::Panicked.into()
+    }
+
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), remedy: remedy.into(), reason: None, closes: false }
+    }
+
+    /// The connection cannot be used any further: what is left of the body was not read.
+    fn closing(self) -> Self {
+        Self { closes: true, ..self }
+    }
+}
+
+impl From<NodeError> for ApiError {
+    fn from(error: NodeError) -> Self {
+        let mut answer = Self::new(status(error.code()), error.code(), error.to_string(), error.remedy());
+        answer.reason = error.reason();
+        answer
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        metrics::failed(self.code);
+        if self.status.is_server_error() {
+            tracing::error!(code = self.code, message = self.message, "failed");
+        } else {
+            tracing::debug!(code = self.code, message = self.message, "refused");
+        }
+        let Self { status, code, message, remedy, reason, closes } = self;
+        let reason = reason.map(|reason| reason.code().to_owned());
+        let body = ErrorAnswer { error: ErrorBody { code: code.to_owned(), message, remedy, reason } };
+        let mut response = (status, Json(body)).into_response();
+        if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if closes {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}
+
+/// The table above.
+fn status(code: &str) -> StatusCode {
+    match code {
+        "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" => {
+            StatusCode::BAD_REQUEST
+        }
+        "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" => StatusCode::NOT_FOUND,
+        "NAME_TAKEN" | "ENDED" | "AMBIGUOUS_ID" => StatusCode::CONFLICT,
+        "BAD_IMAGE" | "NOT_VERIFIABLE" | "WRONG_PROOF" => StatusCode::UNPROCESSABLE_ENTITY,
+        "BUSY" => StatusCode::TOO_MANY_REQUESTS,
+        "EXHAUSTED" | "HOST" | "STOPPING" => StatusCode::SERVICE_UNAVAILABLE,
+        "STORE_FULL" => StatusCode::INSUFFICIENT_STORAGE,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}

@@ -1,0 +1,78 @@
+//! What a request holds, read within limits: at most so many bytes, within so much time, and JSON of exactly the expected shape.
+
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::header;
+use axum::http::request::Parts;
+use http_body_util::BodyExt;
+use serde::de::DeserializeOwned;
+
+use super::error::ApiError;
+use super::routes::App;
+
+/// A JSON body. The content type is not looked at: what is no JSON is refused anyway.
+pub struct JsonBody<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let limits = app.limits();
+        let bytes = read(request, limits.body_bytes_max, limits.read_deadline).await?;
+        serde_json::from_slice(&bytes).map(Self).map_err(|error| ApiError::bad_json(&error))
+    }
+}
+
+/// The one parameter of a path.
+pub struct PathText(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathText {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path: Result<Path<String>, PathRejection> = Path::from_request_parts(parts, state).await;
+        path.map(|Path(text)| Self(text)).map_err(|error| ApiError::bad_request(error.body_text()))
+    }
+}
+
+/// The parameters after the question mark.
+pub struct QueryOf<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryOf<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let query: Result<Query<T>, QueryRejection> = Query::from_request_parts(parts, state).await;
+        query.map(|Query(query)| Self(query)).map_err(|error| ApiError::bad_request(error.body_text()))
+    }
+}
+
+async fn read(request: Request, bytes_max: usize, deadline: Duration) -> Result<Bytes, ApiError> {
+    /// So much of a body that is too long is read and thrown away, so that its sender gets to see the answer.
+    const DISCARDED_MAX: usize = 4 << 20;
+    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    if announced.is_some_and(|announced: usize| announced > bytes_max + DISCARDED_MAX) {
+        return Err(ApiError::body_too_large(bytes_max));
+    }
+    let all = collect(request.into_body(), bytes_max, bytes_max + DISCARDED_MAX);
+    tokio::time::timeout(deadline, all).await.map_err(|_| ApiError::slow_request(deadline))?
+}
+
+async fn collect(mut body: Body, bytes_max: usize, read_max: usize) -> Result<Bytes, ApiError> {
+    let (mut kept, mut seen) = (Vec::new(), 0);
+    while let Some(frame) = body.frame().await {
+        // The client is gone or does not keep to HTTP; it will hardly read this.
+        let frame = frame.map_err(|error| ApiError::bad_request(format!("the body: {error}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        seen += data.len();
+        if seen <= bytes_max {
+            kept.extend_from_slice(&data);
+        } else if seen > read_max {
+            break;
+        }
+    }
+    if seen > bytes_max { Err(ApiError::body_too_large(bytes_max)) } else { Ok(kept.into()) }
+}

@@ -1,0 +1,134 @@
+//! Handlers of images. In paths an image in memory goes by its id or the end of it; `name:` and a name stands for a saved one,
+//! so that nothing can be both.
+
+use axum::Json;
+use axum::extract::State as Shared;
+
+use super::error::ApiError;
+use super::extract::{JsonBody, PathText};
+use super::machines::unix_ms;
+use super::routes::App;
+use super::wire::{ErrorAnswer, Image, ImagesAnswer, NameRequest, RemovedAnswer, Stored};
+use crate::node::registry::{self, Origin};
+use crate::node::{ImageName, NodeError};
+
+/// What a saved image's name begins with where an id could stand as well.
+pub const NAME_PREFIX: &str = "name:";
+
+/// Lists images in memory and in the store
+#[utoipa::path(
+    get,
+    path = "/v1/images",
+    tag = "images",
+    responses(
+        (status = 200, description = "Images", body = ImagesAnswer),
+        (status = "5XX", description = "The store cannot be read", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<ImagesAnswer>, ApiError> {
+    let (images, stored) = app.look(|service| service.images()).await?;
+    let stored = stored.into_iter().map(|(name, file_bytes)| Stored { name: name.into(), file_bytes }).collect();
+    Ok(Json(ImagesAnswer { images: images.iter().map(image).collect(), stored }))
+}
+
+/// Shows an image in memory
+#[utoipa::path(
+    get,
+    path = "/v1/images/{id}",
+    tag = "images",
+    params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
+    responses(
+        (status = 200, description = "The image", body = Image),
+        (status = "4XX", description = "Refused", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<Image>, ApiError> {
+    Ok(Json(image(&app.look(move |service| service.image(&id)).await?)))
+}
+
+/// Saves an image in memory under a name
+#[utoipa::path(
+    post,
+    path = "/v1/images/{id}/save",
+    tag = "images",
+    params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
+    request_body = NameRequest,
+    responses(
+        (status = 200, description = "It is on disk", body = Image),
+        (status = "4XX", description = "Refused; 409 NAME_TAKEN if there is one of this name", body = ErrorAnswer),
+        (status = "5XX", description = "Failed; the store is as it was", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn save(
+    Shared(app): Shared<App>,
+    PathText(id): PathText,
+    JsonBody(request): JsonBody<NameRequest>,
+) -> Result<Json<Image>, ApiError> {
+    let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
+    Ok(Json(image(&app.act(move |service| service.save(&id, &name)).await?)))
+}
+
+/// Loads a saved image, verified
+#[utoipa::path(
+    post,
+    path = "/v1/images/load",
+    tag = "images",
+    request_body = NameRequest,
+    responses(
+        (status = 200, description = "It is in memory", body = Image),
+        (status = "4XX", description = "Refused; 422 BAD_IMAGE if it is damaged or of another CPU", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn load(Shared(app): Shared<App>, JsonBody(request): JsonBody<NameRequest>) -> Result<Json<Image>, ApiError> {
+    let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
+    Ok(Json(image(&app.act(move |service| service.load(&name)).await?)))
+}
+
+/// Forgets an image in memory, or deletes a saved one
+///
+/// Machines that were forked from it go on.
+#[utoipa::path(
+    delete,
+    path = "/v1/images/{id}",
+    tag = "images",
+    params(("id" = String, Path, description = "Of one in memory: full id, or its last 4 and more hex digits. Of a saved one: `name:` and its name")),
+    responses(
+        (status = 200, description = "It is gone", body = RemovedAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn remove(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
+    let removed = match id.strip_prefix(NAME_PREFIX) {
+        Some(name) => {
+            let name = ImageName::parse(name).map_err(NodeError::from)?;
+            app.act(move |service| service.delete(&name).map(|()| format!("{NAME_PREFIX}{name}"))).await?
+        }
+        None => app.act(move |service| service.forget(&id).map(|id| id.to_string())).await?,
+    };
+    Ok(Json(RemovedAnswer { removed }))
+}
+
+pub(super) fn image(image: &registry::Image) -> Image {
+    let facts = &image.facts;
+    let (origin, parent) = match &image.origin {
+        Origin::Guest(_) => ("guest", None),
+        Origin::Machine(parent) => ("machine", Some(*parent)),
+        Origin::Store => ("store", None),
+    };
+    Image {
+        id: facts.id,
+        digest: facts.digest.map(|digest| digest.to_string()),
+        memory_bytes: facts.class.memory().bytes(),
+        vcpus: facts.class.vcpu_count(),
+        depth: facts.depth,
+        own_bytes: facts.own_bytes,
+        stored_bytes: facts.stored_bytes,
+        verifiable: facts.verifiable,
+        origin: origin.to_owned(),
+        parent,
+        name: image.name.as_ref().map(ToString::to_string),
+        created_unix_ms: unix_ms(image.created),
+    }
+}

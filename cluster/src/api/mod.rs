@@ -1,0 +1,33 @@
+//! HTTP/1.1 with JSON over a Unix socket.
+//!
+//! ```text
+//!  server ──▶ peer check ──▶ count ──▶ routes ──▶ handlers ──▶ node::calls ──▶ node::service
+//!  slots,      403             metrics   404, 405   extract: 400, 408, 413
+//!  deadlines                                        error: everything else
+//! ```
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`socket`] | where the node listens, and that it alone does |
+//! | [`server`] | connections: who is let in, how many, for how long; stopping |
+//! | [`routes`] | every path, with what each route shares |
+//! | [`machines`], [`images`], [`node`] | handlers |
+//! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
+//! | [`error`] | refusals and failures as status and body |
+//! | [`extract`] | what a request holds, read within limits |
+
+pub mod error;
+pub mod extract;
+pub mod images;
+pub mod machines;
+pub mod node;
+pub mod routes;
+pub mod server;
+pub mod socket;
+pub mod wire;
+mod write_deadline;
+
+pub use error::ApiError;
+pub use routes::{App, Limits, openapi_json, router};
+pub use server::{Access, Peer, serve};
+pub use socket::{Socket, SocketError};

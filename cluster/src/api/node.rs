@@ -1,0 +1,78 @@
+//! Handlers of the node itself.
+
+use axum::extract::State as Shared;
+use axum::http::header;
+use axum::response::IntoResponse;
+use axum::{Extension, Json};
+
+use super::error::ApiError;
+use super::routes::{App, openapi_json};
+use super::server::Peer;
+use super::wire::{CountsAnswer, ErrorAnswer, Memory, NodeAnswer, PeerAnswer, Pool};
+use crate::node::metrics as counted;
+
+/// Shows the node
+#[utoipa::path(
+    get,
+    path = "/v1/node",
+    tag = "node",
+    responses(
+        (status = 200, description = "The node", body = NodeAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn show(Shared(app): Shared<App>, Extension(peer): Extension<Peer>) -> Result<Json<NodeAnswer>, ApiError> {
+    let (pool, counts, memory) = app.look(|service| Ok((service.pool(), service.counts(), memory()))).await?;
+    Ok(Json(NodeAnswer {
+        node: app.node(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        uptime_ms: u64::try_from(app.uptime().as_millis()).unwrap_or(u64::MAX),
+        peer: PeerAnswer { uid: peer.uid, gid: peer.gid, pid: peer.pid },
+        memory,
+        pool: pool
+            .iter()
+            .map(|facts| Pool {
+                memory_bytes: facts.class.memory().bytes(),
+                vcpus: facts.class.vcpu_count(),
+                ready: facts.ready,
+                building: facts.building,
+                wanted: facts.wanted,
+            })
+            .collect(),
+        counts: CountsAnswer { running: counts.running as u64, ended: counts.ended as u64, images: counts.images as u64 },
+    }))
+}
+
+/// Describes this API
+#[utoipa::path(
+    get,
+    path = "/v1/openapi.json",
+    tag = "node",
+    responses((status = 200, description = "OpenAPI 3.1", content_type = "application/json"))
+)]
+pub(crate) async fn openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], openapi_json())
+}
+
+/// Everything that is counted, as Prometheus text
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    tag = "node",
+    responses((status = 200, description = "Metrics", content_type = "text/plain"))
+)]
+pub(crate) async fn metrics(Shared(app): Shared<App>) -> Result<impl IntoResponse, ApiError> {
+    let text = app.look(|service| Ok(counted::render(service.counts(), &service.pool()))).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
+}
+
+fn memory() -> Memory {
+    let info = rustix::system::sysinfo();
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+    Memory {
+        total_bytes: info.totalram * u64::from(info.mem_unit),
+        available_bytes: line.and_then(|kib| kib.parse::<u64>().ok()).map(|kib| kib << 10),
+    }
+}

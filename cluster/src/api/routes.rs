@@ -1,0 +1,201 @@
+//! Every path, with what each route shares: who asks is checked, each answer is counted, a panic becomes a 500.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Extension, Router};
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Instrument;
+use utoipa::OpenApi;
+use uuid::Uuid;
+
+use super::error::ApiError;
+use super::server::Peer;
+use super::{images, machines, node};
+use crate::node::calls::Calls;
+use crate::node::{NodeError, Service, metrics};
+
+/// What handlers share.
+#[derive(Clone)]
+pub struct App {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    service: Arc<Service>,
+    /// Calls that change something.
+    verbs: Calls,
+    /// Calls that only look, which a crowd of forks must not hold up.
+    looks: Calls,
+    limits: Limits,
+    node: Uuid,
+    started: Instant,
+}
+
+/// How much a node takes on.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections served at once; others wait to be accepted.
+    pub connections_max: usize,
+    /// Bytes of a request's body.
+    pub body_bytes_max: usize,
+    /// For the head of a request, and again for its body.
+    pub read_deadline: Duration,
+    /// For a client to read some of its answer.
+    pub write_deadline: Duration,
+    /// For requests to end when the node stops.
+    pub stop_deadline: Duration,
+    /// Calls of the engine at once.
+    pub calls_max: u32,
+    /// Calls that wait for their turn; those beyond are refused.
+    pub queued_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 1024,
+            body_bytes_max: 1 << 20,
+            read_deadline: Duration::from_secs(10),
+            write_deadline: Duration::from_secs(10),
+            stop_deadline: Duration::from_secs(10),
+            calls_max: 64,
+            queued_max: 4096,
+        }
+    }
+}
+
+impl App {
+    /// The API of `service`, as the node of this id.
+    #[must_use]
+    pub fn new(service: Arc<Service>, node: Uuid, limits: Limits) -> Self {
+        metrics::install();
+        let line = || Calls::new(limits.calls_max, limits.queued_max);
+        let shared = Shared { service, verbs: line(), looks: line(), limits, node, started: Instant::now() };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// What this node takes on.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// Does something that changes something, when it is its turn, to its end.
+    pub(crate) async fn act<T: Send + 'static>(
+        &self,
+        verb: impl FnOnce(&Service) -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let service = Arc::clone(&self.shared.service);
+        Ok(self.shared.verbs.run(move || verb(&service)).await?)
+    }
+
+    /// Asks something that changes nothing.
+    pub(crate) async fn look<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Service) -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let service = Arc::clone(&self.shared.service);
+        Ok(self.shared.looks.run(move || question(&service)).await?)
+    }
+
+    /// Refuses calls from now on and waits for those that have begun, at most so long. Whether all have ended.
+    pub(crate) async fn stop(&self, deadline: Duration) -> bool {
+        let (verbs, looks) = tokio::join!(self.shared.verbs.stop(deadline), self.shared.looks.stop(deadline));
+        verbs && looks
+    }
+
+    pub(crate) fn node(&self) -> Uuid {
+        self.shared.node
+    }
+
+    pub(crate) fn uptime(&self) -> Duration {
+        self.shared.started.elapsed()
+    }
+}
+
+/// The routes. Each connection adds its [`Peer`] to its requests.
+pub fn router(app: App) -> Router {
+    Router::new()
+        .route("/v1/forks", post(machines::fork))
+        .route("/v1/machines", get(machines::list))
+        .route("/v1/machines/kill", post(machines::kill))
+        .route("/v1/machines/{id}", get(machines::show).delete(machines::kill_one))
+        .route("/v1/machines/{id}/branch", post(machines::branch))
+        .route("/v1/images", get(images::list))
+        .route("/v1/images/load", post(images::load))
+        .route("/v1/images/{id}", get(images::show))
+        .route("/v1/images/{id}", delete(images::remove))
+        .route("/v1/images/{id}/save", post(images::save))
+        .route("/v1/node", get(node::show))
+        .route("/v1/openapi.json", get(node::openapi))
+        .route("/metrics", get(node::metrics))
+        .fallback(|| async { ApiError::unknown_route() })
+        .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(enter))
+        .with_state(app)
+}
+
+/// The description of the API.
+#[must_use]
+pub fn openapi_json() -> String {
+    let mut text = Description::openapi().to_pretty_json().expect("a description of our own types can be written");
+    text.push('\n');
+    text
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "farfork",
+        description = "fork() for fleets of microVMs: the API of one node, over its Unix socket.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    paths(
+        machines::fork,
+        machines::branch,
+        machines::list,
+        machines::show,
+        machines::kill_one,
+        machines::kill,
+        images::list,
+        images::show,
+        images::save,
+        images::load,
+        images::remove,
+        node::show,
+        node::openapi,
+        node::metrics
+    )
+)]
+struct Description;
+
+/// Lets in who may, gives the request its span, and counts its answer.
+async fn enter(Extension(peer): Extension<Peer>, request: Request, next: Next) -> Response {
+    // Never what the client wrote: that would be a label per client.
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
+    let span = tracing::info_span!("request", method = %request.method(), route, uid = peer.uid);
+    async move {
+        let began = Instant::now();
+        let response = if peer.allowed { next.run(request).await } else { ApiError::forbidden(peer.uid).into_response() };
+        let status = response.status().as_u16();
+        metrics::request(route, status);
+        let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        tracing::debug!(status, us, "answered");
+        response
+    }
+    .instrument(span)
+    .await
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let message = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    tracing::error!(message, "a handler panicked");
+    ApiError::internal().into_response()
+}

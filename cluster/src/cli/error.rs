@@ -1,0 +1,87 @@
+//! Why a verb did not do what it was asked, what that is for people and scripts, and the exit code.
+
+use std::io;
+use std::process::ExitCode;
+
+use thiserror::Error;
+use types::ExitCode as Code;
+
+use super::client::ClientError;
+use super::output::Output;
+use super::paths::PathError;
+use crate::api::SocketError;
+use crate::api::wire::{ErrorAnswer, ErrorBody};
+use crate::node::DataError;
+use crate::node::engine::{EngineError, ErrorKind};
+
+/// Of every verb.
+#[derive(Debug, Error)]
+pub enum CliError {
+    /// The node could not be asked, or refused.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// There is no default for a path.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// The node's data directory.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The node's socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The node's engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Threads, timers or signals could not be had.
+    #[error("the process cannot be set up: {0}")]
+    Runtime(io::Error),
+    /// Nobody reads stdout any more.
+    #[error("stdout is closed")]
+    Closed,
+    /// Stdout cannot be written.
+    #[error("stdout cannot be written: {0}")]
+    Print(io::Error),
+}
+
+impl CliError {
+    /// Says what went wrong on stderr, and returns the exit code.
+    pub(crate) fn report(&self, output: Output) -> ExitCode {
+        if matches!(self, Self::Closed) {
+            // `farfork ls | head` is no failure.
+            return Code::Ok.into();
+        }
+        let body = self.body();
+        match output {
+            Output::Table => eprintln!("error: {}\n  try: {}", body.message, body.remedy),
+            Output::Json => {
+                let answer = ErrorAnswer { error: body };
+                eprintln!("{}", serde_json::to_string(&answer).unwrap_or_else(|_| self.to_string()));
+            }
+        }
+        self.code().into()
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::Client(error) => error.exit_code(),
+            Self::Path(_) => Code::Usage,
+            Self::Engine(EngineError { kind: ErrorKind::Host, .. }) => Code::Unreachable,
+            Self::Closed => Code::Ok,
+            Self::Data(_) | Self::Socket(_) | Self::Engine(_) | Self::Runtime(_) | Self::Print(_) => Code::Refused,
+        }
+    }
+
+    /// The same shape as the API's, so that scripts read one.
+    fn body(&self) -> ErrorBody {
+        let (code, remedy) = match self {
+            Self::Client(error) => return error.body(),
+            Self::Path(error) => ("NO_PATH", error.remedy().to_owned()),
+            Self::Data(error) => ("DATA_DIRECTORY", error.remedy().to_owned()),
+            Self::Socket(error) => ("SOCKET", error.remedy().to_owned()),
+            Self::Engine(error) => ("ENGINE", error.remedy.clone()),
+            Self::Runtime(_) => ("RUNTIME", "look at the limits of processes and descriptors (`farfork doctor`)".to_owned()),
+            Self::Closed | Self::Print(_) => ("STDOUT", "make room where stdout leads to".to_owned()),
+        };
+        ErrorBody { code: code.to_owned(), message: self.to_string(), remedy, reason: None }
+    }
+}

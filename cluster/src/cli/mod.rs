@@ -1,0 +1,149 @@
+//! The command line: one file per verb. Answers go to stdout, everything else to stderr; `--output json` prints exactly what
+//! the API answers.
+//!
+//! Exit codes: 0 all was done; 2 the command line is wrong; 3 no node can be reached; 4 refused or failed; 5 some of it was
+//! done; 130 interrupted.
+
+pub mod branch;
+pub mod client;
+pub mod completions;
+pub mod doctor;
+pub mod error;
+pub mod fork;
+pub mod image;
+pub mod kill;
+pub mod ls;
+pub mod node;
+pub mod output;
+pub mod paths;
+pub mod progress;
+pub mod show;
+pub mod size;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use client::Client;
+use error::CliError;
+use output::Output;
+
+/// What a program says when it was interrupted: 128 and the number of SIGINT.
+const INTERRUPTED: u8 = 130;
+
+/// fork() for fleets of microVMs
+#[derive(Debug, Parser)]
+#[command(name = "farfork", version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  farfork doctor                            # can this host run machines?
+  farfork node &                            # start the node
+  farfork fork --guest probe -n 100         # 100 machines from one warm guest
+  farfork ls                                # what runs
+  farfork kill --all
+
+Exit codes: 0 done, 2 usage, 3 no node reached, 4 refused, 5 partly done";
+
+/// What every verb takes.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// The node's socket [default: $XDG_RUNTIME_DIR/farfork/farfork.sock; of root: /run/farfork/farfork.sock]
+    #[arg(long, global = true, env = "FARFORK_SOCKET", value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// How to print answers
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Node(node::Arguments),
+    Fork(fork::Arguments),
+    Branch(branch::Arguments),
+    Ls(ls::Arguments),
+    Show(show::Arguments),
+    Kill(kill::Arguments),
+    Image(image::Arguments),
+    Doctor(doctor::Arguments),
+    Completions(completions::Arguments),
+}
+
+/// What verbs that ask a node need.
+pub(crate) struct Context {
+    pub(crate) client: Client,
+    pub(crate) output: Output,
+}
+
+/// Reads the command line, does what it says, and says how that went.
+#[must_use]
+pub fn main() -> ExitCode {
+    let Arguments { global, verb } = Arguments::parse();
+    let output = global.output;
+    let outcome = match verb {
+        Verb::Node(arguments) => node::run(&arguments, global.socket),
+        Verb::Doctor(arguments) => doctor::run(&arguments, output),
+        Verb::Completions(arguments) => completions::run(&arguments),
+        asks_a_node => ask(asks_a_node, global),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => error.report(output),
+    }
+}
+
+/// Runs a verb that asks a node, until it is done or interrupted. What the node has begun by then it finishes.
+fn ask(verb: Verb, global: Global) -> Result<ExitCode, CliError> {
+    let socket = global.socket.map_or_else(paths::socket, Ok)?;
+    let context = Context { client: Client::new(socket), output: global.output };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
+    runtime.block_on(async {
+        tokio::select! {
+            outcome = dispatch(verb, &context) => outcome,
+            _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(INTERRUPTED)),
+        }
+    })
+}
+
+async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
+    match verb {
+        Verb::Fork(arguments) => fork::run(arguments, context).await,
+        Verb::Branch(arguments) => branch::run(arguments, context).await,
+        Verb::Ls(arguments) => ls::run(&arguments, context).await,
+        Verb::Show(arguments) => show::run(&arguments, context).await,
+        Verb::Kill(arguments) => kill::run(arguments, context).await,
+        Verb::Image(arguments) => image::run(arguments, context).await,
+        Verb::Node(_) | Verb::Doctor(_) | Verb::Completions(_) => unreachable!("these ask no node"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_help_of_each_verb_has_an_example() {
+        fn check(command: &clap::Command) {
+            let name = command.get_name();
+            assert!(command.get_about().is_some(), "{name} says what it does");
+            let after = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(after.contains("farfork"), "{name} has an example");
+            command.get_subcommands().filter(|verb| !verb.is_hide_set()).for_each(check);
+        }
+        check(&Arguments::command());
+    }
+}

@@ -1,0 +1,71 @@
+//! What verbs print: tables for people, or exactly what the API answered.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use comfy_table::{CellAlignment, Table, presets};
+use uuid::Uuid;
+
+use super::error::CliError;
+use crate::node::ShortId;
+
+/// How to print answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Table,
+    /// For programs: what the API answers
+    Json,
+}
+
+impl Output {
+    /// Prints an answer.
+    ///
+    /// # Errors
+    /// [`CliError::Closed`], [`CliError::Print`].
+    pub fn answer(self, raw: &[u8], for_people: impl FnOnce() -> String) -> Result<(), CliError> {
+        match self {
+            Self::Json => {
+                print(raw)?;
+                print(b"\n")
+            }
+            Self::Table => print(for_people().as_bytes()),
+        }
+    }
+}
+
+/// Prints to stdout.
+///
+/// # Errors
+/// [`CliError::Closed`] if nobody reads it any more, which is no failure; [`CliError::Print`].
+pub fn print(bytes: &[u8]) -> Result<(), CliError> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => CliError::Closed,
+        _ => CliError::Print(error),
+    })
+}
+
+/// A table without lines; the columns of `numbers` are aligned to the right.
+pub(crate) fn table<const N: usize>(head: [&str; N], numbers: &[usize], rows: Vec<[String; N]>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(head);
+    for row in rows {
+        table.add_row(row);
+    }
+    for (position, column) in table.column_iter_mut().enumerate() {
+        // No space before the first column, two between columns.
+        column.set_padding((0, 2));
+        if numbers.contains(&position) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let mut text = table.trim_fmt();
+    text.push('\n');
+    text
+}
+
+/// The short form of an id for a table.
+pub(crate) fn short(id: &Uuid) -> String {
+    ShortId::of(id)
+}

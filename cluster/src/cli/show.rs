@@ -1,0 +1,110 @@
+//! `farfork show`.
+
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use clap::Args;
+
+use super::client::Found;
+use super::error::CliError;
+use super::fork::id;
+use super::progress::stage_cell;
+use super::{Context, size};
+use crate::api::wire::{Image, MachineAnswer};
+
+/// Show a machine with what it costs and prints, or an image in memory
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  farfork show a3d9e37c
+  farfork show a3d9e37c --output json | jq .usage")]
+pub struct Arguments {
+    /// The id of a machine or an image, or the last 4 and more digits of it
+    #[arg(value_name = "ID", value_parser = id)]
+    id: String,
+}
+
+pub(crate) async fn run(arguments: &Arguments, context: &Context) -> Result<ExitCode, CliError> {
+    match context.client.find(&arguments.id).await? {
+        Found::Machine(answer) => context.output.answer(&answer.raw, || machine(&answer.value))?,
+        Found::Image(answer) => context.output.answer(&answer.raw, || image(&answer.value))?,
+    }
+    Ok(types::ExitCode::Ok.into())
+}
+
+fn machine(answer: &MachineAnswer) -> String {
+    let machine = &answer.machine;
+    let mut lines = Lines::default();
+    lines.add("machine", machine.id);
+    lines.add("image", machine.image);
+    lines.add_some("parent", machine.parent);
+    match &machine.ended {
+        Some(ended) => lines.add("ended", format!("{}: {}", ended.reason, ended.detail)),
+        None => lines.add("state", "running"),
+    }
+    lines.add("age", size::age(machine.created_unix_ms, SystemTime::now()));
+    lines.add("first", format!("{} us = {}", machine.first_us, stage_cell(&machine.stages_us)));
+    lines.add_some("verified", machine.verified_pages.map(|pages| format!("{pages} pages")));
+    lines.add_some("limit", machine.limit_bytes.map(size::bytes));
+    if let Some(usage) = &answer.usage {
+        lines.add("share", size::bytes(usage.pss_bytes));
+        lines.add("own", size::bytes(usage.private_bytes));
+        lines.add("tables", size::bytes(usage.page_table_bytes));
+        lines.add("cpu", format!("{} us", usage.cpu_us));
+    }
+    if !answer.console.tail.is_empty() {
+        lines.add("console", format!("{} bytes dropped before this", answer.console.dropped_bytes));
+        lines.text.push_str(&printable(&answer.console.tail));
+        lines.text.push('\n');
+    }
+    lines.text
+}
+
+fn image(image: &Image) -> String {
+    let mut lines = Lines::default();
+    lines.add("image", image.id);
+    lines.add_some("digest", image.digest.as_ref());
+    lines.add_some("name", image.name.as_ref());
+    lines.add("origin", &image.origin);
+    lines.add_some("parent", image.parent);
+    lines.add("age", size::age(image.created_unix_ms, SystemTime::now()));
+    lines.add("memory", size::bytes(image.memory_bytes));
+    lines.add("vcpus", image.vcpus);
+    lines.add("depth", image.depth);
+    lines.add("own", size::bytes(image.own_bytes));
+    lines.add("stored", size::bytes(image.stored_bytes));
+    lines.add("proof", if image.verifiable { "children can prove their memory" } else { "none" });
+    lines.text
+}
+
+#[derive(Default)]
+struct Lines {
+    text: String,
+}
+
+impl Lines {
+    fn add(&mut self, name: &str, value: impl std::fmt::Display) {
+        self.text.push_str(&format!("{name:<9} {value}\n"));
+    }
+
+    fn add_some(&mut self, name: &str, value: Option<impl std::fmt::Display>) {
+        if let Some(value) = value {
+            self.add(name, value);
+        }
+    }
+}
+
+/// What a guest prints must not command the terminal of whoever looks at it.
+fn printable(text: &str) -> String {
+    text.trim_end().chars().map(|c| if c.is_control() && c != '\n' { '\u{FFFD}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_does_not_command_the_terminal() {
+        assert_eq!(printable("ok\n\u{1b}[2Jgone\r\n"), "ok\n\u{FFFD}[2Jgone");
+    }
+}

@@ -1,0 +1,295 @@
+//! The directory that is one node's alone.
+//!
+//! ```text
+//! /var/lib/farfork   0700
+//!   lock             held (flock) as long as the node lives; holds its process id
+//!   node.json        {"format":1,"node":"<uuid>"}
+//!   images/          the store of saved images
+//! ```
+//!
+//! Every path in it is opened beneath the directory's descriptor, without following links: whatever lies in there, nothing
+//! outside is ever read or written.
+
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use uuid::Uuid;
+
+/// Of `node.json`. What a newer farfork has written is not touched.
+const FORMAT: u32 = 1;
+const LOCK: &str = "lock";
+const NODE: &str = "node.json";
+const NODE_NEW: &str = "node.json.new";
+const IMAGES: &str = "images";
+
+/// The directory, locked.
+#[derive(Debug)]
+pub struct DataDirectory {
+    path: PathBuf,
+    node: Uuid,
+    directory: OwnedFd,
+    images: OwnedFd,
+    /// Unlocked by the kernel when the node is gone, however it went.
+    _lock: File,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NodeFile {
+    format: u32,
+    node: Uuid,
+}
+
+impl DataDirectory {
+    /// Creates the directory if need be, locks it, and proves that it can be written.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub fn open(path: &Path) -> Result<Self, DataError> {
+        let at = Place { directory: path };
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| at.error("", error))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| at.error("", error))?;
+        let lock = at.lock(&directory)?;
+        at.close_to_others(&directory)?;
+        let node = at.identity(&directory)?;
+        let images = at.subdirectory(&directory, IMAGES)?;
+        Ok(Self { path: path.to_owned(), node, directory, images, _lock: lock })
+    }
+
+    /// Where it is, for messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The id of this node, drawn when the directory was made.
+    #[must_use]
+    pub fn node(&self) -> Uuid {
+        self.node
+    }
+
+    /// The store of saved images.
+    #[must_use]
+    pub fn images(&self) -> BorrowedFd<'_> {
+        self.images.as_fd()
+    }
+
+    /// Opens a file beneath the directory.
+    ///
+    /// # Errors
+    /// Of openat2(2); `EXDEV` or `ELOOP` if the path leads out of the directory or over a link.
+    pub fn open_beneath(&self, path: &str, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+        Ok(open_beneath(&self.directory, path, flags, mode)?)
+    }
+}
+
+/// Why a directory cannot be a node's.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum DataError {
+    #[error("another node{} uses {}", pid.map_or_else(String::new, |pid| format!(" (process {pid})")), path.display())]
+    Taken { path: PathBuf, pid: Option<u32> },
+    #[error("{} is on a file system that is read-only", path.display())]
+    ReadOnly { path: PathBuf },
+    #[error("{} is on a file system that is full", path.display())]
+    Full { path: PathBuf },
+    #[error("{} may not be used by this user", path.display())]
+    Forbidden { path: PathBuf },
+    #[error("{} is of format {found}; this farfork knows up to {FORMAT}", path.display())]
+    Newer { path: PathBuf, found: u32 },
+    #[error("{} is damaged: {source}", path.display())]
+    Damaged { path: PathBuf, source: serde_json::Error },
+    #[error("{} cannot be used: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+impl DataError {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Taken { .. } => "stop that node, or give this one another directory with --data",
+            Self::ReadOnly { .. } => "mount it writable, or name another directory with --data",
+            Self::Full { .. } => "make room, or name a directory on another file system with --data",
+            Self::Forbidden { .. } => "run as the user who owns it, or name another directory with --data",
+            Self::Newer { .. } => "use the farfork that wrote it, or a newer one",
+            Self::Damaged { .. } => "restore the file from a backup, or move it away: the node draws a new id then",
+            Self::Io { .. } => "name a directory on a local file system with --data (Linux 5.6 or newer)",
+        }
+    }
+}
+
+/// Knows the whole path, for errors.
+struct Place<'a> {
+    directory: &'a Path,
+}
+
+impl Place<'_> {
+    fn error(&self, name: &str, error: impl Into<io::Error>) -> DataError {
+        let source = error.into();
+        let path = if name.is_empty() { self.directory.to_owned() } else { self.directory.join(name) };
+        match source.kind() {
+            io::ErrorKind::ReadOnlyFilesystem => DataError::ReadOnly { path },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DataError::Full { path },
+            io::ErrorKind::PermissionDenied => DataError::Forbidden { path },
+            _ => DataError::Io { path, source },
+        }
+    }
+
+    fn lock(&self, directory: &OwnedFd) -> Result<File, DataError> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+        let fd = open_beneath(directory, LOCK, flags, Mode::from(0o600)).map_err(|error| self.error(LOCK, error))?;
+        let mut file = File::from(fd);
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let mut text = String::new();
+                let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                return Err(DataError::Taken { path: self.directory.to_owned(), pid });
+            }
+            Err(error) => return Err(self.error(LOCK, error)),
+        }
+        let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(|error| self.error(LOCK, error))?;
+        Ok(file)
+    }
+
+    /// Images hold the memory of guests: nobody else's to read.
+    fn close_to_others(&self, directory: &OwnedFd) -> Result<(), DataError> {
+        let mode = rustix::fs::fstat(directory).map_err(|error| self.error("", error))?.st_mode;
+        if mode & 0o077 != 0 {
+            rustix::fs::fchmod(directory, Mode::from(0o700)).map_err(|error| self.error("", error))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the node's id, or draws it. Written anew at each start, whole or not at all: that proves that there is room.
+    fn identity(&self, directory: &OwnedFd) -> Result<Uuid, DataError> {
+        let path = || self.directory.join(NODE);
+        let node = match open_beneath(directory, NODE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => Uuid::now_v7(),
+            Err(error) => return Err(self.error(NODE, error)),
+            Ok(fd) => {
+                let mut text = Vec::new();
+                let read = File::from(fd).take(1 << 16).read_to_end(&mut text);
+                read.map_err(|error| self.error(NODE, error))?;
+                let format_of: FormatOnly = parse(&text, path)?;
+                if format_of.format > FORMAT {
+                    return Err(DataError::Newer { path: path(), found: format_of.format });
+                }
+                parse::<NodeFile>(&text, path)?.node
+            }
+        };
+        self.replace_identity(directory, &NodeFile { format: FORMAT, node }).map_err(|error| self.error(NODE, error))?;
+        Ok(node)
+    }
+
+    fn replace_identity(&self, directory: &OwnedFd, file: &NodeFile) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        let mut new = File::from(open_beneath(directory, NODE_NEW, flags, Mode::from(0o600))?);
+        let written = serde_json::to_writer(&mut new, file).map_err(io::Error::from).and_then(|()| new.sync_all());
+        if let Err(error) = written {
+            // Best effort: what fills the disk must not stay because of the disk being full.
+            let _ = rustix::fs::unlinkat(directory, NODE_NEW, AtFlags::empty());
+            return Err(error);
+        }
+        rustix::fs::renameat(directory, NODE_NEW, directory, NODE)?;
+        Ok(rustix::fs::fsync(directory)?)
+    }
+
+    fn subdirectory(&self, directory: &OwnedFd, name: &str) -> Result<OwnedFd, DataError> {
+        match rustix::fs::mkdirat(directory, name, Mode::from(0o700)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(self.error(name, error)),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        open_beneath(directory, name, flags, Mode::empty()).map_err(|error| self.error(name, error))
+    }
+}
+
+/// Only as much of a file of an unknown format as every format has.
+#[derive(Deserialize)]
+struct FormatOnly {
+    format: u32,
+}
+
+fn parse<T: for<'de> Deserialize<'de>>(text: &[u8], path: impl Fn() -> PathBuf) -> Result<T, DataError> {
+    serde_json::from_slice(text).map_err(|source| DataError::Damaged { path: path(), source })
+}
+
+fn open_beneath(directory: &OwnedFd, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(directory, path, flags, mode, resolve)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_node_keeps_its_id() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state/farfork");
+        let first = DataDirectory::open(&path).unwrap().node();
+        let again = DataDirectory::open(&path).unwrap();
+        assert_eq!(again.node(), first);
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(path.join(IMAGES).metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        assert!(!path.join(NODE_NEW).exists());
+    }
+
+    #[test]
+    fn a_directory_has_one_node_and_says_which() {
+        let path = tempfile::tempdir().unwrap();
+        let held = DataDirectory::open(path.path()).unwrap();
+        let error = DataDirectory::open(path.path()).unwrap_err();
+        assert!(matches!(error, DataError::Taken { pid: Some(pid), .. } if pid == std::process::id()), "{error}");
+        drop(held);
+        assert!(DataDirectory::open(path.path()).is_ok());
+    }
+
+    #[test]
+    fn what_is_damaged_or_newer_is_left_alone() {
+        let path = tempfile::tempdir().unwrap();
+        for (text, newer) in [("", false), ("{\"format\":1}", false), ("{\"format\":2,\"more\":[]}", true), ("[", false)] {
+            std::fs::write(path.path().join(NODE), text).unwrap();
+            let error = DataDirectory::open(path.path()).unwrap_err();
+            assert_eq!(matches!(error, DataError::Newer { found: 2, .. }), newer, "{error}");
+            assert_eq!(matches!(error, DataError::Damaged { .. }), !newer, "{error}");
+            assert_eq!(std::fs::read_to_string(path.path().join(NODE)).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let (path, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        symlink(elsewhere.path(), path.path().join(IMAGES)).unwrap();
+        let error = DataDirectory::open(path.path()).unwrap_err();
+        assert!(matches!(error, DataError::Io { .. }), "{error}");
+        std::fs::remove_file(path.path().join(IMAGES)).unwrap();
+        let data = DataDirectory::open(path.path()).unwrap();
+        symlink("/etc/passwd", path.path().join("link")).unwrap();
+        for escape in ["link", "../x", "/etc/passwd", "images/../../x"] {
+            assert!(data.open_beneath(escape, OFlags::RDONLY, Mode::empty()).is_err(), "{escape}");
+        }
+        assert!(data.open_beneath(NODE, OFlags::RDONLY, Mode::empty()).is_ok());
+    }
+
+    #[test]
+    fn a_file_in_its_place_is_an_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = DataDirectory::open(file.path()).unwrap_err();
+        assert!(matches!(error, DataError::Io { .. }), "{error}");
+        assert!(!error.remedy().is_empty());
+    }
+}

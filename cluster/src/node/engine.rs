@@ -1,0 +1,260 @@
+//! The seam between the node and what runs machines: [`Engine`]. The real one is [`kvm`](super::kvm); tests of the API have a
+//! fake without KVM. Its calls block (a fork takes a fraction of a millisecond, a freeze some, a load seconds): the node calls
+//! them where that does not hurt.
+
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use thiserror::Error;
+use types::{Digest, ImageId, MachineId, Reason};
+use vm::Class;
+
+use super::name::ImageName;
+
+/// Forks, freezes and kills machines of one host. Ids of machines are drawn by the node, ids of images by the engine.
+pub trait Engine: Send + Sync + 'static {
+    /// Starts a first parent with a guest of ours, lets it write its pattern into a quarter of its memory, freezes it, and ends
+    /// it: what comes back is a warm image that verified children can be forked from.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is left behind.
+    fn prepare(&self, guest: Guest, class: Class) -> Result<ImageFacts, EngineError>;
+
+    /// Forks one child of `image` for each id, all at once. The outcomes are in the order of the ids.
+    fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>>;
+
+    /// Makes an image of this instant of a running machine, which goes on.
+    ///
+    /// # Errors
+    /// [`EngineError`]; the machine goes on as it was.
+    fn freeze(&self, machine: MachineId) -> Result<(ImageFacts, FreezeFacts), EngineError>;
+
+    /// Lets the guest prove with its own instructions that its memory is its image's, and that it knows who it is. Only for
+    /// children of images that [`Engine::prepare`] made, which have not been told to do anything since.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::WrongProof`] if the proof is wrong.
+    fn verify(&self, machine: MachineId) -> Result<Proof, EngineError>;
+
+    /// Ends a machine and gives back what it had. Ending one that has ended by itself forgets it.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownMachine`].
+    fn kill(&self, machine: MachineId) -> Result<(), EngineError>;
+
+    /// What a machine costs now.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownMachine`].
+    fn usage(&self, machine: MachineId) -> Result<Usage, EngineError>;
+
+    /// What a machine printed on its serial port, newest 64 KiB, oldest first, and how many older bytes made room for it.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    fn console(&self, machine: MachineId) -> Result<(Vec<u8>, u64), EngineError>;
+
+    /// What is known of an image.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownImage`].
+    fn image(&self, image: ImageId) -> Result<ImageFacts, EngineError>;
+
+    /// Saves an image under a name into the node's store. `progress` is called with bytes done and bytes in all.
+    ///
+    /// # Errors
+    /// [`EngineError`]; the store is as it was.
+    fn save(&self, image: ImageId, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+
+    /// Loads a saved image, verified.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is loaded.
+    fn load(&self, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+
+    /// The names in the node's store, with the size of each file in bytes.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::Store`].
+    fn stored(&self) -> Result<Vec<(ImageName, u64)>, EngineError>;
+
+    /// Forgets an image. Machines that were forked from it go on; its memory is given back with the last of them.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownImage`].
+    fn forget(&self, image: ImageId) -> Result<(), EngineError>;
+
+    /// Deletes a saved image from the node's store.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    fn delete(&self, name: &ImageName) -> Result<(), EngineError>;
+
+    /// The shells that wait, by class.
+    fn pool(&self) -> Vec<PoolFacts>;
+
+    /// Machines that end by themselves, from now on. Called once, by the node.
+    fn ended(&self) -> Receiver<(MachineId, Ended)>;
+
+    /// Ends every machine and shell and waits until their memory is given back. No other call comes after it.
+    fn stop(&self);
+}
+
+/// A guest that is part of farfork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Guest {
+    /// A small program that proves what its memory holds.
+    Probe,
+}
+
+/// What a fork may be told besides its image.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkOptions {
+    /// The most memory in bytes that the machine may have of its own (pages it has written, and what runs it). `None`: all of
+    /// its RAM.
+    pub limit_bytes: Option<u64>,
+}
+
+/// A child that runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Forked {
+    /// The child.
+    pub id: MachineId,
+    /// From the call until its first instruction was observed.
+    pub first: Duration,
+    /// How that time was spent, in this order.
+    pub stages: ForkStages,
+    /// Whether a shell was ready for it.
+    pub had_shell: bool,
+}
+
+/// The stages of a fork. Their sum is [`Forked::first`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkStages {
+    /// Until a shell was there: taken from the pool, or built.
+    pub shell: Duration,
+    /// Until the worker had the image's descriptors and the child's identity.
+    pub send: Duration,
+    /// Mapping the image's runs.
+    pub map: Duration,
+    /// Restoring registers and devices.
+    pub restore: Duration,
+    /// Until the first exit of the guest.
+    pub run: Duration,
+}
+
+/// An image.
+#[derive(Clone, Debug)]
+pub struct ImageFacts {
+    /// On this node.
+    pub id: ImageId,
+    /// Everywhere, once it has been saved or loaded.
+    pub digest: Option<Digest>,
+    /// What a shell must be built for.
+    pub class: Class,
+    /// Branches between it and the first parent.
+    pub depth: u32,
+    /// Memory in bytes of the layers made for it.
+    pub own_bytes: u64,
+    /// Memory in bytes of all its layers.
+    pub stored_bytes: u64,
+    /// Whether its children can be asked for a [`Proof`].
+    pub verifiable: bool,
+}
+
+/// What a freeze cost.
+#[derive(Clone, Copy, Debug)]
+pub struct FreezeFacts {
+    /// The machine was kept from running for so long.
+    pub stall: Duration,
+    /// Until the image was complete, after the stall.
+    pub copy: Duration,
+    /// Pages that were written since the fork.
+    pub dirty_pages: u64,
+    /// Extents that were copied.
+    pub copied_extents: u64,
+}
+
+/// A proof that holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Proof {
+    /// Pages that the guest compared.
+    pub pages: u64,
+}
+
+/// What a machine costs, in bytes. Read from the kernel at the time of the call.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Its share of all memory that it maps.
+    pub pss_bytes: u64,
+    /// Memory that it alone maps.
+    pub private_bytes: u64,
+    /// Its page tables.
+    pub page_table_bytes: u64,
+    /// CPU time so far.
+    pub cpu: Duration,
+}
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// From the closed list.
+    pub reason: Reason,
+    /// The numbers.
+    pub detail: String,
+}
+
+/// Shells of one class.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolFacts {
+    /// Which.
+    pub class: Class,
+    /// How many wait.
+    pub ready: u32,
+    /// How many are being built.
+    pub building: u32,
+    /// How many the pool wants.
+    pub wanted: u32,
+}
+
+/// Why the engine did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub struct EngineError {
+    /// What kind, for programs.
+    pub kind: ErrorKind,
+    /// What and where, in one line.
+    pub message: String,
+    /// What to do about it, in one line.
+    pub remedy: String,
+}
+
+/// Kinds of [`EngineError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// No such machine on this node.
+    UnknownMachine,
+    /// No such image on this node, or no such name in its store.
+    UnknownImage,
+    /// The name is taken in the store.
+    NameTaken,
+    /// The host has not enough memory, processes or descriptors for it.
+    Exhausted,
+    /// The machine has ended, with this reason.
+    Ended(Reason),
+    /// The image cannot run here, or is damaged.
+    BadImage,
+    /// The store cannot be read or written (read-only, damaged).
+    Store,
+    /// The store's file system has no room.
+    StoreFull,
+    /// The guest's proof is wrong, or it cannot give one.
+    WrongProof,
+    /// The host cannot run machines (no /dev/kvm, say).
+    Host,
+    /// The engine is stopping.
+    Stopping,
+    /// Something of ours failed: a worker, the zygote, a system call.
+    Internal,
+}

@@ -1,0 +1,132 @@
+//! Why a node did not do what it was asked.
+
+use thiserror::Error;
+use types::unit::MemorySizeError;
+use types::{MemorySize, Reason};
+use vm::class::VcpuCountError;
+
+use super::engine::{EngineError, ErrorKind};
+use super::name::NameError;
+use super::short_id::ShortIdError;
+
+/// Of the verbs of [`Service`](super::Service). The [code](NodeError::code) is for programs, `Display` for people.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum NodeError {
+    #[error("a count of {asked} where 1 to {max} are allowed")]
+    Count { asked: u64, max: u64 },
+    #[error(transparent)]
+    Memory(#[from] MemorySizeError),
+    #[error("{asked} virtual CPUs where a machine has 1 to 8")]
+    Vcpus { asked: u64 },
+    #[error("a memory limit of 0 bytes")]
+    Limit,
+    #[error("memory and vCPUs belong to the image: only a guest can be given them")]
+    ClassIsGiven,
+    #[error("no ids, and not all")]
+    NothingNamed,
+    #[error("ids and all at once")]
+    IdsAndAll,
+    #[error(transparent)]
+    Name(#[from] NameError),
+    #[error(transparent)]
+    Id(#[from] ShortIdError),
+    #[error("no machine {id}")]
+    UnknownMachine { id: String },
+    #[error("no image {id}")]
+    UnknownImage { id: String },
+    #[error("{given} could be {}", candidates.join(", "))]
+    Ambiguous { given: String, candidates: Vec<String> },
+    #[error("machine {id} has ended: {reason} ({detail})")]
+    Ended { id: String, reason: Reason, detail: String },
+    #[error("children of image {id} cannot be asked for a proof")]
+    NotVerifiable { id: String },
+    #[error("{queued} calls wait already")]
+    Busy { queued: usize },
+    #[error("the node is stopping")]
+    Stopping,
+    #[error("a call of the node failed in a way that was not foreseen")]
+    Panicked,
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+impl NodeError {
+    /// The code that programs match on. Codes never change their meaning.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Count { .. } => "BAD_COUNT",
+            Self::Memory(_) => "BAD_MEMORY",
+            Self::Vcpus { .. } => "BAD_VCPUS",
+            Self::Limit => "BAD_LIMIT",
+            Self::ClassIsGiven | Self::NothingNamed | Self::IdsAndAll => "BAD_REQUEST",
+            Self::Name(_) => "BAD_NAME",
+            Self::Id(_) => "BAD_ID",
+            Self::UnknownMachine { .. } => "UNKNOWN_MACHINE",
+            Self::UnknownImage { .. } => "UNKNOWN_IMAGE",
+            Self::Ambiguous { .. } => "AMBIGUOUS_ID",
+            Self::Ended { .. } => "ENDED",
+            Self::NotVerifiable { .. } => "NOT_VERIFIABLE",
+            Self::Busy { .. } => "BUSY",
+            Self::Stopping => "STOPPING",
+            Self::Panicked => "INTERNAL",
+            Self::Engine(error) => engine_code(error.kind),
+        }
+    }
+
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        let fixed = match self {
+            Self::Engine(error) => return error.remedy.clone(),
+            Self::Count { max, .. } => return format!("ask for 1 to {max}, several times if need be"),
+            Self::Memory(_) => {
+                return format!("use a multiple of 2 MiB (2097152) up to {} bytes", MemorySize::MAX);
+            }
+            Self::Vcpus { asked } => VcpuCountError { asked: u8::try_from(*asked).unwrap_or(u8::MAX) }.remedy(),
+            Self::Limit => "leave the limit out, or ask for more than nothing",
+            Self::ClassIsGiven => "leave memory and vCPUs out",
+            Self::NothingNamed => "name at least one id, or say all",
+            Self::IdsAndAll => "name ids or say all, not both",
+            Self::Name(error) => error.remedy(),
+            Self::Id(error) => error.remedy(),
+            Self::UnknownMachine { .. } => "`farfork ls --all` lists machines",
+            Self::UnknownImage { .. } => "`farfork image ls` lists images; a saved one is loaded with `farfork image load`",
+            Self::Ambiguous { .. } => "give more digits from the end of the id",
+            Self::Ended { .. } => "fork another one",
+            Self::NotVerifiable { .. } => "fork without verifying, or from a guest that proves its memory",
+            Self::Busy { .. } => "wait a little and ask again",
+            Self::Stopping => "ask again when the node is back",
+            Self::Panicked => "look for its cause in the node's log, and report it",
+        };
+        fixed.to_owned()
+    }
+
+    /// Why a machine ended, if that is what stands in the way.
+    #[must_use]
+    pub fn reason(&self) -> Option<Reason> {
+        match self {
+            Self::Ended { reason, .. } => Some(*reason),
+            Self::Engine(EngineError { kind: ErrorKind::Ended(reason), .. }) => Some(*reason),
+            _ => None,
+        }
+    }
+}
+
+fn engine_code(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::UnknownMachine => "UNKNOWN_MACHINE",
+        ErrorKind::UnknownImage => "UNKNOWN_IMAGE",
+        ErrorKind::NameTaken => "NAME_TAKEN",
+        ErrorKind::Exhausted => "EXHAUSTED",
+        ErrorKind::Ended(_) => "ENDED",
+        ErrorKind::BadImage => "BAD_IMAGE",
+        ErrorKind::Store => "STORE",
+        ErrorKind::StoreFull => "STORE_FULL",
+        ErrorKind::WrongProof => "WRONG_PROOF",
+        ErrorKind::Host => "HOST",
+        ErrorKind::Stopping => "STOPPING",
+        ErrorKind::Internal => "INTERNAL",
+    }
+}

@@ -1,0 +1,401 @@
+//! Which machines and images this node has, and which machines it had.
+//!
+//! ```text
+//!  starting ──▶ running ──▶ ending ──▶ ended(reason)      the newest 10,000 ended ones are remembered
+//!     └──────────────────▶ forgotten (the fork failed)
+//! ```
+//!
+//! *Starting* holds back what the engine says about a machine before the fork that made it has returned. *Ending* belongs to
+//! whoever kills: a machine is killed, or reaped, once.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use types::{ImageId, MachineId, Reason};
+use uuid::Uuid;
+
+use super::engine::{Ended, Forked, Guest, ImageFacts};
+use super::error::NodeError;
+use super::name::ImageName;
+use super::short_id::ShortId;
+
+/// The most ended machines that are remembered.
+pub const ENDED_MAX: usize = 10_000;
+
+/// All of it, behind one lock that is never held across a call of the engine.
+#[derive(Debug, Default)]
+pub struct Registry {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    // By id, which is by age: ids begin with the time.
+    machines: BTreeMap<MachineId, Machine>,
+    images: BTreeMap<ImageId, Image>,
+    starting: HashMap<MachineId, Option<Ended>>,
+    ended: VecDeque<MachineId>,
+    running: usize,
+}
+
+/// A machine that runs or ran here.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// What the engine said when it was forked.
+    pub forked: Forked,
+    /// What it was forked from.
+    pub image: ImageId,
+    /// The machine that the image was frozen from, if it was one of this node's.
+    pub parent: Option<MachineId>,
+    /// When it was forked.
+    pub created: SystemTime,
+    /// The most memory of its own in bytes.
+    pub limit_bytes: Option<u64>,
+    /// Pages that it has proved to be its image's.
+    pub verified_pages: Option<u64>,
+    /// Where it is in its life.
+    pub state: MachineState,
+}
+
+/// Where a machine is in its life.
+#[derive(Clone, Debug)]
+pub enum MachineState {
+    /// It has run, and as far as is known it still does.
+    Running,
+    /// Somebody ends it at this moment.
+    Ending,
+    /// It is gone.
+    Ended {
+        /// Why, from the closed list, with the numbers.
+        ended: Ended,
+        /// When.
+        at: SystemTime,
+        /// The last that it printed.
+        console: Arc<[u8]>,
+    },
+}
+
+/// An image in this node's memory.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// What the engine says about it.
+    pub facts: ImageFacts,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// Its name in the store, if it was saved or loaded.
+    pub name: Option<ImageName>,
+    /// When it was made or loaded.
+    pub created: SystemTime,
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A guest of ours was started and frozen.
+    Guest(Guest),
+    /// A machine was branched.
+    Machine(MachineId),
+    /// It was loaded from the store.
+    Store,
+}
+
+/// How many there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Machines that run.
+    pub running: usize,
+    /// Machines that ended and are remembered.
+    pub ended: usize,
+    /// Images in memory.
+    pub images: usize,
+}
+
+impl Registry {
+    /// These machines are about to be forked.
+    pub fn starting(&self, ids: &[MachineId]) {
+        self.lock().starting.extend(ids.iter().map(|id| (*id, None)));
+    }
+
+    /// The fork of `id` failed.
+    pub fn not_started(&self, id: MachineId) {
+        self.lock().starting.remove(&id);
+    }
+
+    /// A machine runs. Returns what the engine has said about its end meanwhile.
+    #[must_use]
+    pub fn started(&self, machine: Machine) -> Option<Ended> {
+        let mut inner = self.lock();
+        let id = machine.forked.id;
+        inner.machines.insert(id, machine);
+        inner.running += 1;
+        inner.starting.remove(&id).flatten()
+    }
+
+    /// The engine says that `id` ended by itself. Whether the caller is to reap it now: not if it is just starting (then
+    /// [`Registry::started`] says so) or being killed.
+    #[must_use]
+    pub fn says_ended(&self, id: MachineId, ended: &Ended) -> bool {
+        let mut inner = self.lock();
+        if let Some(early) = inner.starting.get_mut(&id) {
+            *early = Some(ended.clone());
+            return false;
+        }
+        inner.claim(id).is_some()
+    }
+
+    /// Gives the caller the right and duty to end this machine.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is no such machine, several, or it has ended or is being ended.
+    pub fn claim(&self, given: &str) -> Result<MachineId, NodeError> {
+        let mut inner = self.lock();
+        let id = inner.machine_id(given)?;
+        inner.claim(id).ok_or_else(|| inner.has_ended(id))
+    }
+
+    /// As [`Registry::claim`], of all machines that run.
+    #[must_use]
+    pub fn claim_all(&self) -> Vec<MachineId> {
+        let mut inner = self.lock();
+        let ids: Vec<MachineId> = inner.machines.keys().copied().collect();
+        ids.into_iter().filter_map(|id| inner.claim(id)).collect()
+    }
+
+    /// A claimed machine could not be ended.
+    pub fn give_back(&self, id: MachineId) {
+        if let Some(machine) = self.lock().machines.get_mut(&id)
+            && matches!(machine.state, MachineState::Ending)
+        {
+            machine.state = MachineState::Running;
+        }
+    }
+
+    /// A claimed machine has ended.
+    pub fn ended(&self, id: MachineId, ended: Ended, console: Arc<[u8]>) {
+        let mut inner = self.lock();
+        let Some(machine) = inner.machines.get_mut(&id) else { return };
+        debug_assert!(matches!(machine.state, MachineState::Ending), "{id} was not claimed");
+        machine.state = MachineState::Ended { ended, at: SystemTime::now(), console };
+        inner.running -= 1;
+        inner.ended.push_back(id);
+        if inner.ended.len() > ENDED_MAX
+            && let Some(oldest) = inner.ended.pop_front()
+        {
+            inner.machines.remove(&oldest);
+        }
+    }
+
+    /// Notes what a machine has proved.
+    pub fn verified(&self, id: MachineId, pages: u64) {
+        if let Some(machine) = self.lock().machines.get_mut(&id) {
+            machine.verified_pages = Some(pages);
+        }
+    }
+
+    /// One machine by its id or the end of it.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn machine(&self, given: &str) -> Result<Machine, NodeError> {
+        let inner = self.lock();
+        let id = inner.machine_id(given)?;
+        Ok(inner.machines[&id].clone())
+    }
+
+    /// As [`Registry::machine`], if it runs.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several, or it has ended.
+    pub fn running_machine(&self, given: &str) -> Result<MachineId, NodeError> {
+        let inner = self.lock();
+        let id = inner.machine_id(given)?;
+        match inner.machines[&id].state {
+            MachineState::Running => Ok(id),
+            MachineState::Ending | MachineState::Ended { .. } => Err(inner.has_ended(id)),
+        }
+    }
+
+    /// All machines, oldest first.
+    #[must_use]
+    pub fn machines(&self) -> Vec<Machine> {
+        self.lock().machines.values().cloned().collect()
+    }
+
+    /// An image is there.
+    pub fn add_image(&self, image: Image) {
+        self.lock().images.insert(image.facts.id, image);
+    }
+
+    /// An image has been saved.
+    pub fn saved_image(&self, facts: ImageFacts, name: ImageName) {
+        if let Some(image) = self.lock().images.get_mut(&facts.id) {
+            image.facts = facts;
+            image.name = Some(name);
+        }
+    }
+
+    /// An image is gone.
+    pub fn remove_image(&self, id: ImageId) {
+        self.lock().images.remove(&id);
+    }
+
+    /// A name is gone from the store.
+    pub fn remove_name(&self, name: &ImageName) {
+        for image in self.lock().images.values_mut().filter(|image| image.name.as_ref() == Some(name)) {
+            image.name = None;
+        }
+    }
+
+    /// One image by its id or the end of it.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn image(&self, given: &str) -> Result<Image, NodeError> {
+        let inner = self.lock();
+        let candidates = candidates(given, inner.images.keys().map(ImageId::as_uuid))?;
+        let id = one(given, &candidates)?.ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })?;
+        Ok(inner.images[&ImageId::from_uuid(id)].clone())
+    }
+
+    /// All images, oldest first.
+    #[must_use]
+    pub fn images(&self) -> Vec<Image> {
+        self.lock().images.values().cloned().collect()
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let inner = self.lock();
+        Counts { running: inner.running, ended: inner.ended.len(), images: inner.images.len() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing here panics halfway through a change, so what a panicking thread leaves behind is whole.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn machine_id(&self, given: &str) -> Result<MachineId, NodeError> {
+        let candidates = candidates(given, self.machines.keys().map(MachineId::as_uuid))?;
+        let id = one(given, &candidates)?.ok_or_else(|| NodeError::UnknownMachine { id: given.to_owned() })?;
+        Ok(MachineId::from_uuid(id))
+    }
+
+    fn claim(&mut self, id: MachineId) -> Option<MachineId> {
+        let machine = self.machines.get_mut(&id)?;
+        let runs = matches!(machine.state, MachineState::Running);
+        if runs {
+            machine.state = MachineState::Ending;
+        }
+        runs.then_some(id)
+    }
+
+    fn has_ended(&self, id: MachineId) -> NodeError {
+        let (reason, detail) = match self.machines.get(&id).map(|machine| &machine.state) {
+            Some(MachineState::Ended { ended, .. }) => (ended.reason, ended.detail.clone()),
+            _ => (Reason::Killed, "at this moment".to_owned()),
+        };
+        NodeError::Ended { id: id.to_string(), reason, detail }
+    }
+}
+
+/// Which of `ids` are meant. One that is given in full is looked up among them like any other: there are thousands, not millions.
+fn candidates<'a>(given: &str, ids: impl Iterator<Item = &'a Uuid>) -> Result<Vec<Uuid>, NodeError> {
+    let short = ShortId::parse(given)?;
+    Ok(match short.full() {
+        Some(full) => ids.filter(|id| **id == full).copied().collect(),
+        None => ids.filter(|id| short.matches(id)).copied().collect(),
+    })
+}
+
+fn one(given: &str, candidates: &[Uuid]) -> Result<Option<Uuid>, NodeError> {
+    /// More would not help anybody to choose.
+    const LISTED_MAX: usize = 8;
+    match candidates {
+        [] => Ok(None),
+        [id] => Ok(Some(*id)),
+        several => Err(NodeError::Ambiguous {
+            given: given.to_owned(),
+            candidates: several.iter().take(LISTED_MAX).map(Uuid::to_string).collect(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u128) -> MachineId {
+        MachineId::from_uuid(Uuid::from_u128(number))
+    }
+
+    fn machine(id: MachineId) -> Machine {
+        Machine {
+            forked: Forked { id, first: Default::default(), stages: Default::default(), had_shell: true },
+            image: ImageId::from_uuid(Uuid::nil()),
+            parent: None,
+            created: SystemTime::now(),
+            limit_bytes: None,
+            verified_pages: None,
+            state: MachineState::Running,
+        }
+    }
+
+    fn by_itself() -> Ended {
+        Ended { reason: Reason::GuestShutdown, detail: "of a test".to_owned() }
+    }
+
+    #[test]
+    fn an_end_that_comes_before_the_start_is_not_lost() {
+        let registry = Registry::default();
+        registry.starting(&[id(1), id(2)]);
+        assert!(!registry.says_ended(id(1), &by_itself()));
+        assert_eq!(registry.started(machine(id(1))), Some(by_itself()));
+        assert_eq!(registry.started(machine(id(2))), None);
+        assert!(registry.says_ended(id(2), &by_itself()));
+        assert!(!registry.says_ended(id(3), &by_itself()), "nobody's");
+    }
+
+    #[test]
+    fn a_machine_is_ended_once() {
+        let registry = Registry::default();
+        let full = id(0xABCD_1234).to_string();
+        assert_eq!(registry.started(machine(id(0xABCD_1234))), None);
+        assert_eq!(registry.claim("1234").unwrap(), id(0xABCD_1234));
+        assert!(matches!(registry.claim(&full), Err(NodeError::Ended { reason: Reason::Killed, .. })));
+        assert!(!registry.says_ended(id(0xABCD_1234), &by_itself()));
+        registry.give_back(id(0xABCD_1234));
+        assert_eq!(registry.claim_all(), [id(0xABCD_1234)]);
+        registry.ended(id(0xABCD_1234), by_itself(), Arc::from([]));
+        assert!(matches!(registry.running_machine(&full), Err(NodeError::Ended { reason: Reason::GuestShutdown, .. })));
+        assert_eq!(registry.counts(), Counts { running: 0, ended: 1, images: 0 });
+    }
+
+    #[test]
+    fn ends_that_name_several_are_refused_with_the_candidates() {
+        let registry = Registry::default();
+        for number in [0x1_5555, 0x2_5555] {
+            assert_eq!(registry.started(machine(id(number))), None);
+        }
+        let Err(NodeError::Ambiguous { candidates, .. }) = registry.machine("5555") else { panic!("not ambiguous") };
+        assert_eq!(candidates, [id(0x1_5555).to_string(), id(0x2_5555).to_string()]);
+        assert_eq!(registry.machine("15555").unwrap().forked.id, id(0x1_5555));
+        assert!(matches!(registry.machine("35555"), Err(NodeError::UnknownMachine { .. })));
+    }
+
+    #[test]
+    fn the_newest_ended_are_remembered() {
+        let registry = Registry::default();
+        for number in 0..=ENDED_MAX as u128 {
+            assert_eq!(registry.started(machine(id(number))), None);
+            assert!(registry.says_ended(id(number), &by_itself()));
+            registry.ended(id(number), by_itself(), Arc::from([]));
+        }
+        assert_eq!(registry.counts(), Counts { running: 0, ended: ENDED_MAX, images: 0 });
+        assert!(registry.machine(&id(0).to_string()).is_err());
+        assert!(registry.machine(&id(1).to_string()).is_ok());
+    }
+}

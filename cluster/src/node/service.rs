@@ -1,0 +1,462 @@
+//! The verbs of a node: check what was asked, let the engine do it, write it down. They block; [`calls`](super::calls) runs
+//! them to their end wherever the client is by then.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use types::{ImageId, MachineId, Reason};
+use uuid::Uuid;
+use vm::Class;
+
+use super::engine::{
+    Ended, Engine, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, ImageFacts, PoolFacts, Usage,
+};
+use super::error::NodeError;
+use super::metrics;
+use super::name::ImageName;
+use super::registry::{Counts, Image, Machine, MachineState, Origin, Registry};
+
+/// The most children of one call, and the most ids in one.
+pub const COUNT_MAX: u64 = 10_000;
+/// What is kept of the console of a machine that has ended, in bytes: 10,000 of them are 40 MiB.
+const ENDED_CONSOLE_BYTES: usize = 4096;
+/// How soon the reaper notices that the node stops.
+const REAPER_LOOKS_UP_EVERY: Duration = Duration::from_millis(100);
+
+/// The verbs, over an engine.
+pub struct Service {
+    engine: Arc<dyn Engine>,
+    registry: Registry,
+    reaper: Mutex<Option<JoinHandle<()>>>,
+    stopping: AtomicBool,
+}
+
+/// What to fork, and how.
+#[derive(Clone, Debug)]
+pub struct ForkOrder {
+    /// From what.
+    pub from: ForkFrom,
+    /// How many children.
+    pub count: u64,
+    /// The most memory of its own in bytes that each may have.
+    pub limit_bytes: Option<u64>,
+    /// Whether each has to prove its memory and identity.
+    pub verify: bool,
+}
+
+/// What a fork starts from. Ids are as the client gave them.
+#[derive(Clone, Debug)]
+pub enum ForkFrom {
+    /// A guest of ours is started and frozen first.
+    Guest(Guest, Class),
+    /// An image in memory.
+    Image(String),
+    /// A running machine, which is frozen first and goes on.
+    Machine(String),
+}
+
+/// What a fork has done.
+#[derive(Clone, Debug)]
+pub struct ForkReport {
+    /// What the children were forked from.
+    pub image: Image,
+    /// What it cost the parent, if a machine was frozen.
+    pub freeze: Option<FreezeFacts>,
+    /// Children that run.
+    pub children: Vec<Machine>,
+    /// Children that do not.
+    pub failures: Vec<(MachineId, NodeError)>,
+    /// From the call to its answer.
+    pub wall: Duration,
+}
+
+/// A machine with what it costs and prints.
+#[derive(Clone, Debug)]
+pub struct MachineView {
+    /// The machine.
+    pub machine: Machine,
+    /// What it costs now, if it runs.
+    pub usage: Option<Usage>,
+    /// The last that it printed.
+    pub console: Vec<u8>,
+    /// Bytes printed before that.
+    pub console_dropped_bytes: u64,
+}
+
+/// Children that run, and those that do not.
+type Forks = (Vec<Machine>, Vec<(MachineId, NodeError)>);
+
+/// What [`Service::kill`] has done: machines that are gone, and ids that it could not end.
+pub type Killed = (Vec<MachineId>, Vec<(String, NodeError)>);
+
+/// Images in memory, and names in the store with the size of each file in bytes.
+pub type Images = (Vec<Image>, Vec<(ImageName, u64)>);
+
+impl Service {
+    /// Takes the engine over and starts to listen to it.
+    #[must_use]
+    pub fn start(engine: Arc<dyn Engine>) -> Arc<Self> {
+        let heard = engine.ended();
+        let service = Arc::new(Self {
+            engine,
+            registry: Registry::default(),
+            reaper: Mutex::new(None),
+            stopping: AtomicBool::new(false),
+        });
+        let weak = Arc::downgrade(&service);
+        let reaper = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || reap_all(&weak, &heard));
+        let reaper = reaper.expect("a process that starts can have a thread");
+        *service.reaper.lock().unwrap_or_else(PoisonError::into_inner) = Some(reaper);
+        service
+    }
+
+    /// Forks children of a guest, an image or a machine.
+    ///
+    /// # Errors
+    /// [`NodeError`] if nothing was forked; nothing is left behind then.
+    pub fn fork(&self, order: &ForkOrder) -> Result<ForkReport, NodeError> {
+        let began = Instant::now();
+        check_count(order.count)?;
+        if order.limit_bytes == Some(0) {
+            return Err(NodeError::Limit);
+        }
+        let (image, freeze) = self.origin_of(&order.from)?;
+        // An image that was made for this fork goes if the fork comes to nothing.
+        let made_here = !matches!(order.from, ForkFrom::Image(_));
+        let forked = if order.verify && !image.facts.verifiable {
+            Err(NodeError::NotVerifiable { id: image.facts.id.to_string() })
+        } else {
+            self.children(&image, order)
+        };
+        match forked {
+            Ok((children, failures)) => Ok(ForkReport { image, freeze, children, failures, wall: began.elapsed() }),
+            Err(error) => {
+                if made_here {
+                    self.forget_image(image.facts.id).unwrap_or_else(|error| tracing::warn!(%error, "an image stays"));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends machines, named or all.
+    ///
+    /// # Errors
+    /// Of the first id if none could be ended.
+    pub fn kill(&self, ids: &[String], all: bool) -> Result<Killed, NodeError> {
+        let (mut claimed, mut failures) = (Vec::new(), Vec::new());
+        match (ids, all) {
+            ([], true) => claimed = self.registry.claim_all(),
+            ([], false) => return Err(NodeError::NothingNamed),
+            (_, true) => return Err(NodeError::IdsAndAll),
+            (ids, false) => {
+                check_count(ids.len() as u64)?;
+                for given in ids {
+                    match self.registry.claim(given) {
+                        Ok(id) => claimed.push(id),
+                        Err(error) => failures.push((given.clone(), error)),
+                    }
+                }
+            }
+        }
+        let mut killed = Vec::with_capacity(claimed.len());
+        for (id, outcome) in claimed.iter().zip(in_parallel(&claimed, |id| self.end_claimed(*id))) {
+            match outcome {
+                Ok(()) => killed.push(*id),
+                Err(error) => failures.push((id.to_string(), error)),
+            }
+        }
+        failures.iter().for_each(|(_, error)| metrics::failed(error.code()));
+        match failures.first() {
+            Some((_, first)) if killed.is_empty() => Err(first.clone()),
+            _ => Ok((killed, failures)),
+        }
+    }
+
+    /// All machines, oldest first; those that ended too.
+    #[must_use]
+    pub fn machines(&self) -> Vec<Machine> {
+        self.registry.machines()
+    }
+
+    /// One machine, with what it costs and prints.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn machine(&self, given: &str) -> Result<MachineView, NodeError> {
+        let machine = self.registry.machine(given)?;
+        let id = machine.forked.id;
+        if let MachineState::Ended { console, .. } = &machine.state {
+            let console = console.to_vec();
+            return Ok(MachineView { machine, usage: None, console, console_dropped_bytes: 0 });
+        }
+        // It may end between two of these calls: then what is known is shown.
+        let usage = self.engine.usage(id).ok();
+        let (console, console_dropped_bytes) = self.engine.console(id).unwrap_or_default();
+        Ok(MachineView { machine: self.registry.machine(&id.to_string())?, usage, console, console_dropped_bytes })
+    }
+
+    /// Images in memory and in the store.
+    ///
+    /// # Errors
+    /// [`NodeError::Engine`] if the store cannot be read.
+    pub fn images(&self) -> Result<Images, NodeError> {
+        Ok((self.registry.images(), self.engine.stored()?))
+    }
+
+    /// One image in memory.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn image(&self, given: &str) -> Result<Image, NodeError> {
+        self.registry.image(given)
+    }
+
+    /// Saves an image in memory under a name.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the store is as it was.
+    pub fn save(&self, given: &str, name: &ImageName) -> Result<Image, NodeError> {
+        let id = self.registry.image(given)?.facts.id;
+        let facts = self.engine.save(id, name, &mut log_progress("save", name))?;
+        self.registry.saved_image(facts, name.clone());
+        self.registry.image(&id.to_string())
+    }
+
+    /// Loads a saved image.
+    ///
+    /// # Errors
+    /// [`NodeError`]; nothing is loaded.
+    pub fn load(&self, name: &ImageName) -> Result<Image, NodeError> {
+        let facts = self.engine.load(name, &mut log_progress("load", name))?;
+        Ok(self.note_image(facts, Origin::Store, Some(name.clone())))
+    }
+
+    /// Forgets an image in memory.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn forget(&self, given: &str) -> Result<ImageId, NodeError> {
+        let id = self.registry.image(given)?.facts.id;
+        self.forget_image(id)?;
+        Ok(id)
+    }
+
+    /// Deletes a saved image.
+    ///
+    /// # Errors
+    /// [`NodeError::Engine`].
+    pub fn delete(&self, name: &ImageName) -> Result<(), NodeError> {
+        self.engine.delete(name)?;
+        self.registry.remove_name(name);
+        Ok(())
+    }
+
+    /// The shells that wait.
+    #[must_use]
+    pub fn pool(&self) -> Vec<PoolFacts> {
+        self.engine.pool()
+    }
+
+    /// How many machines and images there are.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.registry.counts()
+    }
+
+    /// Ends every machine. To be called once, when no other verb runs any more.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let reaper = self.reaper.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(reaper) = reaper
+            && reaper.join().is_err()
+        {
+            tracing::error!("the reaper panicked");
+        }
+        self.engine.stop();
+    }
+
+    fn origin_of(&self, from: &ForkFrom) -> Result<(Image, Option<FreezeFacts>), NodeError> {
+        match from {
+            ForkFrom::Guest(guest, class) => {
+                let facts = self.engine.prepare(*guest, *class)?;
+                Ok((self.note_image(facts, Origin::Guest(*guest), None), None))
+            }
+            ForkFrom::Image(given) => Ok((self.registry.image(given)?, None)),
+            ForkFrom::Machine(given) => {
+                let id = self.registry.running_machine(given)?;
+                let (facts, freeze) = self.engine.freeze(id)?;
+                metrics::frozen(&freeze);
+                Ok((self.note_image(facts, Origin::Machine(id), None), Some(freeze)))
+            }
+        }
+    }
+
+    fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<ImageName>) -> Image {
+        let image = Image { facts, origin, name, created: SystemTime::now() };
+        tracing::info!(image = %image.facts.id, origin = ?image.origin, "image");
+        self.registry.add_image(image.clone());
+        image
+    }
+
+    fn forget_image(&self, id: ImageId) -> Result<(), NodeError> {
+        self.engine.forget(id)?;
+        self.registry.remove_image(id);
+        Ok(())
+    }
+
+    /// Children that run and those that do not; an error if none does.
+    fn children(&self, image: &Image, order: &ForkOrder) -> Result<Forks, NodeError> {
+        let ids: Vec<MachineId> = (0..order.count).map(|_| MachineId::from_uuid(Uuid::now_v7())).collect();
+        self.registry.starting(&ids);
+        let outcomes = self.engine.fork(image.facts.id, &ids, ForkOptions { limit_bytes: order.limit_bytes });
+        assert_eq!(outcomes.len(), ids.len(), "the engine answers for each id");
+        let (mut running, mut failures) = (Vec::new(), Vec::new());
+        for (id, outcome) in ids.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(forked) => {
+                    assert_eq!(forked.id, id, "the engine answers in the order of the ids");
+                    self.note_child(forked, image, order);
+                    running.push(id);
+                }
+                Err(error) => {
+                    self.registry.not_started(id);
+                    failures.push((id, NodeError::Engine(error)));
+                }
+            }
+        }
+        if order.verify {
+            running = self.verified(running, &mut failures);
+        }
+        failures.iter().for_each(|(_, error)| metrics::failed(error.code()));
+        tracing::info!(image = %image.facts.id, children = running.len(), failures = failures.len(), "fork");
+        match failures.first() {
+            Some((_, first)) if running.is_empty() => Err(first.clone()),
+            _ => {
+                let children = running.iter().filter_map(|id| self.registry.machine(&id.to_string()).ok()).collect();
+                Ok((children, failures))
+            }
+        }
+    }
+
+    fn note_child(&self, forked: Forked, image: &Image, order: &ForkOrder) {
+        metrics::forked(&forked);
+        let id = forked.id;
+        let early_end = self.registry.started(Machine {
+            forked,
+            image: image.facts.id,
+            parent: if let Origin::Machine(parent) = image.origin { Some(parent) } else { None },
+            created: SystemTime::now(),
+            limit_bytes: order.limit_bytes,
+            verified_pages: None,
+            state: MachineState::Running,
+        });
+        if let Some(ended) = early_end
+            && self.registry.says_ended(id, &ended)
+        {
+            self.reap_claimed(id, ended);
+        }
+    }
+
+    /// Lets each child prove itself. One that cannot is ended: it must not be mistaken for a good one.
+    fn verified(&self, ids: Vec<MachineId>, failures: &mut Vec<(MachineId, NodeError)>) -> Vec<MachineId> {
+        let proofs = in_parallel(&ids, |id| self.engine.verify(*id));
+        let mut good = Vec::with_capacity(ids.len());
+        for (id, proof) in ids.into_iter().zip(proofs) {
+            match proof {
+                Ok(proof) => {
+                    self.registry.verified(id, proof.pages);
+                    good.push(id);
+                }
+                Err(error) => {
+                    tracing::error!(machine = %id, %error, "proof");
+                    if let Err(error) = self.registry.claim(&id.to_string()).and_then(|id| self.end_claimed(id)) {
+                        tracing::warn!(machine = %id, %error, "not ended after its proof failed");
+                    }
+                    failures.push((id, NodeError::Engine(error)));
+                }
+            }
+        }
+        good
+    }
+
+    /// Ends a machine that this caller has claimed, because somebody asked.
+    fn end_claimed(&self, id: MachineId) -> Result<(), NodeError> {
+        let reason = match self.engine.kill(id) {
+            Ok(()) | Err(EngineError { kind: ErrorKind::UnknownMachine, .. }) => Reason::Killed,
+            Err(EngineError { kind: ErrorKind::Ended(reason), .. }) => reason,
+            Err(error) => {
+                self.registry.give_back(id);
+                return Err(error.into());
+            }
+        };
+        metrics::killed();
+        metrics::ended(reason);
+        self.registry.ended(id, Ended { reason, detail: "asked for".to_owned() }, Arc::from([]));
+        Ok(())
+    }
+
+    /// Clears up after a machine that ended by itself, which this caller has claimed.
+    fn reap_claimed(&self, id: MachineId, ended: Ended) {
+        tracing::info!(machine = %id, reason = %ended.reason, detail = ended.detail, "ended");
+        metrics::ended(ended.reason);
+        let (console, _) = self.engine.console(id).unwrap_or_default();
+        let tail = &console[console.len().saturating_sub(ENDED_CONSOLE_BYTES)..];
+        if let Err(error) = self.engine.kill(id) {
+            tracing::debug!(machine = %id, %error, "nothing to clear up");
+        }
+        self.registry.ended(id, ended, Arc::from(tail));
+    }
+}
+
+fn check_count(asked: u64) -> Result<(), NodeError> {
+    if (1..=COUNT_MAX).contains(&asked) { Ok(()) } else { Err(NodeError::Count { asked, max: COUNT_MAX }) }
+}
+
+/// Hears which machines ended by themselves until the node stops.
+fn reap_all(service: &Weak<Service>, heard: &Receiver<(MachineId, Ended)>) {
+    loop {
+        let message = heard.recv_timeout(REAPER_LOOKS_UP_EVERY);
+        let Some(service) = service.upgrade() else { return };
+        if service.stopping.load(Ordering::Acquire) {
+            return;
+        }
+        match message {
+            Ok((id, ended)) => {
+                if service.registry.says_ended(id, &ended) {
+                    service.reap_claimed(id, ended);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// `work` on each item, on as many threads as there are processors; the results are in the order of the items.
+fn in_parallel<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> T + Sync) -> Vec<T> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len()).max(1);
+    let share = items.len().div_ceil(threads).max(1);
+    let work = &work;
+    std::thread::scope(|scope| {
+        let shares: Vec<_> =
+            items.chunks(share).map(|share| scope.spawn(move || share.iter().map(work).collect::<Vec<T>>())).collect();
+        shares.into_iter().flat_map(|share| share.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
+
+/// Says at each tenth of the way how far it is.
+fn log_progress(verb: &'static str, name: &ImageName) -> impl FnMut(u64, u64) + use<> {
+    let name = name.clone();
+    let mut said_tenths = 0;
+    move |done_bytes, all_bytes| {
+        let tenths = done_bytes.saturating_mul(10).checked_div(all_bytes).unwrap_or(10);
+        if tenths > said_tenths {
+            said_tenths = tenths;
+            tracing::debug!(verb, %name, done_bytes, all_bytes, "progress");
+        }
+    }
+}
