@@ -117,9 +117,10 @@ impl Registry {
         self.lock().starting.extend(ids.iter().map(|id| (*id, None)));
     }
 
-    /// The fork of `id` failed.
-    pub fn not_started(&self, id: MachineId) {
-        self.lock().starting.remove(&id);
+    /// The fork of these has returned: those that did not start by now are forgotten.
+    pub fn not_starting(&self, ids: &[MachineId]) {
+        let mut inner = self.lock();
+        ids.iter().for_each(|id| drop(inner.starting.remove(id)));
     }
 
     /// A machine runs. Returns what the engine has said about its end meanwhile.
@@ -162,7 +163,7 @@ impl Registry {
         ids.into_iter().filter_map(|id| inner.claim(id)).collect()
     }
 
-    /// A claimed machine could not be ended.
+    /// A claimed machine was not ended after all. Of one that was it does nothing.
     pub fn give_back(&self, id: MachineId) {
         if let Some(machine) = self.lock().machines.get_mut(&id)
             && matches!(machine.state, MachineState::Ending)

@@ -86,11 +86,11 @@ pub struct MachineView {
     pub console_dropped_bytes: u64,
 }
 
-/// Children that run, and those that do not.
-type Forks = (Vec<Machine>, Vec<(MachineId, NodeError)>);
+/// What was done of several things, and what was not, with the reason.
+pub type Outcome<D, I> = (Vec<D>, Vec<(I, NodeError)>);
 
 /// What [`Service::kill`] has done: machines that are gone, and ids that it could not end.
-pub type Killed = (Vec<MachineId>, Vec<(String, NodeError)>);
+pub type Killed = Outcome<MachineId, String>;
 
 /// Images in memory, and names in the store with the size of each file in bytes.
 pub type Images = (Vec<Image>, Vec<(ImageName, u64)>);
@@ -169,11 +169,8 @@ impl Service {
                 Err(error) => failures.push((id.to_string(), error)),
             }
         }
-        failures.iter().for_each(|(_, error)| metrics::failed(error.code()));
-        match failures.first() {
-            Some((_, first)) if killed.is_empty() => Err(first.clone()),
-            _ => Ok((killed, failures)),
-        }
+        tracing::info!(killed = killed.len(), failures = failures.len(), "kill");
+        first_if_none(killed, failures)
     }
 
     /// All machines, oldest first; those that ended too.
@@ -309,37 +306,30 @@ impl Service {
     }
 
     /// Children that run and those that do not; an error if none does.
-    fn children(&self, image: &Image, order: &ForkOrder) -> Result<Forks, NodeError> {
+    fn children(&self, image: &Image, order: &ForkOrder) -> Result<Outcome<Machine, MachineId>, NodeError> {
         let ids: Vec<MachineId> = (0..order.count).map(|_| MachineId::from_uuid(Uuid::now_v7())).collect();
         self.registry.starting(&ids);
+        let _starting = OnDrop(|| self.registry.not_starting(&ids));
         let outcomes = self.engine.fork(image.facts.id, &ids, ForkOptions { limit_bytes: order.limit_bytes });
         assert_eq!(outcomes.len(), ids.len(), "the engine answers for each id");
         let (mut running, mut failures) = (Vec::new(), Vec::new());
-        for (id, outcome) in ids.into_iter().zip(outcomes) {
+        for (id, outcome) in ids.iter().zip(outcomes) {
             match outcome {
                 Ok(forked) => {
-                    assert_eq!(forked.id, id, "the engine answers in the order of the ids");
+                    assert_eq!(forked.id, *id, "the engine answers in the order of the ids");
                     self.note_child(forked, image, order);
-                    running.push(id);
+                    running.push(*id);
                 }
-                Err(error) => {
-                    self.registry.not_started(id);
-                    failures.push((id, NodeError::Engine(error)));
-                }
+                Err(error) => failures.push((*id, NodeError::Engine(error))),
             }
         }
         if order.verify {
             running = self.verified(running, &mut failures);
         }
-        failures.iter().for_each(|(_, error)| metrics::failed(error.code()));
         tracing::info!(image = %image.facts.id, children = running.len(), failures = failures.len(), "fork");
-        match failures.first() {
-            Some((_, first)) if running.is_empty() => Err(first.clone()),
-            _ => {
-                let children = running.iter().filter_map(|id| self.registry.machine(&id.to_string()).ok()).collect();
-                Ok((children, failures))
-            }
-        }
+        let (running, failures) = first_if_none(running, failures)?;
+        let children = running.iter().filter_map(|id| self.registry.machine(&id.to_string()).ok()).collect();
+        Ok((children, failures))
     }
 
     fn note_child(&self, forked: Forked, image: &Image, order: &ForkOrder) {
@@ -385,13 +375,12 @@ impl Service {
 
     /// Ends a machine that this caller has claimed, because somebody asked.
     fn end_claimed(&self, id: MachineId) -> Result<(), NodeError> {
+        // Also if the engine panics: a machine that is being ended by nobody could never be ended.
+        let _claim = OnDrop(|| self.registry.give_back(id));
         let reason = match self.engine.kill(id) {
             Ok(()) | Err(EngineError { kind: ErrorKind::UnknownMachine, .. }) => Reason::Killed,
             Err(EngineError { kind: ErrorKind::Ended(reason), .. }) => reason,
-            Err(error) => {
-                self.registry.give_back(id);
-                return Err(error.into());
-            }
+            Err(error) => return Err(error.into()),
         };
         metrics::killed();
         metrics::ended(reason);
@@ -409,6 +398,26 @@ impl Service {
             tracing::debug!(machine = %id, %error, "nothing to clear up");
         }
         self.registry.ended(id, ended, Arc::from(tail));
+    }
+}
+
+/// What was done and what was not; if nothing was, the first reason why not.
+fn first_if_none<D, I>(done: Vec<D>, failures: Vec<(I, NodeError)>) -> Result<Outcome<D, I>, NodeError> {
+    match failures.first() {
+        Some((_, first)) if done.is_empty() => Err(first.clone()),
+        _ => {
+            failures.iter().for_each(|(_, error)| metrics::failed(error.code()));
+            Ok((done, failures))
+        }
+    }
+}
+
+/// Does something when it goes out of scope, on the way of a panic too.
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }
 

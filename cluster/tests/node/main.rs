@@ -1,0 +1,13 @@
+//! A node as its users meet it: the real program, its API on a real socket, and an engine that only pretends. Needs no KVM.
+#![forbid(unsafe_code)]
+
+mod api;
+mod bad_input;
+mod cli;
+mod crowd;
+mod data;
+mod lifecycle;
+mod limits;
+mod openapi;
+mod peers;
+mod support;
