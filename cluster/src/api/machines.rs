@@ -15,10 +15,10 @@ use super::wire::{
     BranchRequest, Child, Console, EndedBecause, ErrorAnswer, Failure, ForkAnswer, ForkRequest, ForkSource, Freeze, KillAnswer,
     KillRequest, Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, Stages, State, Usage,
 };
-use crate::node::NodeError;
 use crate::node::engine::ForkStages;
 use crate::node::registry::{self, MachineState};
 use crate::node::service::{ForkFrom, ForkOrder, ForkReport, MachineView};
+use crate::node::{NodeError, Service};
 
 const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
@@ -83,13 +83,13 @@ pub(crate) async fn list(
     Shared(app): Shared<App>,
     QueryOf(query): QueryOf<MachinesQuery>,
 ) -> Result<Json<MachinesAnswer>, ApiError> {
-    let machines = app.look(|service| Ok(service.machines())).await?;
-    let wanted = |machine: &Machine| match query.state {
+    let wanted = move |machine: &Machine| match query.state {
         Listed::All => true,
         Listed::Running => machine.state == State::Running,
         Listed::Ended => machine.state == State::Ended,
     };
-    Ok(Json(MachinesAnswer { machines: machines.iter().map(machine).filter(wanted).collect() }))
+    let list = move |service: &Service| Ok(service.machines().iter().map(machine).filter(wanted).collect());
+    Ok(Json(MachinesAnswer { machines: app.look(list).await? }))
 }
 
 /// Shows a machine with what it costs and prints

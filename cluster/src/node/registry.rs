@@ -254,9 +254,9 @@ impl Registry {
     /// [`NodeError`] if there is none or several.
     pub fn image(&self, given: &str) -> Result<Image, NodeError> {
         let inner = self.lock();
-        let candidates = candidates(given, inner.images.keys().map(ImageId::as_uuid))?;
-        let id = one(given, &candidates)?.ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })?;
-        Ok(inner.images[&ImageId::from_uuid(id)].clone())
+        let id = resolve(given, &inner.images, ImageId::as_uuid, ImageId::from_uuid)?;
+        let image = id.and_then(|id| inner.images.get(&id));
+        image.cloned().ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })
     }
 
     /// All images, oldest first.
@@ -280,9 +280,8 @@ impl Registry {
 
 impl Inner {
     fn machine_id(&self, given: &str) -> Result<MachineId, NodeError> {
-        let candidates = candidates(given, self.machines.keys().map(MachineId::as_uuid))?;
-        let id = one(given, &candidates)?.ok_or_else(|| NodeError::UnknownMachine { id: given.to_owned() })?;
-        Ok(MachineId::from_uuid(id))
+        let id = resolve(given, &self.machines, MachineId::as_uuid, MachineId::from_uuid)?;
+        id.ok_or_else(|| NodeError::UnknownMachine { id: given.to_owned() })
     }
 
     fn claim(&mut self, id: MachineId) -> Option<MachineId> {
@@ -303,24 +302,26 @@ impl Inner {
     }
 }
 
-/// Which of `ids` are meant. One that is given in full is looked up among them like any other: there are thousands, not millions.
-fn candidates<'a>(given: &str, ids: impl Iterator<Item = &'a Uuid>) -> Result<Vec<Uuid>, NodeError> {
-    let short = ShortId::parse(given)?;
-    Ok(match short.full() {
-        Some(full) => ids.filter(|id| **id == full).copied().collect(),
-        None => ids.filter(|id| short.matches(id)).copied().collect(),
-    })
-}
-
-fn one(given: &str, candidates: &[Uuid]) -> Result<Option<Uuid>, NodeError> {
+/// Which key of `map` is meant, if there is one. An id that is given in full is looked up, an end is searched for.
+fn resolve<K: Copy + Ord, V>(
+    given: &str,
+    map: &BTreeMap<K, V>,
+    uuid: fn(&K) -> &Uuid,
+    key: fn(Uuid) -> K,
+) -> Result<Option<K>, NodeError> {
     /// More would not help anybody to choose.
     const LISTED_MAX: usize = 8;
-    match candidates {
+    let short = ShortId::parse(given)?;
+    if let Some(full) = short.full() {
+        return Ok(Some(key(full)).filter(|key| map.contains_key(key)));
+    }
+    let candidates: Vec<K> = map.keys().filter(|key| short.matches(uuid(key))).take(LISTED_MAX).copied().collect();
+    match candidates.as_slice() {
         [] => Ok(None),
-        [id] => Ok(Some(*id)),
+        [key] => Ok(Some(*key)),
         several => Err(NodeError::Ambiguous {
             given: given.to_owned(),
-            candidates: several.iter().take(LISTED_MAX).map(Uuid::to_string).collect(),
+            candidates: several.iter().map(|key| uuid(key).to_string()).collect(),
         }),
     }
 }

@@ -382,6 +382,7 @@ impl Service {
             Err(EngineError { kind: ErrorKind::Ended(reason), .. }) => reason,
             Err(error) => return Err(error.into()),
         };
+        tracing::debug!(machine = %id, %reason, "killed");
         metrics::killed();
         metrics::ended(reason);
         self.registry.ended(id, Ended { reason, detail: "asked for".to_owned() }, Arc::from([]));

@@ -7,8 +7,10 @@ use uuid::Uuid;
 /// The end of an id, or all of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShortId {
-    /// 4 to 32 lower-case hex digits.
-    digits: String,
+    /// 4 to 32.
+    digits: usize,
+    /// What they say, in the lowest bits.
+    value: u128,
 }
 
 impl ShortId {
@@ -29,7 +31,10 @@ impl ShortId {
             return Err(ShortIdError::NotHex { given: given() });
         }
         match digits.len() {
-            Self::MIN..=Self::FULL => Ok(Self { digits }),
+            Self::MIN..=Self::FULL => {
+                let value = u128::from_str_radix(&digits, 16).map_err(|_| ShortIdError::NotHex { given: given() })?;
+                Ok(Self { digits: digits.len(), value })
+            }
             digits => Err(ShortIdError::Length { given: given(), digits }),
         }
     }
@@ -37,14 +42,14 @@ impl ShortId {
     /// Whether `id` ends so.
     #[must_use]
     pub fn matches(&self, id: &Uuid) -> bool {
-        let mut buffer = Uuid::encode_buffer();
-        id.as_simple().encode_lower(&mut buffer).ends_with(&self.digits)
+        let mask = u128::MAX >> ((Self::FULL - self.digits) * 4);
+        id.as_u128() & mask == self.value
     }
 
     /// The id itself, if all of it was given.
     #[must_use]
     pub fn full(&self) -> Option<Uuid> {
-        (self.digits.len() == Self::FULL).then(|| Uuid::try_parse(&self.digits).ok()).flatten()
+        (self.digits == Self::FULL).then(|| Uuid::from_u128(self.value))
     }
 
     /// The form for tables.
