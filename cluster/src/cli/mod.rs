@@ -74,6 +74,9 @@ enum Verb {
     Image(image::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
+    /// What a node starts this program as, to fork its workers from
+    #[command(hide = true)]
+    Zygote,
 }
 
 /// What verbs that ask a node need.
@@ -91,6 +94,7 @@ pub fn main() -> ExitCode {
         Verb::Node(arguments) => node::run(&arguments, global.socket),
         Verb::Doctor(arguments) => doctor::run(&arguments, output),
         Verb::Completions(arguments) => completions::run(&arguments),
+        Verb::Zygote => return vm::worker::zygote::main(),
         asks_a_node => ask(asks_a_node, global),
     };
     match outcome {
@@ -120,7 +124,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Show(arguments) => show::run(&arguments, context).await,
         Verb::Kill(arguments) => kill::run(arguments, context).await,
         Verb::Image(arguments) => image::run(arguments, context).await,
-        Verb::Node(_) | Verb::Doctor(_) | Verb::Completions(_) => unreachable!("these ask no node"),
+        Verb::Node(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => unreachable!("these ask no node"),
     }
 }
 

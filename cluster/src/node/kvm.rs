@@ -1,18 +1,446 @@
-//! The engine on KVM.
+//! The engine on KVM: a pool of jailed workers, the images in memory, and the store of saved ones.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use types::{ImageId, MachineId, PageIndex};
+use uuid::Uuid;
+use vm::image::load::LoadErrorKind;
+use vm::image::{Image, LoadError, SaveError};
+use vm::jail::cgroup::Groups;
+use vm::pool::{Jailed, PoolError, Settings};
+use vm::probe::{self, Command};
+use vm::{Class, Host, Pool};
 
 use super::data::DataDirectory;
-use super::engine::{Engine, EngineError, ErrorKind};
+use super::engine::{
+    Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, PoolFacts, Proof,
+    Usage,
+};
+use super::name::ImageName;
 
-/// Opens the engine of this host, with its store in `data`.
+/// What a saved image's file is called after its name.
+const SUFFIX: &str = ".img";
+/// The epoch of the pattern that prepared guests write.
+const EPOCH: u64 = 1;
+/// Memory that forks leave to the rest of the host.
+const RESERVE_BYTES: u64 = 256 << 20;
+
+/// Opens the engine of this host, with its store in `data`. This program is its own zygote.
 ///
 /// # Errors
 /// [`EngineError`] of kind [`ErrorKind::Host`] if this host cannot run machines.
-pub fn open(_data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
-    Err(EngineError {
-        kind: ErrorKind::Host,
-        message: "this build has no engine for KVM".to_owned(),
-        remedy: "use a build that has one".to_owned(),
+pub fn open(data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
+    let host_error = |message: String, remedy: &str| EngineError { kind: ErrorKind::Host, message, remedy: remedy.to_owned() };
+    let host = Host::open().map_err(|error| host_error(error.to_string(), error.remedy()))?;
+    let mut settings = Settings::new("/proc/self/exe", [OsString::from("zygote")]);
+    // The end of the id, since its head is a time.
+    let name = data.node().simple().to_string().split_off(20);
+    match Groups::open(&name) {
+        Ok(_) => settings.groups = Some(name),
+        Err(error) => {
+            tracing::warn!(%error, remedy = error.remedy(), "no control groups: workers are bounded by rlimits alone");
+        }
+    }
+    let store = data.images().try_clone_to_owned();
+    let store = store.map_err(|error| host_error(format!("duplicating a descriptor failed: {error}"), "raise ulimit -n"))?;
+    let pool = Pool::open(host, settings).map_err(|error| EngineError { kind: ErrorKind::Host, ..of_pool(error) })?;
+    Ok(Arc::new(KvmEngine { pool, store, saving: Mutex::new(()), state: Arc::default() }))
+}
+
+struct KvmEngine {
+    pool: Pool,
+    store: OwnedFd,
+    /// One save at a time: a name that is free stays free until it is taken.
+    saving: Mutex<()>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    machines: HashMap<MachineId, Machine>,
+    images: HashMap<ImageId, KnownImage>,
+}
+
+enum Machine {
+    Running {
+        jailed: Arc<Jailed>,
+        pattern_pages: Option<u64>,
+    },
+    /// It has ended by itself; this is what it printed last.
+    Gone {
+        ended: Ended,
+        console: (Vec<u8>, u64),
+    },
+}
+
+#[derive(Clone)]
+struct KnownImage {
+    image: Arc<Image>,
+    /// How many pages from the first page of work hold the pattern, if a guest of ours wrote it.
+    pattern_pages: Option<u64>,
+}
+
+impl KvmEngine {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, image: ImageId) -> Result<KnownImage, EngineError> {
+        self.lock().images.get(&image).cloned().ok_or_else(|| unknown_image(image))
+    }
+
+    fn running(&self, machine: MachineId) -> Result<(Arc<Jailed>, Option<u64>), EngineError> {
+        match self.lock().machines.get(&machine) {
+            Some(Machine::Running { jailed, pattern_pages }) => Ok((Arc::clone(jailed), *pattern_pages)),
+            Some(Machine::Gone { ended, .. }) => Err(EngineError {
+                kind: ErrorKind::Ended(ended.reason),
+                message: format!("machine {machine} has ended ({}: {})", ended.reason, ended.detail),
+                remedy: "fork again from its image".to_owned(),
+            }),
+            None => Err(unknown_machine(machine)),
+        }
+    }
+
+    fn keep(&self, known: KnownImage) -> Result<ImageFacts, EngineError> {
+        let facts = facts(&known)?;
+        self.lock().images.insert(facts.id, known);
+        Ok(facts)
+    }
+
+    /// Refuses forks that the host's memory does not allow even if they write nothing.
+    fn check_memory(&self, class: Class, count: usize) -> Result<(), EngineError> {
+        let available = vm::host::available_memory().unwrap_or(u64::MAX);
+        let needed = RESERVE_BYTES + vm::pool::machine_cost_bytes(class) * u64::try_from(count).unwrap_or(u64::MAX);
+        if needed <= available {
+            return Ok(());
+        }
+        Err(EngineError {
+            kind: ErrorKind::Exhausted,
+            message: format!("{count} machines take at least {needed} bytes of memory, and {available} are free"),
+            remedy: "end other machines, or fork fewer".to_owned(),
+        })
+    }
+}
+
+impl Engine for KvmEngine {
+    fn prepare(&self, guest: Guest, class: Class) -> Result<ImageFacts, EngineError> {
+        let Guest::Probe = guest;
+        self.pool.host().check_memory(class.memory()).map_err(|error| EngineError {
+            kind: ErrorKind::Exhausted,
+            message: error.to_string(),
+            remedy: error.remedy().to_owned(),
+        })?;
+        self.check_memory(class, 1)?;
+        let count = probe::work_pages(class.memory()).min(class.memory().bytes() / types::PAGE_SIZE / 4);
+        let parent = self.pool.boot_probe(class, MachineId::from_uuid(Uuid::now_v7())).map_err(of_pool)?;
+        let fill = Command::Fill { first: probe::first_work_page(), count, epoch: EPOCH };
+        let [filled, ..] = parent.call(0, fill).map_err(of_pool)?;
+        if filled != count {
+            return Err(wrong_proof(format!("the parent wrote {filled} of {count} pages")));
+        }
+        let image = parent.freeze().map_err(of_pool)?.image;
+        self.keep(KnownImage { image, pattern_pages: Some(count) })
+    }
+
+    fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>> {
+        let known = self.known(image).and_then(|known| self.check_memory(known.image.class(), ids.len()).map(|()| known));
+        let known = match known {
+            Ok(known) => known,
+            Err(error) => return ids.iter().map(|_| Err(error.clone())).collect(),
+        };
+        let options = vm::pool::ForkOptions { limit_bytes: options.limit_bytes };
+        let outcomes = self.pool.fork(&known.image, ids, options);
+        let mut state = self.lock();
+        let keep = |(outcome, id): (Result<_, PoolError>, &MachineId)| {
+            let (jailed, times): (Jailed, vm::pool::ForkTimes) = outcome.map_err(of_pool)?;
+            let machine = match jailed.ended() {
+                // Before anybody could know of it.
+                Some(ended) => Machine::Gone { ended: of_ended(ended), console: jailed.console().unwrap_or_default() },
+                None => Machine::Running { jailed: Arc::new(jailed), pattern_pages: known.pattern_pages },
+            };
+            state.machines.insert(*id, machine);
+            let stages =
+                ForkStages { shell: times.shell, send: times.send, map: times.map, restore: times.restore, run: times.run };
+            Ok(Forked { id: *id, first: times.first, stages, had_shell: times.had_shell })
+        };
+        outcomes.into_iter().zip(ids).map(keep).collect()
+    }
+
+    fn freeze(&self, machine: MachineId) -> Result<(ImageFacts, FreezeFacts), EngineError> {
+        let (jailed, pattern_pages) = self.running(machine)?;
+        let frozen = jailed.freeze().map_err(of_pool)?;
+        let facts = self.keep(KnownImage { image: frozen.image, pattern_pages })?;
+        let report = frozen.report;
+        let freeze = FreezeFacts {
+            stall: report.stall,
+            copy: report.copy,
+            dirty_pages: report.dirty_pages,
+            copied_extents: report.copied_extents,
+        };
+        Ok((facts, freeze))
+    }
+
+    fn verify(&self, machine: MachineId) -> Result<Proof, EngineError> {
+        let (jailed, pattern_pages) = self.running(machine)?;
+        let Some(pages) = pattern_pages else {
+            return Err(EngineError {
+                kind: ErrorKind::WrongProof,
+                message: format!("machine {machine} runs no guest that can prove what its memory holds"),
+                remedy: "verify children of images that farfork fork --guest probe made".to_owned(),
+            });
+        };
+        let [low, high, ..] = jailed.call(0, Command::Who).map_err(of_pool)?;
+        let said = [low.to_le_bytes(), high.to_le_bytes()].concat();
+        if said != machine.as_uuid().as_bytes() {
+            return Err(wrong_proof(format!("machine {machine} takes itself for another")));
+        }
+        let verify = Command::Verify { first: probe::first_work_page(), count: pages, epoch: EPOCH };
+        let [differ, first, compared, _] = jailed.call(0, verify).map_err(of_pool)?;
+        if differ > 0 || compared != pages {
+            let first = PageIndex(first).0;
+            return Err(wrong_proof(format!("{differ} of {compared} pages of machine {machine} differ, page {first} first")));
+        }
+        Ok(Proof { pages })
+    }
+
+    fn kill(&self, machine: MachineId) -> Result<(), EngineError> {
+        let removed = self.lock().machines.remove(&machine);
+        // A running one is killed when it is dropped, outside of the lock.
+        removed.map(drop).ok_or_else(|| unknown_machine(machine))
+    }
+
+    fn usage(&self, machine: MachineId) -> Result<Usage, EngineError> {
+        let (jailed, _) = self.running(machine)?;
+        let memory = jailed.memory().map_err(|error| EngineError {
+            kind: ErrorKind::Internal,
+            message: format!("the memory of machine {machine} cannot be read: {error}"),
+            remedy: "ask again: it may just have ended".to_owned(),
+        })?;
+        let vm::pool::Memory { pss_bytes, private_bytes, page_table_bytes, cpu } = memory;
+        Ok(Usage { pss_bytes, private_bytes, page_table_bytes, cpu })
+    }
+
+    fn console(&self, machine: MachineId) -> Result<(Vec<u8>, u64), EngineError> {
+        if let Some(Machine::Gone { console, .. }) = self.lock().machines.get(&machine) {
+            return Ok(console.clone());
+        }
+        self.running(machine)?.0.console().map_err(of_pool)
+    }
+
+    fn image(&self, image: ImageId) -> Result<ImageFacts, EngineError> {
+        facts(&self.known(image)?)
+    }
+
+    fn save(&self, image: ImageId, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+        let known = self.known(image)?;
+        let _one_at_a_time = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = file_name(name);
+        match rustix::fs::statat(&self.store, &file, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => {}
+            Ok(_) => {
+                return Err(EngineError {
+                    kind: ErrorKind::NameTaken,
+                    message: format!("the store has an image called {name}"),
+                    remedy: "take another name, or remove that one (farfork image rm)".to_owned(),
+                });
+            }
+            Err(error) => return Err(of_store("looking for the name", error)),
+        }
+        vm::image::save_in(&known.image, self.store.as_fd(), &file, progress_in_bytes(progress))
+            .map_err(|error| of_save(&error))?;
+        facts(&known)
+    }
+
+    fn load(&self, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+        let loaded = vm::image::load_in(self.pool.host(), self.store.as_fd(), &file_name(name), progress_in_bytes(progress));
+        let image = loaded.map_err(|error| of_load(&error, name))?;
+        self.keep(KnownImage { image, pattern_pages: None })
+    }
+
+    fn stored(&self) -> Result<Vec<(ImageName, u64)>, EngineError> {
+        let failed = |error| of_store("listing the store", error);
+        let mut stored = Vec::new();
+        for entry in Dir::read_from(&self.store).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix(SUFFIX));
+            let Some(name) = name.and_then(|name| name.parse::<ImageName>().ok()) else { continue };
+            match open_stored(&self.store, &name).map(File::from) {
+                // What it takes on disk: the file has holes.
+                Ok(file) => stored.push((name, file.metadata().map_or(0, |metadata| metadata.blocks() * 512))),
+                // Deleted since, or no file that a save made.
+                Err(Errno::NOENT | Errno::LOOP) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        stored.sort();
+        Ok(stored)
+    }
+
+    fn forget(&self, image: ImageId) -> Result<(), EngineError> {
+        let removed = self.lock().images.remove(&image);
+        removed.map(drop).ok_or_else(|| unknown_image(image))
+    }
+
+    fn delete(&self, name: &ImageName) -> Result<(), EngineError> {
+        match rustix::fs::unlinkat(&self.store, file_name(name), AtFlags::empty()) {
+            Ok(()) => Ok(()),
+            Err(Errno::NOENT) => Err(unknown_name(name)),
+            Err(error) => Err(of_store("deleting", error)),
+        }
+    }
+
+    fn pool(&self) -> Vec<PoolFacts> {
+        let facts = |shelf: vm::pool::ShelfFacts| PoolFacts {
+            class: shelf.class,
+            ready: shelf.ready,
+            building: shelf.building,
+            wanted: shelf.wanted,
+        };
+        self.pool.shelves().into_iter().map(facts).collect()
+    }
+
+    fn ended(&self) -> Receiver<(MachineId, Ended)> {
+        let ends = self.pool.ends();
+        let (sender, receiver) = channel();
+        let state = Arc::clone(&self.state);
+        let relay = move || {
+            for (id, ended) in ends {
+                let ended = of_ended(ended);
+                let gone = {
+                    let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                    match state.machines.get_mut(&id) {
+                        Some(machine) => match machine {
+                            Machine::Running { jailed, .. } => {
+                                let console = jailed.console().unwrap_or_default();
+                                let gone = Machine::Gone { ended: ended.clone(), console };
+                                Some(std::mem::replace(machine, gone))
+                            }
+                            Machine::Gone { .. } => None,
+                        },
+                        None => None,
+                    }
+                };
+                drop(gone);
+                if sender.send((id, ended)).is_err() {
+                    return;
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("ends".into()).spawn(relay) {
+            tracing::error!(%error, "the ends of machines will not be noticed");
+        }
+        receiver
+    }
+
+    fn stop(&self) {
+        self.lock().machines.clear();
+        self.pool.stop();
+        self.lock().images.clear();
+    }
+}
+
+fn facts(known: &KnownImage) -> Result<ImageFacts, EngineError> {
+    let image = &known.image;
+    let bytes = |bytes: std::io::Result<u64>| {
+        bytes.map_err(|error| EngineError {
+            kind: ErrorKind::Internal,
+            message: format!("the size of image {} cannot be had: {error}", image.id()),
+            remedy: "look for its cause in the kernel log".to_owned(),
+        })
+    };
+    Ok(ImageFacts {
+        id: image.id(),
+        digest: image.digest(),
+        class: image.class(),
+        depth: image.depth(),
+        own_bytes: bytes(image.own_bytes())?,
+        stored_bytes: bytes(image.stored_bytes())?,
+        verifiable: known.pattern_pages.is_some(),
     })
+}
+
+fn file_name(name: &ImageName) -> OsString {
+    OsString::from(format!("{name}{SUFFIX}"))
+}
+
+fn open_stored(store: &OwnedFd, name: &ImageName) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    rustix::fs::openat2(store, OsStr::new(&file_name(name)), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+/// The engine below counts extents.
+fn progress_in_bytes(progress: &mut dyn FnMut(u64, u64)) -> impl FnMut(u64, u64) {
+    |done, total| progress(done * types::EXTENT_SIZE, total * types::EXTENT_SIZE)
+}
+
+fn of_ended(ended: vm::Ended) -> Ended {
+    Ended { reason: ended.reason, detail: ended.detail }
+}
+
+fn of_pool(error: PoolError) -> EngineError {
+    let kind = match &error {
+        PoolError::Ended(ended) => ErrorKind::Ended(ended.reason),
+        PoolError::Stopping => ErrorKind::Stopping,
+        PoolError::Limit { .. } => ErrorKind::Exhausted,
+        _ => match error.errno().map(Errno::from_raw_os_error) {
+            Some(Errno::NOMEM | Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::AGAIN) => ErrorKind::Exhausted,
+            _ => ErrorKind::Internal,
+        },
+    };
+    EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
+}
+
+fn of_store(step: &str, error: Errno) -> EngineError {
+    let message = format!("{step} failed: {error}");
+    EngineError { kind: ErrorKind::Store, message, remedy: "check the disk that holds the node's data directory".to_owned() }
+}
+
+fn of_save(error: &SaveError) -> EngineError {
+    let kind = match error {
+        SaveError::Full { .. } | SaveError::Io { .. } => ErrorKind::Store,
+        SaveError::Memory { .. } => ErrorKind::Exhausted,
+        _ => ErrorKind::BadImage,
+    };
+    EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
+}
+
+fn of_load(error: &LoadError, name: &ImageName) -> EngineError {
+    let kind = match error.kind.as_ref() {
+        LoadErrorKind::Open(source) if source.kind() == std::io::ErrorKind::NotFound => return unknown_name(name),
+        LoadErrorKind::Open(_) | LoadErrorKind::Read(_) => ErrorKind::Store,
+        LoadErrorKind::Memory(_) | LoadErrorKind::NoRoom { .. } => ErrorKind::Exhausted,
+        _ => ErrorKind::BadImage,
+    };
+    EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
+}
+
+fn wrong_proof(message: String) -> EngineError {
+    EngineError {
+        kind: ErrorKind::WrongProof,
+        message,
+        remedy: "report this: a child is not what it was forked from".to_owned(),
+    }
+}
+
+fn unknown_machine(machine: MachineId) -> EngineError {
+    let message = format!("there is no machine {machine} on this node");
+    EngineError { kind: ErrorKind::UnknownMachine, message, remedy: "farfork ls lists them".to_owned() }
+}
+
+fn unknown_image(image: ImageId) -> EngineError {
+    let message = format!("there is no image {image} on this node");
+    EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
+}
+
+fn unknown_name(name: &ImageName) -> EngineError {
+    let message = format!("the store has no image called {name}");
+    EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
 }
