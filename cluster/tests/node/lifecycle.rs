@@ -26,11 +26,11 @@ fn refusal(said: &Said) -> Value {
 #[test]
 fn a_socket_and_a_directory_have_one_node_each() {
     let node = Node::start("");
-    let (data, other) = (node.directory.path().join("data"), node.directory.path().join("other"));
+    let (data, other) = (node.path().join("data"), node.path().join("other"));
     let said = second(&node.socket, &other);
     assert_eq!((said.code, &refusal(&said)["error"]["code"]), (Some(4), &Value::from("SOCKET")), "{said:?}");
     assert!(refusal(&said)["error"]["remedy"].as_str().unwrap().contains("--socket"));
-    let said = second(&node.directory.path().join("s2"), &data);
+    let said = second(&node.path().join("s2"), &data);
     assert_eq!((said.code, &refusal(&said)["error"]["code"]), (Some(4), &Value::from("DATA_DIRECTORY")), "{said:?}");
     let pid = node.pid().as_raw_nonzero().get();
     assert!(said.err.contains(&format!("process {pid}")), "{said:?}");
@@ -48,7 +48,7 @@ fn a_stale_socket_is_replaced_and_the_node_keeps_its_id() {
     assert_eq!(said.code, Some(3), "{said:?}");
     let mut again = Command::new(PROGRAM)
         .args(["node", "--fake-engine", ""])
-        .args(["--data".as_ref(), node.directory.path().join("data").as_os_str()])
+        .args(["--data".as_ref(), node.path().join("data").as_os_str()])
         .args(["--socket".as_ref(), node.socket.as_os_str()])
         .stderr(Stdio::null())
         .spawn()

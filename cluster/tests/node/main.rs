@@ -10,4 +10,5 @@ mod lifecycle;
 mod limits;
 mod openapi;
 mod peers;
+mod real;
 mod support;

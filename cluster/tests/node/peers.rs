@@ -33,7 +33,7 @@ fn the_sockets_mode_keeps_others_out_already() {
     }
     let node = Node::start("");
     assert_eq!(node.socket.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-    open_to_all(node.directory.path(), 0o755);
+    open_to_all(node.path(), 0o755);
     open_to_all(node.socket.parent().unwrap(), 0o755);
     let said = run_as_nobody(&node);
     assert_eq!((said.code, said.error_code().as_str()), (Some(3), "NO_NODE"), "{said:?}");
@@ -41,7 +41,7 @@ fn the_sockets_mode_keeps_others_out_already() {
 }
 
 fn ask_as_nobody(node: &Node) -> Said {
-    open_to_all(node.directory.path(), 0o755);
+    open_to_all(node.path(), 0o755);
     open_to_all(node.socket.parent().unwrap(), 0o755);
     open_to_all(&node.socket, 0o666);
     run_as_nobody(node)
@@ -49,7 +49,7 @@ fn ask_as_nobody(node: &Node) -> Said {
 
 fn run_as_nobody(node: &Node) -> Said {
     // The program itself may lie where others cannot read.
-    let program = node.directory.path().join("farfork");
+    let program = node.path().join("farfork");
     std::fs::copy(crate::support::PROGRAM, &program).unwrap();
     open_to_all(&program, 0o755);
     let mut command = Command::new("setpriv");

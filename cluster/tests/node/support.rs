@@ -21,7 +21,7 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_farfork");
 
 /// The program as a node, killed when dropped.
 pub(crate) struct Node {
-    pub(crate) directory: TempDir,
+    directory: Option<TempDir>,
     pub(crate) socket: PathBuf,
     child: Child,
 }
@@ -32,19 +32,35 @@ impl Node {
     }
 
     pub(crate) fn start_with(fake: &str, more: &[&str]) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), &[&["--fake-engine", fake], more].concat())
+    }
+
+    /// A node in a directory that one before it may have used.
+    pub(crate) fn start_in(directory: TempDir, more: &[&str]) -> Self {
         let socket = directory.path().join("run/farfork.sock");
         let log = File::create(directory.path().join("log")).unwrap();
         let mut command = Command::new(PROGRAM);
-        command.args(["node", "--fake-engine", fake]).arg("--data").arg(directory.path().join("data"));
+        command.arg("node").arg("--data").arg(directory.path().join("data"));
         command.arg("--socket").arg(&socket).args(more).stdout(Stdio::null()).stderr(log);
-        let node = Self { child: command.spawn().unwrap(), directory, socket };
+        let node = Self { child: command.spawn().unwrap(), directory: Some(directory), socket };
         eventually("the node is ready", || node.log().contains("ready"));
         node
     }
 
+    /// Where its directory is.
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.as_ref().unwrap().path()
+    }
+
+    /// Ends it as a crash would, and gives back its directory.
+    pub(crate) fn crash(mut self) -> TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.directory.take().unwrap()
+    }
+
     pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join("log")).unwrap()
+        std::fs::read_to_string(self.path().join("log")).unwrap()
     }
 
     pub(crate) fn pid(&self) -> rustix::process::Pid {
@@ -94,7 +110,7 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() {
+        if std::thread::panicking() && self.directory.is_some() {
             eprintln!("the node's log:\n{}", self.log());
         }
     }
