@@ -90,6 +90,12 @@ pub(crate) fn confine_worker(jail: &Jail, proc: OwnedFd, uid: u32) -> Result<Fil
         rustix::thread::set_keep_capabilities(true).map_err(step("keeping capabilities"))?;
         rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(step("setresgid"))?;
         rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(step("setresuid"))?;
+        if !jail.has(Mechanism::UserNamespace) {
+            // They were kept, but are not in force; a new user namespace would have come with all of them.
+            let mut kept = rustix::thread::capabilities(None).map_err(step("capget"))?;
+            kept.effective = kept.permitted;
+            rustix::thread::set_capabilities(None, kept).map_err(step("capset"))?;
+        }
     }
     if jail.has(Mechanism::UserNamespace) {
         process::unshare(UnshareFlags::NEWUSER).map_err(step("unshare of the user namespace"))?;

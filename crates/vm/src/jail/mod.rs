@@ -34,11 +34,13 @@ pub enum Mechanism {
     Limits,
     Landlock,
     Seccomp,
+    /// Applied by the node, if it has groups (`pool::Settings::groups`): memory and number of processes.
+    ControlGroup,
 }
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::UserNamespace,
         Self::MountNamespace,
         Self::PidNamespace,
@@ -52,6 +54,7 @@ impl Mechanism {
         Self::Limits,
         Self::Landlock,
         Self::Seccomp,
+        Self::ControlGroup,
     ];
 }
 

@@ -30,8 +30,8 @@ use types::MachineId;
 use crate::class::Class;
 use crate::host::Host;
 use crate::image::Image;
-use crate::jail::Jail;
 use crate::jail::cgroup::Groups;
+use crate::jail::{Jail, Mechanism};
 use crate::machine::{Ended, FreezeError};
 use crate::worker::channel::Channel;
 use crate::worker::protocol::Failure;
@@ -202,7 +202,8 @@ impl Pool {
     /// # Errors
     /// [`PoolError`] if the zygote cannot be started or confined.
     pub fn open(host: Host, settings: Settings) -> Result<Self, PoolError> {
-        let groups = settings.groups.as_deref().map(|name| {
+        let groups = settings.groups.as_deref().filter(|_| settings.jail.has(Mechanism::ControlGroup));
+        let groups = groups.map(|name| {
             Groups::open(name).and_then(|groups| groups.admit_node(std::process::id()).map(|()| groups)).map_err(|error| {
                 PoolError::Failed(Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
             })

@@ -4,6 +4,8 @@
 //! upholds what it relies on.
 #![expect(unsafe_code, reason = "this is the island")]
 
+#[cfg(feature = "testing")]
+pub(crate) mod attempts;
 #[cfg(feature = "bare")]
 pub mod bare;
 pub(crate) mod copier;

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod corpora;
+mod escape;
 mod exits;
 mod fleet;
 mod fork;
