@@ -15,8 +15,20 @@ use super::{Jail, Mechanism};
 use crate::sys::process;
 
 /// The first of the user ids that workers get when the node runs as root; the range is above those of accounts and of the
-/// sub-ids that useradd hands out.
-pub(crate) const FIRST_UID: u32 = 0x6000_0000;
+/// sub-ids that useradd hands out, and ends where numbers that some programs take for negative begin.
+const FIRST_UID: u32 = 0x6000_0000;
+/// Each pool has this many of them, after which they come back.
+const UIDS_OF_POOL: u32 = 1 << 20;
+/// So many pools have some of their own.
+const POOLS: u32 = 1 << 9;
+
+/// The user id of a worker: nobody else's among those alive. Pools of one process share none; those of two processes, each a
+/// node on this host, once in 512 pairs, and then have their namespaces between them.
+pub(crate) fn uid_of_worker(pool: u32, worker: u64) -> u32 {
+    // Neighbours among process ids do not run into each other by having a few pools more.
+    let share = std::process::id().wrapping_mul(37).wrapping_add(pool) % POOLS;
+    FIRST_UID + share * UIDS_OF_POOL + u32::try_from(worker % u64::from(UIDS_OF_POOL)).expect("below 2^20")
+}
 
 /// A step of confining that failed.
 pub(crate) type Failed = (&'static str, io::Error);
@@ -202,5 +214,22 @@ fn restrict_by_landlock() -> Result<(), Failed> {
         Ok(status) if status.ruleset == RulesetStatus::NotEnforced => Ok(()),
         Ok(_) => Ok(()),
         Err(error) => Err(("Landlock", io::Error::other(error))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_workers_alive_have_one_user() {
+        let uids =
+            (0..POOLS).flat_map(|pool| [0, 1, 77, u64::from(UIDS_OF_POOL) - 1].map(|worker| uid_of_worker(pool, worker)));
+        let mut uids: Vec<u32> = uids.collect();
+        assert!(uids.iter().all(|uid| (FIRST_UID..=i32::MAX.cast_unsigned()).contains(uid)));
+        let count = uids.len();
+        uids.sort_unstable();
+        uids.dedup();
+        assert_eq!(uids.len(), count);
     }
 }

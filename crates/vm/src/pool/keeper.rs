@@ -12,7 +12,7 @@ use super::worker::Worker;
 use super::{Inner, PoolError, State, Zygote};
 use crate::class::Class;
 use crate::host::available_memory;
-use crate::jail::apply::{FIRST_UID, THREADS_MAX};
+use crate::jail::apply::{THREADS_MAX, uid_of_worker};
 use crate::worker::channel::Channel;
 use crate::worker::protocol::{Failure, ToWorker, ToZygote};
 
@@ -243,8 +243,7 @@ fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel) 
     let step = |step| move |source| PoolError::Step { step, source };
     let events = epoll::add(&inner.events, worker.as_fd(), epoll::EventData::new_u64(worker.number), epoll::EventFlags::IN);
     events.map_err(|error| PoolError::Step { step: "epoll_ctl", source: error.into() })?;
-    // Unique among those alive: numbers come back after 2^24.
-    let uid = FIRST_UID + u32::try_from(worker.number % (1 << 24)).expect("below 2^24");
+    let uid = uid_of_worker(inner.number, worker.number);
     let spawn = ToZygote::Spawn { worker: worker.number, uid };
     zygote.send(&spawn, &[theirs.as_fd()]).map_err(step("asking for a worker"))?;
     drop(theirs);

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -168,6 +168,8 @@ pub struct Pool {
 
 #[derive(Debug)]
 pub(crate) struct Inner {
+    /// Which of this process's pools it is.
+    number: u32,
     pub(crate) host: Host,
     settings: Settings,
     groups: Option<Groups>,
@@ -220,8 +222,18 @@ impl Pool {
             ends: Vec::new(),
         };
         let next_worker = AtomicU64::new(1);
-        let inner =
-            Arc::new(Inner { host, settings, groups, state: Mutex::new(state), changed: Condvar::new(), next_worker, events });
+        static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT_POOL.fetch_add(1, Ordering::Relaxed);
+        let inner = Arc::new(Inner {
+            number,
+            host,
+            settings,
+            groups,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            next_worker,
+            events,
+        });
         let pool = Self { inner: Arc::clone(&inner), threads: Mutex::new(Vec::new()) };
         pool.start("pool", driver::drive)?;
         {
