@@ -132,7 +132,7 @@ impl IntoResponse for ApiError {
 /// The table above.
 fn status(code: &str) -> StatusCode {
     match code {
-        "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" => {
+        "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" | "UNFIT" => {
             StatusCode::BAD_REQUEST
         }
         "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" => StatusCode::NOT_FOUND,

@@ -241,6 +241,8 @@ pub enum ErrorKind {
     NameTaken,
     /// The host has not enough memory, processes or descriptors for it.
     Exhausted,
+    /// What was asked for does not fit: more memory than the host has at all, a limit below what a machine needs.
+    Unfit,
     /// The machine has ended, with this reason.
     Ended(Reason),
     /// The image cannot run here, or is damaged.

@@ -120,6 +120,7 @@ fn engine_code(kind: ErrorKind) -> &'static str {
         ErrorKind::UnknownImage => "UNKNOWN_IMAGE",
         ErrorKind::NameTaken => "NAME_TAKEN",
         ErrorKind::Exhausted => "EXHAUSTED",
+        ErrorKind::Unfit => "UNFIT",
         ErrorKind::Ended(_) => "ENDED",
         ErrorKind::BadImage => "BAD_IMAGE",
         ErrorKind::Store => "STORE",

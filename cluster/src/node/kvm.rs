@@ -134,7 +134,7 @@ impl Engine for KvmEngine {
     fn prepare(&self, guest: Guest, class: Class) -> Result<ImageFacts, EngineError> {
         let Guest::Probe = guest;
         self.pool.host().check_memory(class.memory()).map_err(|error| EngineError {
-            kind: ErrorKind::Exhausted,
+            kind: ErrorKind::Unfit,
             message: error.to_string(),
             remedy: error.remedy().to_owned(),
         })?;
@@ -389,7 +389,7 @@ fn of_pool(error: PoolError) -> EngineError {
     let kind = match &error {
         PoolError::Ended(ended) => ErrorKind::Ended(ended.reason),
         PoolError::Stopping => ErrorKind::Stopping,
-        PoolError::Limit { .. } => ErrorKind::Exhausted,
+        PoolError::Limit { .. } => ErrorKind::Unfit,
         _ => match error.errno().map(Errno::from_raw_os_error) {
             Some(Errno::NOMEM | Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::AGAIN) => ErrorKind::Exhausted,
             _ => ErrorKind::Internal,
@@ -405,7 +405,8 @@ fn of_store(step: &str, error: Errno) -> EngineError {
 
 fn of_save(error: &SaveError) -> EngineError {
     let kind = match error {
-        SaveError::Full { .. } | SaveError::Io { .. } => ErrorKind::Store,
+        SaveError::Full { .. } => ErrorKind::StoreFull,
+        SaveError::Io { .. } => ErrorKind::Store,
         SaveError::Memory { .. } => ErrorKind::Exhausted,
         _ => ErrorKind::BadImage,
     };

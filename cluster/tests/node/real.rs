@@ -101,10 +101,16 @@ fn a_machine_that_ends_by_itself_is_shown_with_its_reason() {
 }
 
 #[test]
-fn a_child_over_its_limit_is_shown_as_out_of_memory() {
+fn what_does_not_fit_is_refused_and_nothing_is_left_of_it() {
     let node = start();
     let refused = node.cli(&["fork", "--guest", "probe", "--memory", "16MiB", "--limit", "4KiB", "--output", "json"]);
-    assert_eq!(refused.code, Some(4), "{refused:?}");
+    assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "UNFIT"), "{refused:?}");
+    let host_gib = vm::harness::host().memory_bytes() >> 30;
+    if host_gib < 31 {
+        let refused = node.cli(&["fork", "--guest", "probe", "--memory", "32GiB", "--output", "json"]);
+        assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "UNFIT"), "{refused:?}");
+    }
+    assert_eq!(node.machines().len(), 0);
     let forked = node.json(&["fork", "--guest", "probe", "--memory", "16MiB", "--limit", "8MiB", "-n", "2"]);
     assert_eq!(forked["failures"].as_array().unwrap().len(), 0, "{forked}");
 }
@@ -153,7 +159,7 @@ fn a_store_without_room_refuses_and_is_as_it_was() {
     let node = Node::start_in(directory, &[]);
     let forked = node.json(&["fork", "--guest", "probe", "--memory", "64MiB"]);
     let refused = node.cli(&["image", "save", forked["image"]["id"].as_str().unwrap(), "warm", "--output", "json"]);
-    assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "STORE"), "{refused:?}");
+    assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "STORE_FULL"), "{refused:?}");
     assert!(refused.err.contains("room"), "{refused:?}");
     assert_eq!(std::fs::read_dir(&store).unwrap().count(), 0);
     assert_eq!(node.machines().len(), 1);
