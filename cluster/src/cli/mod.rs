@@ -56,10 +56,10 @@ Exit codes: 0 done, 2 usage, 3 no node reached, 4 refused, 5 partly done";
 #[derive(Debug, Args)]
 pub struct Global {
     /// The node's socket [default: $XDG_RUNTIME_DIR/farfork/farfork.sock; of root: /run/farfork/farfork.sock]
-    #[arg(long, global = true, env = "FARFORK_SOCKET", value_name = "PATH")]
+    #[arg(long, global = true, env = "FARFORK_SOCKET", value_name = "PATH", help_heading = "Options of every verb")]
     socket: Option<PathBuf>,
     /// How to print answers
-    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table, help_heading = "Options of every verb")]
     output: Output,
 }
 
