@@ -170,6 +170,8 @@ fn single_forks(report: &mut Report, quick: bool, firecracker: Option<&Path>) ->
     Ok(())
 }
 
+type Stage = (&'static str, fn(&ForkTimes) -> Duration);
+
 struct Size {
     mib: u64,
     image: Arc<Image>,
@@ -188,7 +190,7 @@ impl Size {
         let what = format!("one fork, shell ready, to first instruction, {} MiB", self.mib);
         let reach = "<= 1.5x floor, <= 600 us, p99 <= 3x floor's";
         report.add(Row::new("L1", what, &firsts, Some(floors.p50())).reaching(reach, met));
-        let stages: [(&str, fn(&ForkTimes) -> Duration); 5] = [
+        let stages: [Stage; 5] = [
             ("taking the shell", |times| times.shell),
             ("sending the image", |times| times.send),
             ("mapping", |times| times.map),

@@ -104,11 +104,11 @@ fn a_machine_that_ends_by_itself_is_shown_with_its_reason() {
 fn what_does_not_fit_is_refused_and_nothing_is_left_of_it() {
     let node = start();
     let refused = node.cli(&["fork", "--guest", "probe", "--memory", "16MiB", "--limit", "4KiB", "--output", "json"]);
-    assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "UNFIT"), "{refused:?}");
+    assert_eq!((refused.code, refused.error_code().as_str()), (Some(2), "UNFIT"), "{refused:?}");
     let host_gib = vm::harness::host().memory_bytes() >> 30;
     if host_gib < 31 {
         let refused = node.cli(&["fork", "--guest", "probe", "--memory", "32GiB", "--output", "json"]);
-        assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "UNFIT"), "{refused:?}");
+        assert_eq!((refused.code, refused.error_code().as_str()), (Some(2), "UNFIT"), "{refused:?}");
     }
     assert_eq!(node.machines().len(), 0);
     let forked = node.json(&["fork", "--guest", "probe", "--memory", "16MiB", "--limit", "8MiB", "-n", "2"]);

@@ -25,10 +25,6 @@ fn exit_status(child: usize) -> Result<i32, i32> {
     if libc::WIFEXITED(status) { Ok(libc::WEXITSTATUS(status)) } else { Err(NO_EFFECT) }
 }
 
-pub(crate) fn getpid(_: &Scene) -> Outcome {
-    this_process().map(drop)
-}
-
 pub(crate) fn fork_at_once(_: &Scene) -> Outcome {
     let child = call(libc::SYS_clone, [int(libc::SIGCHLD), 0, 0, 0, 0])?;
     if child == 0 {
