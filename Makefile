@@ -13,16 +13,18 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-demo: setup-build ## fork 100 children of a warm probe guest, verify each one's memory, print the stages
-	@cargo run --quiet --release --package farfork-vm --example demo
+demo: setup-build ## start a node, fork 100 children of a warm guest, have each verify its memory, leave them running
+	@echo "building  (the first time some minutes: all dependencies; later seconds)"
+	@cargo build --quiet --release --package farfork
+	@./deploy/demo.sh
 
 test: setup verify ## install what the tests need, then run every check and every test (what CI runs)
 	@if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then \
 		cargo nextest run --workspace --all-features; \
 	else \
-		echo "SKIPPED: every test of machines (crates/vm/tests/it), since /dev/kvm is missing or not for this user:"; \
+		echo "SKIPPED: every test of machines (crates/vm/tests/it, cluster/tests/node/real.rs), since /dev/kvm is missing or not for this user:"; \
 		echo "load kvm_intel or kvm_amd, and join the group that owns /dev/kvm (usually kvm)"; \
-		cargo nextest run --workspace --all-features -E 'not binary(it)'; \
+		cargo nextest run --workspace --all-features -E 'not (binary(it) or test(/^real::/))'; \
 	fi
 
 setup-build: ## install what the build needs (a C compiler)
@@ -38,6 +40,9 @@ bench: setup-build ## measure the floor and the local rows of the specification,
 	@mkdir -p target/bench
 	cargo run --quiet --release --package farfork-bench -- floor --json target/bench/floor.json
 	cargo run --quiet --release --package farfork-bench -- local --json target/bench/local.json $(BENCH_ARGS)
+	cargo run --quiet --release --package farfork-bench -- workers --json target/bench/workers.json $(BENCH_ARGS)
+	cargo build --quiet --release --package farfork
+	cargo run --quiet --release --package farfork-bench -- node --json target/bench/node.json $(BENCH_ARGS)
 
 soak: setup ## the same tests with their full counts, by seed, resumable; writes target/soak/soak.json (SEEDS=1 SOAK_ARGS="--only TEXT")
 	cargo xtask soak --seeds $(SEEDS) $(SOAK_ARGS)

@@ -4,7 +4,6 @@
 //! that the snapshot is loaded and its guest resumed. (It has no cheaper way to fork; there is nothing to keep warm.)
 
 use std::fs;
-use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::http;
 use crate::report::Samples;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -135,29 +135,8 @@ impl Process {
         }
     }
 
-    /// One request; the body of its answer.
     fn request(&mut self, verb: &str, path: &str, body: &str) -> Result<String> {
-        let length = body.len();
-        let head = format!(
-            "{verb} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-        );
-        self.api.write_all(format!("{head}{body}").as_bytes())?;
-        let mut answer = String::new();
-        loop {
-            let mut part = [0; 4096];
-            let read = self.api.read(&mut part).with_context(|| format!("{verb} {path}"))?;
-            ensure!(read > 0, "{verb} {path}: Firecracker hung up");
-            answer.push_str(&String::from_utf8_lossy(&part[..read]));
-            if let Some((head, body)) = answer.split_once("\r\n\r\n") {
-                let due =
-                    head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
-                if body.len() >= due.unwrap_or(0) {
-                    break;
-                }
-            }
-        }
-        ensure!(answer.starts_with("HTTP/1.1 20"), "{verb} {path}: {answer}");
-        Ok(answer)
+        http::request(&mut self.api, verb, path, body)
     }
 }
 

@@ -3,7 +3,9 @@
 
 mod firecracker;
 mod floor;
+mod http;
 mod local;
+mod node;
 mod proof;
 mod report;
 mod workers;
@@ -57,6 +59,18 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         firecracker: Option<PathBuf>,
     },
+    /// The daemon (row C2): API round trip of a fork, and the API beside an allocation storm
+    Node {
+        /// Write table and raw samples here as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Fewer samples
+        #[arg(long)]
+        quick: bool,
+        /// The farfork program [default: the one beside this program]
+        #[arg(long, value_name = "PATH")]
+        farfork: Option<PathBuf>,
+    },
     /// The process that workers are forked from; what `workers` starts
     #[command(hide = true)]
     Zygote,
@@ -73,6 +87,7 @@ fn main() -> ExitCode {
         Verb::Floor { json, quick } => floor::run(json.as_deref(), quick),
         Verb::Local { json, quick, firecracker } => local::run(json.as_deref(), quick, firecracker.as_deref()),
         Verb::Workers { json, quick, firecracker } => workers::run(json.as_deref(), quick, firecracker.as_deref()),
+        Verb::Node { json, quick, farfork } => node::run(json.as_deref(), quick, farfork.as_deref()),
         Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib } => floor::print_sample(mib),
     };
