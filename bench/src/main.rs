@@ -58,6 +58,9 @@ enum Verb {
         /// Also measure the snapshot/load of this Firecracker binary, as a control
         #[arg(long, value_name = "PATH")]
         firecracker: Option<PathBuf>,
+        /// Leave these mechanisms out of the jail, to see what they cost (as in docs/security.md; several with commas; `all`)
+        #[arg(long, value_name = "MECHANISM", value_delimiter = ',')]
+        without: Vec<String>,
     },
     /// The daemon (row C2): API round trip of a fork, and the API beside an allocation storm
     Node {
@@ -86,7 +89,9 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Floor { json, quick } => floor::run(json.as_deref(), quick),
         Verb::Local { json, quick, firecracker } => local::run(json.as_deref(), quick, firecracker.as_deref()),
-        Verb::Workers { json, quick, firecracker } => workers::run(json.as_deref(), quick, firecracker.as_deref()),
+        Verb::Workers { json, quick, firecracker, without } => {
+            workers::run(json.as_deref(), quick, firecracker.as_deref(), &without)
+        }
         Verb::Node { json, quick, farfork } => node::run(json.as_deref(), quick, farfork.as_deref()),
         Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib } => floor::print_sample(mib),

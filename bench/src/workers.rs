@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use types::{MachineId, MemorySize, PAGE_SIZE};
+use vm::jail::{Jail, Mechanism};
 use vm::pool::{ForkOptions, ForkTimes, Jailed, Memory, PoolError, Settings};
 use vm::probe::{self, Command, PATIENCE};
 use vm::{Class, Image, Pool};
@@ -22,28 +23,44 @@ const LARGE_BATCH: u32 = 1000;
 /// Pages that each child of a batch computes a checksum over.
 const ANSWER_PAGES: u64 = 4;
 
-pub(crate) fn run(json: Option<&Path>, quick: bool, firecracker: Option<&Path>) -> Result<()> {
+pub(crate) fn run(json: Option<&Path>, quick: bool, firecracker: Option<&Path>, without: &[String]) -> Result<()> {
     let host = floor::open_host()?;
     let mut report = Report::new(&host, quick);
+    let jail = jail_without(without)?;
+    if !without.is_empty() {
+        report.note(format!("the jail was not whole: without {}", without.join(", ")));
+    }
     if !rustix::process::geteuid().is_root() {
         report.note("this user is not root: workers have no control groups and no user ids of their own");
     }
     crate::local::warm_host_memory();
-    single_forks(&mut report, quick, firecracker)?;
-    batches(&mut report, quick)?;
+    single_forks(&mut report, &jail, quick, firecracker)?;
+    batches(&mut report, &jail, quick)?;
     report.finish(json)
 }
 
 static POOLS: AtomicU32 = AtomicU32::new(0);
 
 /// A pool as a node has it, that keeps no more shells than said.
-fn pool(shells_max: u32) -> Result<Pool> {
+fn pool(jail: &Jail, shells_max: u32) -> Result<Pool> {
     let program = std::env::current_exe()?;
     // One name for each pool: a pool ends whatever it finds in groups of its name.
     let number = POOLS.fetch_add(1, Ordering::Relaxed);
     let groups = rustix::process::geteuid().is_root().then(|| format!("bench-{}-{number}", std::process::id()));
-    let settings = Settings { groups, shells_min: 1, shells_max, ..Settings::new(program, [OsString::from("zygote")]) };
+    let settings = Settings { groups, jail: jail.clone(), shells_min: 1, shells_max, ..Settings::new(program, [OsString::from("zygote")]) };
     Pool::open(floor::open_host()?, settings).map_err(with_remedy)
+}
+
+fn jail_without(names: &[String]) -> Result<Jail> {
+    let named = |name: &String| -> Result<Vec<Mechanism>> {
+        if name == "all" {
+            return Ok(Mechanism::ALL.to_vec());
+        }
+        let found = Mechanism::ALL.into_iter().find(|mechanism| format!("{mechanism:?}").eq_ignore_ascii_case(name));
+        Ok(vec![found.with_context(|| format!("no mechanism of the jail is called {name}: they are {:?}", Mechanism::ALL))?])
+    };
+    let left_out: Vec<Vec<Mechanism>> = names.iter().map(named).collect::<Result<_>>()?;
+    Ok(Jail::without(left_out.into_iter().flatten()))
 }
 
 fn with_remedy(error: PoolError) -> anyhow::Error {
@@ -95,10 +112,10 @@ fn end(pool: &Pool, children: Vec<(Jailed, ForkTimes)>, left: usize) -> Result<(
 }
 
 /// L1, L2, L7: one fork at a time, one machine alive, with a shell ready and without, each beside a bare fork.
-fn single_forks(report: &mut Report, quick: bool, firecracker: Option<&Path>) -> Result<()> {
+fn single_forks(report: &mut Report, jail: &Jail, quick: bool, firecracker: Option<&Path>) -> Result<()> {
     let n = if quick { 20 } else { 200 };
-    let with_shells = pool(1)?;
-    let without = pool(0)?;
+    let with_shells = pool(jail, 1)?;
+    let without = pool(jail, 0)?;
     let mut sizes = Vec::new();
     for mib in [64, 512, 4096] {
         if with_shells.host().check_memory(MemorySize::from_mib(mib)?).is_err() {
@@ -206,9 +223,9 @@ impl Size {
 }
 
 /// L3, L4, L5: many children at once.
-fn batches(report: &mut Report, quick: bool) -> Result<()> {
+fn batches(report: &mut Report, jail: &Jail, quick: bool) -> Result<()> {
     let rounds = if quick { 3 } else { 15 };
-    let pool_of_shells = pool(BATCH)?;
+    let pool_of_shells = pool(jail, BATCH)?;
     let image = half_full(&pool_of_shells, 512)?;
     announce("L3: batches with shells ready");
     let mut with_shells = Vec::with_capacity(rounds);
@@ -227,7 +244,7 @@ fn batches(report: &mut Report, quick: bool) -> Result<()> {
     drop(pool_of_shells);
 
     announce("L3: batches without shells");
-    let pool_of_none = pool(0)?;
+    let pool_of_none = pool(jail, 0)?;
     let mut without = Vec::with_capacity(rounds);
     for _ in 0..rounds {
         let started = Instant::now();

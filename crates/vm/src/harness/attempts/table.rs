@@ -140,4 +140,5 @@ pub(super) const VCPU: &[Case] = &[
     vcpu("vCPU: eventfd2", "makes an eventfd", Nothing, files::eventfd2),
     vcpu("vCPU: madvise", "has its memory inherited by copiers", Nothing, memory::inherit_ram),
     vcpu("vCPU: KVM_GET_REGS", "reads the guest's registers", Nothing, kvm::get_regs),
+    vcpu("vCPU: read", "reads what the node has sent", Pair, sockets::read),
 ];

@@ -127,6 +127,12 @@ pub(crate) fn recvmsg(scene: &Scene) -> Outcome {
     effect(byte == MARK)
 }
 
+pub(crate) fn read(scene: &Scene) -> Outcome {
+    let mut byte = 0_u8;
+    does(libc::SYS_read, [scene.gift(), at_mut(&mut byte), 1])?;
+    effect(byte == MARK)
+}
+
 /// How the control thread answers.
 pub(crate) fn sendmsg(scene: &Scene) -> Outcome {
     let piece = [at(&MARK), 1];
