@@ -23,7 +23,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool) -> Result<()> {
             continue;
         }
         announce(&format!("bare forks of {mib} MiB"));
-        let samples: Vec<BareFork> = (0..n).map(|_| sample(mib)).collect::<Result<_>>()?;
+        let samples: Vec<BareFork> = (0..n).map(|_| sample(mib, Duration::ZERO)).collect::<Result<_>>()?;
         for (stage, of) in STAGES {
             let durations: Vec<Duration> = samples.iter().map(of).collect();
             let samples = Samples::of(&durations);
@@ -60,8 +60,9 @@ pub(crate) fn raw_touches(host: &Host, touch: Touch, n: usize) -> Result<Samples
 }
 
 /// One bare fork in a process of its own, which is how one VM a process behaves.
-pub(crate) fn sample(mib: u64) -> Result<BareFork> {
-    let output = Command::new(std::env::current_exe()?).args(["floor-sample", &mib.to_string()]).output()?;
+pub(crate) fn sample(mib: u64, idle: Duration) -> Result<BareFork> {
+    let idle_us = idle.as_micros().to_string();
+    let output = Command::new(std::env::current_exe()?).args(["floor-sample", &mib.to_string(), &idle_us]).output()?;
     ensure!(output.status.success(), "floor-sample: {}", String::from_utf8_lossy(&output.stderr).trim());
     let text = String::from_utf8(output.stdout)?;
     let numbers: Vec<u64> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
@@ -70,8 +71,8 @@ pub(crate) fn sample(mib: u64) -> Result<BareFork> {
     Ok(BareFork { map: ns(map), restore: ns(restore), run: ns(run) })
 }
 
-pub(crate) fn print_sample(mib: u64) -> Result<()> {
-    let sample = bare::fork(&open_host()?, mib << 20).context("the bare fork")?;
+pub(crate) fn print_sample(mib: u64, idle: Duration) -> Result<()> {
+    let sample = bare::fork(&open_host()?, mib << 20, idle).context("the bare fork")?;
     println!("{} {} {}", sample.map.as_nanos(), sample.restore.as_nanos(), sample.run.as_nanos());
     Ok(())
 }

@@ -112,7 +112,7 @@ fn flatness(host: &Host, report: &mut Report, quick: bool) -> Result<Option<f64>
     announce("L7: forks");
     for _ in 0..n {
         for size in &mut sizes {
-            size.floors.push(floor::sample(size.mib)?.total());
+            size.floors.push(floor::sample(size.mib, Duration::ZERO)?.total());
             size.measure(host)?;
         }
     }

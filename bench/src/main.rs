@@ -12,6 +12,7 @@ mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -82,6 +83,8 @@ enum Verb {
     FloorSample {
         /// Guest memory in MiB
         mib: u64,
+        /// Microseconds to sleep between the shell and its fork
+        idle_us: u64,
     },
 }
 
@@ -94,7 +97,7 @@ fn main() -> ExitCode {
         }
         Verb::Node { json, quick, farfork } => node::run(json.as_deref(), quick, farfork.as_deref()),
         Verb::Zygote => return vm::worker::zygote::main(),
-        Verb::FloorSample { mib } => floor::print_sample(mib),
+        Verb::FloorSample { mib, idle_us } => floor::print_sample(mib, Duration::from_micros(idle_us)),
     };
     finish(outcome)
 }

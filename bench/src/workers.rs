@@ -47,7 +47,13 @@ fn pool(jail: &Jail, shells_max: u32) -> Result<Pool> {
     // One name for each pool: a pool ends whatever it finds in groups of its name.
     let number = POOLS.fetch_add(1, Ordering::Relaxed);
     let groups = rustix::process::geteuid().is_root().then(|| format!("bench-{}-{number}", std::process::id()));
-    let settings = Settings { groups, jail: jail.clone(), shells_min: 1, shells_max, ..Settings::new(program, [OsString::from("zygote")]) };
+    let settings = Settings {
+        groups,
+        jail: jail.clone(),
+        shells_min: 1,
+        shells_max,
+        ..Settings::new(program, [OsString::from("zygote")])
+    };
     Pool::open(floor::open_host()?, settings).map_err(with_remedy)
 }
 
@@ -128,7 +134,7 @@ fn single_forks(report: &mut Report, jail: &Jail, quick: bool, firecracker: Opti
     announce("L1: forks with a shell ready");
     for _ in 0..n {
         for size in &mut sizes {
-            size.floors.push(floor::sample(size.mib)?.total());
+            size.floors.push(floor::sample(size.mib, Duration::ZERO)?.total());
             let class = size.image.class();
             with_shells.expect(class, 1);
             ensure!(with_shells.wait_for_shells(class, 1, PATIENCE), "no shell is built");

@@ -10,7 +10,7 @@ use rustix::event::epoll;
 
 use super::worker::Worker;
 use super::{Inner, Zygote};
-use crate::worker::channel::{self, Channel, ReceiveError, Received};
+use crate::worker::channel::{Channel, ReceiveError, Received};
 use crate::worker::protocol::{Failure, FromWorker, FromZygote, ToZygote};
 
 /// What the zygote's channel is called among the events; workers have their numbers, which begin at 1.
@@ -20,10 +20,11 @@ const RESTART_PAUSE: Duration = Duration::from_millis(200);
 
 /// The thread's life. It is also the zygote's parent, which the kernel lets no zygote outlive.
 pub(super) fn drive(inner: Arc<Inner>) {
-    let mut buffer = channel::buffer();
+    let mut buffer = Vec::new();
     loop {
         let ended = match start_zygote(&inner) {
-            Ok((mut child, channel)) => {
+            Ok(None) => return,
+            Ok(Some((mut child, channel))) => {
                 let ended = listen(&inner, &channel, &mut buffer);
                 // It has hung up, or will when it finds that the other end has gone.
                 channel.shut_down();
@@ -37,12 +38,14 @@ pub(super) fn drive(inner: Arc<Inner>) {
                 errno: error.raw_os_error().unwrap_or(0),
             },
         };
-        forget_all(&inner);
         let mut state = inner.lock();
         let was_ready = matches!(state.zygote, Zygote::Ready(_));
+        // Before its workers are forgotten: whoever asks for one afterwards is refused, so that none is forgotten about.
         state.zygote = Zygote::Failed(ended);
+        state.zygote_channel = None;
         let is_over = state.is_stopping || !was_ready;
         drop(state);
+        forget_all(&inner);
         inner.changed.notify_all();
         if is_over {
             return;
@@ -51,12 +54,21 @@ pub(super) fn drive(inner: Arc<Inner>) {
     }
 }
 
-fn start_zygote(inner: &Inner) -> io::Result<(Child, Arc<Channel>)> {
+/// `None` if the pool is stopping.
+fn start_zygote(inner: &Inner) -> io::Result<Option<(Child, Arc<Channel>)>> {
     let (ours, theirs) = Channel::pair()?;
+    let ours = Arc::new(ours);
+    {
+        let mut state = inner.lock();
+        if state.is_stopping {
+            return Ok(None);
+        }
+        // What it is stopped by, whatever it is at.
+        state.zygote_channel = Some(Arc::clone(&ours));
+    }
     let (program, arguments) = &inner.settings.zygote;
     let stdin = Stdio::from(theirs.into_descriptor());
     let child = Command::new(program).args(arguments).stdin(stdin).stdout(Stdio::null()).env_clear().spawn()?;
-    let ours = Arc::new(ours);
     epoll::add(&inner.events, &*ours, epoll::EventData::new_u64(ZYGOTE), epoll::EventFlags::IN)?;
     if let Some(groups) = &inner.groups {
         groups.admit_zygote(child.id()).map_err(io::Error::other)?;
@@ -64,11 +76,11 @@ fn start_zygote(inner: &Inner) -> io::Result<(Child, Arc<Channel>)> {
     let hello = ToZygote::Hello { facts: Box::new(inner.host.facts.clone()), jail: inner.settings.jail.clone() };
     // A zygote that is gone already has closed its end; the first receive then says so.
     ours.send(&hello, &[crate::sys::borrow_fd(inner.host.kvm())]).unwrap_or_default();
-    Ok((child, ours))
+    Ok(Some((child, ours)))
 }
 
 /// Until the zygote is gone; says why.
-fn listen(inner: &Arc<Inner>, zygote: &Arc<Channel>, buffer: &mut [u8]) -> Failure {
+fn listen(inner: &Arc<Inner>, zygote: &Arc<Channel>, buffer: &mut Vec<u8>) -> Failure {
     let mut happened = Vec::with_capacity(256);
     loop {
         happened.clear();
@@ -95,7 +107,7 @@ fn listen(inner: &Arc<Inner>, zygote: &Arc<Channel>, buffer: &mut [u8]) -> Failu
     }
 }
 
-fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut [u8]) -> Result<(), Failure> {
+fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut Vec<u8>) -> Result<(), Failure> {
     let Received { message, descriptors } = zygote.receive::<FromZygote>(buffer).map_err(|error| {
         let remedy = "look for its last words in the node's log".to_owned();
         Failure { message: format!("the zygote ended: {error}"), remedy, errno: 0 }
@@ -136,7 +148,7 @@ fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut [u8]) -> Resul
     Ok(())
 }
 
-fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut [u8]) {
+fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut Vec<u8>) {
     if !drain(worker, buffer) {
         // It is on its way out; its zygote will say how.
         epoll::delete(&inner.events, worker).unwrap_or_default();
@@ -144,7 +156,7 @@ fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut [u8]) {
 }
 
 /// Takes one message if there is one. Says whether there may be more.
-fn drain(worker: &Worker, buffer: &mut [u8]) -> bool {
+fn drain(worker: &Worker, buffer: &mut Vec<u8>) -> bool {
     match worker.channel.try_receive::<FromWorker>(buffer) {
         Ok(Some(received)) => {
             worker.take(received.message);

@@ -140,12 +140,12 @@ pub(super) fn take_shell(inner: &Inner, class: Class, patience: Duration) -> Res
 pub(super) fn build_shells(inner: Arc<Inner>) {
     loop {
         let mut state = inner.lock();
-        let class = loop {
+        let (class, is_awaited) = loop {
             if state.is_stopping {
                 return;
             }
             match next_class(&inner, &mut state) {
-                Next::Build(class) => break class,
+                Next::Build(class, is_awaited) => break (class, is_awaited),
                 Next::TakeDown(worker) => {
                     drop(state);
                     worker.kill();
@@ -156,7 +156,7 @@ pub(super) fn build_shells(inner: Arc<Inner>) {
         };
         state.shelves.entry(class).or_default().building += 1;
         drop(state);
-        let built = build(&inner, class);
+        let built = build(&inner, class, is_awaited);
         let mut state = inner.lock();
         let is_stopping = state.is_stopping;
         let shelf = state.shelves.entry(class).or_default();
@@ -181,7 +181,8 @@ pub(super) fn build_shells(inner: Arc<Inner>) {
 }
 
 enum Next {
-    Build(Class),
+    /// A shell of this class; whether a fork waits for it.
+    Build(Class, bool),
     TakeDown(Arc<Worker>),
     Nothing,
 }
@@ -189,7 +190,7 @@ enum Next {
 fn next_class(inner: &Inner, state: &mut State) -> Next {
     let starved = state.shelves.iter().find(|(_, shelf)| shelf.waiting > shelf.building + shelf.ready_count());
     if let Some((class, _)) = starved {
-        return Next::Build(*class);
+        return Next::Build(*class, true);
     }
     if state.forks > 0 {
         // Building takes CPU time that a fork under way wants.
@@ -201,7 +202,7 @@ fn next_class(inner: &Inner, state: &mut State) -> Next {
     for (class, shelf) in &mut state.shelves {
         let wanted = wanted.get(class).copied().unwrap_or(0);
         if shelf.ready_count() + shelf.building < wanted && !has_failed(shelf) {
-            return Next::Build(*class);
+            return Next::Build(*class, false);
         }
         if shelf.ready_count() > wanted
             && shelf.waiting == 0
@@ -214,18 +215,26 @@ fn next_class(inner: &Inner, state: &mut State) -> Next {
 }
 
 /// Has a worker forked, and built into a shell.
-fn build(inner: &Inner, class: Class) -> Result<Arc<Worker>, PoolError> {
+fn build(inner: &Inner, class: Class, is_awaited: bool) -> Result<Arc<Worker>, PoolError> {
     let step = |step| move |source| PoolError::Step { step, source };
-    let zygote = match &inner.lock().zygote {
-        Zygote::Ready(channel) => Arc::clone(channel),
-        Zygote::Failed(failure) => return Err(PoolError::Failed(failure.clone())),
-        Zygote::Starting => return Err(PoolError::Stopping),
-    };
     let (ours, theirs) = Channel::pair().map_err(step("socketpair"))?;
     let number = inner.next_worker();
     let worker = Arc::new(Worker::new(number, class, ours));
-    inner.lock().workers.insert(number, Arc::clone(&worker));
-    let born = bear(inner, &zygote, &worker, theirs);
+    let zygote = {
+        let mut state = inner.lock();
+        if state.is_stopping {
+            return Err(PoolError::Stopping);
+        }
+        let zygote = match &state.zygote {
+            Zygote::Ready(channel) => Arc::clone(channel),
+            Zygote::Failed(failure) => return Err(PoolError::Failed(failure.clone())),
+            Zygote::Starting => return Err(PoolError::Stopping),
+        };
+        // At the same time: should this zygote end, it is among those that end with it.
+        state.workers.insert(number, Arc::clone(&worker));
+        zygote
+    };
+    let born = bear(inner, &zygote, &worker, theirs, is_awaited);
     if born.is_err() {
         worker.kill();
         if worker.mail().pid.is_none() {
@@ -237,7 +246,7 @@ fn build(inner: &Inner, class: Class) -> Result<Arc<Worker>, PoolError> {
     born.map(|()| worker)
 }
 
-fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel) -> Result<(), PoolError> {
+fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel, is_awaited: bool) -> Result<(), PoolError> {
     use rustix::event::epoll;
     use std::os::fd::AsFd;
     let step = |step| move |source| PoolError::Step { step, source };
@@ -256,7 +265,7 @@ fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel) 
         })?;
         *worker.group.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
     }
-    worker.send(&ToWorker::Build(worker.class.into()), &[])?;
+    worker.send(&ToWorker::Build { class: worker.class.into(), is_awaited }, &[])?;
     worker.wait(|mail| mail.built.map(drop))
 }
 

@@ -182,6 +182,8 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 struct State {
     zygote: Zygote,
+    /// The channel to the zygote, ready or not.
+    zygote_channel: Option<Arc<Channel>>,
     workers: HashMap<u64, Arc<Worker>>,
     shelves: HashMap<Class, Shelf>,
     /// Forks under way: shells are refilled when there are none.
@@ -215,6 +217,7 @@ impl Pool {
         let events = events.map_err(|error| PoolError::Step { step: "epoll_create", source: error.into() })?;
         let state = State {
             zygote: Zygote::Starting,
+            zygote_channel: None,
             workers: HashMap::new(),
             shelves: HashMap::new(),
             forks: 0,
@@ -351,7 +354,7 @@ impl Pool {
         workers.iter().for_each(|worker| worker.kill());
         let _all_gone = self.wait_for_workers(0, PATIENCE);
         // Its zygote ends when its channel is closed, and with it the thread that listens to it.
-        if let Zygote::Ready(channel) = std::mem::replace(&mut self.inner.lock().zygote, Zygote::Starting) {
+        if let Some(channel) = self.inner.lock().zygote_channel.take() {
             channel.shut_down();
         }
         for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {

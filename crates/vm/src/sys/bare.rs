@@ -58,10 +58,11 @@ impl BareFork {
 ///
 /// # Errors
 /// What a system call failed with.
-pub fn fork(host: &Host, bytes: u64) -> io::Result<BareFork> {
+pub fn fork(host: &Host, bytes: u64, idle: Duration) -> io::Result<BareFork> {
     let memfd = guest(bytes, &[0xE6, 0x10, 0xEB, 0xFC])?;
     let mut shell = BareShell::build(host, bytes)?;
     let saved = Saved::of(host, &shell)?;
+    std::thread::sleep(idle);
     let started = Instant::now();
     shell.map(&memfd, bytes)?;
     let mapped = Instant::now();

@@ -44,7 +44,7 @@ struct Handover {
 /// The life of a worker's main thread.
 pub(crate) fn live(host: Host, shared: Arc<Shared>) -> ! {
     let handover = Arc::new(Handover::default());
-    let builder = Builder { host, shared: Arc::clone(&shared), handover: Arc::clone(&handover), buffer: channel::buffer() };
+    let builder = Builder { host, shared: Arc::clone(&shared), handover: Arc::clone(&handover), buffer: Vec::new() };
     {
         // Locked until the handle is in its place, where the first vCPU's thread will look for it.
         let mut slot = shared.builder.lock().unwrap_or_else(PoisonError::into_inner);
@@ -85,11 +85,11 @@ struct Builder {
 
 impl Builder {
     fn build(mut self) {
-        let class = match self.receive().message {
-            ToWorker::Build(class) => class,
+        let (class, is_awaited) = match self.receive().message {
+            ToWorker::Build { class, is_awaited } => (class, is_awaited),
             other => self.give_up_over(&other),
         };
-        let (shell, fresh) = self.shell(class);
+        let (shell, fresh) = self.shell(class, is_awaited);
         let mut layers = Vec::new();
         loop {
             let received_ns;
@@ -122,7 +122,7 @@ impl Builder {
         give_up(&self.shared, &failure(&what, &io::ErrorKind::InvalidInput.into()))
     }
 
-    fn shell(&mut self, class: WireClass) -> (Shell, MachineState) {
+    fn shell(&mut self, class: WireClass, is_awaited: bool) -> (Shell, Option<MachineState>) {
         let started = Instant::now();
         let class = match Class::try_from(class) {
             Ok(class) => class,
@@ -137,7 +137,7 @@ impl Builder {
             }
         };
         self.host.close_device();
-        let fresh = self.rehearse(&shell);
+        let fresh = (!is_awaited).then(|| self.rehearse(&shell));
         if let Err(error) = limit_address_space(&self.shared.jail, class.memory()) {
             give_up(&self.shared, &failure("limiting the address space", &error));
         }
@@ -171,7 +171,7 @@ impl Builder {
 
     fn fork(
         self,
-        (shell, fresh): (Shell, MachineState),
+        (shell, fresh): (Shell, Option<MachineState>),
         id: types::MachineId,
         image: &[u8],
         layers: Vec<OwnedFd>,
@@ -199,7 +199,7 @@ impl Builder {
         // By the vCPU's own thread, which has to be woken anyway.
         monitor.give_task(Box::new(move || {
             let started = monotonic_ns();
-            if let Err(error) = state::restore(&core, image.state(), Some(&fresh)) {
+            if let Err(error) = state::restore(&core, image.state(), fresh.as_ref()) {
                 let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
                 give_up(&shared, &failed);
             }

@@ -74,12 +74,25 @@ impl Channel {
         Ok(())
     }
 
-    /// Waits for a message. `buffer` has room for the largest.
-    pub(crate) fn receive<M: Message>(&self, buffer: &mut [u8]) -> Result<Received<M>, ReceiveError> {
+    /// Waits for a message. `buffer` is made as large as it needs to be.
+    pub(crate) fn receive<M: Message>(&self, buffer: &mut Vec<u8>) -> Result<Received<M>, ReceiveError> {
         self.receive_with(buffer, RecvFlags::empty())
     }
 
-    fn receive_with<M: Message>(&self, buffer: &mut [u8], flags: RecvFlags) -> Result<Received<M>, ReceiveError> {
+    fn receive_with<M: Message>(&self, buffer: &mut Vec<u8>, flags: RecvFlags) -> Result<Received<M>, ReceiveError> {
+        // Its length first: a buffer for the longest would cost every worker as much memory as all the rest of it.
+        let peek = flags | RecvFlags::PEEK | RecvFlags::TRUNC;
+        let looked =
+            rustix::io::retry_on_intr(|| rustix::net::recvmsg(&self.0, &mut [], &mut RecvAncillaryBuffer::new(&mut []), peek));
+        let length = match looked {
+            Err(rustix::io::Errno::CONNRESET) => return Err(ReceiveError::Gone),
+            looked => looked.map_err(io::Error::from)?.bytes,
+        };
+        if length > MESSAGE_SIZE_MAX {
+            // Left where it is: nobody speaks with this end any more.
+            return Err(protocol::BadMessage::TooLong.into());
+        }
+        buffer.resize(buffer.len().max(length), 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::io::retry_on_intr(|| {
@@ -106,7 +119,7 @@ impl Channel {
     }
 
     /// The message that is there, if there is one.
-    pub(crate) fn try_receive<M: Message>(&self, buffer: &mut [u8]) -> Result<Option<Received<M>>, ReceiveError> {
+    pub(crate) fn try_receive<M: Message>(&self, buffer: &mut Vec<u8>) -> Result<Option<Received<M>>, ReceiveError> {
         match self.receive_with(buffer, RecvFlags::DONTWAIT) {
             Err(ReceiveError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             received => received.map(Some),
@@ -124,9 +137,4 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-/// A buffer that any message fits into.
-pub(crate) fn buffer() -> Vec<u8> {
-    vec![0; MESSAGE_SIZE_MAX]
 }

@@ -179,7 +179,7 @@ impl Control {
             }
             #[cfg(feature = "testing")]
             ToWorker::Crash(crash) => crash.happen(),
-            ToWorker::Build(_) | ToWorker::Layers | ToWorker::Fork { .. } | ToWorker::BootProbe { .. } => {
+            ToWorker::Build { .. } | ToWorker::Layers | ToWorker::Fork { .. } | ToWorker::BootProbe { .. } => {
                 let message = "the order is for a shell, and this is a machine".to_owned();
                 self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));
             }

@@ -111,8 +111,13 @@ pub struct Failure {
 /// From the node to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
-    /// First: be a shell of this class.
-    Build(WireClass),
+    /// First: be a shell.
+    Build {
+        /// Of this class.
+        class: WireClass,
+        /// Whether a fork waits for it: then what only saves time later is left out.
+        is_awaited: bool,
+    },
     /// Descriptors of an image's layers, more than fit with [`ToWorker::Fork`].
     Layers,
     /// Become a child of this image ([`WireImage`], encoded); with the (last) descriptors of its layers, in the order of its

@@ -40,7 +40,7 @@ pub(crate) fn all(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ("zygote-not-spawned", encode(&FromZygote::NotSpawned { worker: 1, errno: 11 })),
         ("zygote-exited", encode(&FromZygote::Exited { worker: 1, how: Exit::Signal(9) })),
         ("zygote-failed", encode(&FromZygote::Failed(failure()))),
-        ("build", encode(&ToWorker::Build(class))),
+        ("build", encode(&ToWorker::Build { class, is_awaited: true })),
         ("layers", encode(&ToWorker::Layers)),
         ("fork", encode(&ToWorker::Fork { id: id(), image: postcard::to_stdvec(&image).expect("valid") })),
         ("boot-probe", encode(&ToWorker::BootProbe { id: id() })),

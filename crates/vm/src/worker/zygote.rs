@@ -11,7 +11,7 @@ use std::sync::Arc;
 use rustix::event::epoll;
 use rustix::process::{Signal, WaitId, WaitIdOptions};
 
-use super::channel::{self, Channel, ReceiveError};
+use super::channel::{Channel, ReceiveError};
 use super::protocol::{Exit, Failure, FromWorker, FromZygote, ToZygote};
 use super::{Shared, builder};
 use crate::host::{Host, HostFacts};
@@ -41,7 +41,7 @@ fn live() -> Result<(), Failed> {
     let channel = Channel::over(std::io::stdin().as_fd().try_clone_to_owned().map_err(|error| ("taking its socket", error))?);
     let null = std::fs::File::open("/dev/null").map_err(|error| ("opening /dev/null", error))?;
     rustix::stdio::dup2_stdin(&null).map_err(failed("closing standard input"))?;
-    let mut buffer = channel::buffer();
+    let mut buffer = Vec::new();
     let greeting = channel.receive::<ToZygote>(&mut buffer).map_err(|error| ("receiving", io::Error::other(error)))?;
     let (ToZygote::Hello { facts, jail }, Ok([kvm])) = (greeting.message, <[OwnedFd; 1]>::try_from(greeting.descriptors))
     else {
@@ -88,7 +88,7 @@ impl<'a> Zygote<'a> {
         Ok(Self { channel, kvm, proc, facts, jail, filters, events, children: HashMap::new() })
     }
 
-    fn serve(&mut self, buffer: &mut [u8]) -> Result<(), Failed> {
+    fn serve(&mut self, buffer: &mut Vec<u8>) -> Result<(), Failed> {
         let mut happened = Vec::with_capacity(64);
         loop {
             happened.clear();
@@ -109,7 +109,7 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    fn obey(&mut self, buffer: &mut [u8]) -> Result<(), ReceiveError> {
+    fn obey(&mut self, buffer: &mut Vec<u8>) -> Result<(), ReceiveError> {
         let received = self.channel.receive::<ToZygote>(buffer)?;
         let (ToZygote::Spawn { worker, uid }, Ok([socket])) =
             (received.message, <[OwnedFd; 1]>::try_from(received.descriptors))

@@ -369,3 +369,22 @@ fn a_zygote_killed_at_any_moment_leaves_nothing_behind() {
     wait_for(&pool, &before, 2);
     held("zygotes killed in the middle of forks", rounds);
 }
+
+#[test]
+fn a_pool_stops_also_while_its_zygote_is_being_replaced() {
+    let seed = seed();
+    let mut dice = fastrand::Rng::with_seed(seed);
+    let rounds = count(6, 60);
+    for _ in 0..rounds {
+        let pool = pool();
+        pool.expect(class(MIB, 1), 3);
+        kill_process(crate::workers::zygote_of(&pool), Signal::KILL).unwrap();
+        std::thread::sleep(Duration::from_micros(dice.u64(0..400_000)));
+        let started = Instant::now();
+        pool.stop();
+        assert!(started.elapsed() < PATIENCE / 4, "stopping took {:?}", started.elapsed());
+        assert_eq!(pool.worker_count(), 0);
+        assert_eq!(descendants(std::process::id()), 0);
+    }
+    held("pools stopped while their zygote was being replaced", rounds);
+}
