@@ -47,6 +47,12 @@ pub(crate) fn seal_for_mapping(memfd: &File) -> io::Result<()> {
     Ok(rustix::fs::fcntl_add_seals(memfd, SealFlags::WRITE)?)
 }
 
+/// Gives back all memory that it takes. Its content is zero then.
+pub(crate) fn empty(memfd: &File) -> io::Result<()> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(memfd, hole, 0, size(memfd)?)?)
+}
+
 pub(crate) fn size(memfd: &File) -> io::Result<u64> {
     Ok(memfd.metadata()?.len())
 }

@@ -197,6 +197,10 @@ impl MachineState {
         if chips != IRQCHIPS {
             return Err(StateError::OutOfRange { what: "list of interrupt controllers" });
         }
+        let is_too_long = |device: &SavedDevice| device.name.len() + device.state.len() > DEVICE_SIZE_MAX;
+        if self.devices.len() > DEVICES_MAX || self.devices.iter().any(is_too_long) {
+            return Err(StateError::OutOfRange { what: "list of devices" });
+        }
         for vcpu in &self.vcpus {
             if vcpu.xsave.len() > XSAVE_SIZE {
                 return Err(StateError::OutOfRange { what: "XSAVE area" });
@@ -230,6 +234,8 @@ fn lapic_but_timer(words: &[u32]) -> Vec<u32> {
 /// In the order in which they are restored: an IOAPIC that delivers a pending interrupt must find the PICs as they were.
 const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 const XSAVE_SIZE: usize = 4096;
+const DEVICES_MAX: usize = 32;
+const DEVICE_SIZE_MAX: usize = 2048;
 const MSRS_MAX: usize = 1024;
 const XCRS_MAX: usize = 16;
 const LAPIC_REGISTERS: usize = 64;

@@ -21,6 +21,7 @@ const RESTART_PAUSE: Duration = Duration::from_millis(200);
 /// The thread's life. It is also the zygote's parent, which the kernel lets no zygote outlive.
 pub(super) fn drive(inner: Arc<Inner>) {
     let mut buffer = Vec::new();
+    let mut was_ready = false;
     loop {
         let ended = match start_zygote(&inner) {
             Ok(None) => return,
@@ -28,7 +29,7 @@ pub(super) fn drive(inner: Arc<Inner>) {
                 let ended = listen(&inner, &channel, &mut buffer);
                 // It has hung up, or will when it finds that the other end has gone.
                 channel.shut_down();
-                child.wait().map(drop).unwrap_or_default();
+                see_out(&mut child);
                 epoll::delete(&inner.events, &*channel).unwrap_or_default();
                 ended
             }
@@ -39,10 +40,11 @@ pub(super) fn drive(inner: Arc<Inner>) {
             },
         };
         let mut state = inner.lock();
-        let was_ready = matches!(state.zygote, Zygote::Ready(_));
+        was_ready |= matches!(state.zygote, Zygote::Ready(_));
         // Before its workers are forgotten: whoever asks for one afterwards is refused, so that none is forgotten about.
         state.zygote = Zygote::Failed(ended);
         state.zygote_channel = None;
+        // One that never was there will not be there next time; one that was is tried again until the host can have it.
         let is_over = state.is_stopping || !was_ready;
         drop(state);
         forget_all(&inner);
@@ -68,15 +70,30 @@ fn start_zygote(inner: &Inner) -> io::Result<Option<(Child, Arc<Channel>)>> {
     }
     let (program, arguments) = &inner.settings.zygote;
     let stdin = Stdio::from(theirs.into_descriptor());
-    let child = Command::new(program).args(arguments).stdin(stdin).stdout(Stdio::null()).env_clear().spawn()?;
-    epoll::add(&inner.events, &*ours, epoll::EventData::new_u64(ZYGOTE), epoll::EventFlags::IN)?;
-    if let Some(groups) = &inner.groups {
-        groups.admit_zygote(child.id()).map_err(io::Error::other)?;
+    let mut child = Command::new(program).args(arguments).stdin(stdin).stdout(Stdio::null()).env_clear().spawn()?;
+    let listened = epoll::add(&inner.events, &*ours, epoll::EventData::new_u64(ZYGOTE), epoll::EventFlags::IN);
+    let admitted = inner.groups.as_ref().map_or(Ok(()), |groups| groups.admit_zygote(child.id()));
+    if let Err(error) = listened.map_err(io::Error::from).and(admitted.map_err(io::Error::other)) {
+        ours.shut_down();
+        see_out(&mut child);
+        return Err(error);
     }
     let hello = ToZygote::Hello { facts: Box::new(inner.host.facts.clone()), jail: inner.settings.jail.clone() };
     // A zygote that is gone already has closed its end; the first receive then says so.
     ours.send(&hello, &[crate::sys::borrow_fd(inner.host.kvm())]).unwrap_or_default();
     Ok(Some((child, ours)))
+}
+
+/// Waits for a zygote whose channel is closed; not for ever.
+fn see_out(child: &mut Child) {
+    for _ in 0..200 {
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap_or_default();
+    child.wait().map(drop).unwrap_or_default();
 }
 
 /// Until the zygote is gone; says why.
@@ -122,9 +139,13 @@ fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut Vec<u8>) -> Re
         FromZygote::Spawned { worker, pid } => {
             let pidfd: Option<OwnedFd> = descriptors.into_iter().next();
             if let Some(worker) = worker_of(worker) {
-                worker.deliver(|mail| {
-                    mail.pid = Some(pid);
-                    mail.pidfd = pidfd;
+                if pidfd.is_none() {
+                    // It finds nobody at the other end, and ends.
+                    worker.channel.shut_down();
+                }
+                worker.deliver(|mail| match pidfd {
+                    Some(pidfd) => (mail.pid, mail.pidfd) = (Some(pid), Some(pidfd)),
+                    None => mail.failed = Some(no_descriptor()),
                 });
             }
         }
@@ -140,7 +161,7 @@ fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut Vec<u8>) -> Re
         FromZygote::Exited { worker, how } => {
             if let Some(worker) = worker_of(worker) {
                 // What it said before it ended is still in its channel.
-                while drain(&worker, buffer) {}
+                while drain(&worker, buffer) == Said::Something {}
                 see_off(inner, &worker, Some(how));
             }
         }
@@ -148,30 +169,43 @@ fn hear_zygote(inner: &Inner, zygote: &Arc<Channel>, buffer: &mut Vec<u8>) -> Re
     Ok(())
 }
 
-fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut Vec<u8>) {
-    if !drain(worker, buffer) {
-        // It is on its way out; its zygote will say how.
-        epoll::delete(&inner.events, worker).unwrap_or_default();
+fn no_descriptor() -> Failure {
+    Failure {
+        message: "this process has no room for the descriptor of a worker".to_owned(),
+        remedy: "raise the limit on open files (ulimit -n), or end other machines".to_owned(),
+        errno: libc::EMFILE,
     }
 }
 
-/// Takes one message if there is one. Says whether there may be more.
-fn drain(worker: &Worker, buffer: &mut Vec<u8>) -> bool {
+fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut Vec<u8>) {
+    if drain(worker, buffer) == Said::NoMore {
+        // It has hung up. Most likely it is on its way out, and its zygote will say how; if not, this ends it.
+        epoll::delete(&inner.events, worker).unwrap_or_default();
+        worker.end_process();
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Something,
+    Nothing,
+    /// And will not say anything again.
+    NoMore,
+}
+
+/// Takes one message if there is one.
+fn drain(worker: &Worker, buffer: &mut Vec<u8>) -> Said {
     match worker.channel.try_receive::<FromWorker>(buffer) {
         Ok(Some(received)) => {
             worker.take(received.message);
-            true
+            Said::Something
         }
-        Ok(None) => false,
-        Err(ReceiveError::Gone) => false,
+        Ok(None) => Said::Nothing,
+        Err(ReceiveError::Gone) => Said::NoMore,
         Err(error) => {
             // Not one of ours any more, whatever it is.
-            let message = format!("the worker said something that cannot be: {error}");
-            worker.deliver(|mail| {
-                mail.failed.get_or_insert(Failure { message, remedy: "fork again from its image".into(), errno: 0 });
-            });
-            worker.kill();
-            false
+            worker.condemn(format!("its worker said something that cannot be: {error}"));
+            Said::NoMore
         }
     }
 }

@@ -21,6 +21,8 @@ const WINDOW: Duration = Duration::from_secs(60);
 const IDLE: Duration = Duration::from_secs(600);
 /// After a build that failed, before the next one that nobody waits for.
 const BACK_OFF: Duration = Duration::from_secs(1);
+/// For so long after the first of several forks that overlap no shells are built ahead.
+const FORKS_FIRST: Duration = Duration::from_millis(250);
 /// How often a builder with nothing to do looks whether demand has gone down.
 const ROUND: Duration = Duration::from_secs(5);
 
@@ -64,6 +66,11 @@ impl Shelf {
         recent.map(|(_, count)| *count).max().unwrap_or(0).clamp(min.min(max), max)
     }
 
+    /// Takes all that wait off the shelf: the pool stops.
+    pub(super) fn take_all(&mut self) {
+        self.ready.clear();
+    }
+
     pub(super) fn forget(&mut self, worker: &Arc<Worker>) {
         self.ready.retain(|ready| !Arc::ptr_eq(ready, worker));
     }
@@ -99,12 +106,64 @@ pub(super) fn wanted(inner: &Inner, state: &State, now: Instant) -> HashMap<Clas
     wanted
 }
 
-/// Takes a shell, or waits for one that is built for it. Says whether one was ready.
-pub(super) fn take_shell(inner: &Inner, class: Class, patience: Duration) -> Result<(Arc<Worker>, bool), PoolError> {
-    let deadline = Instant::now() + patience;
-    let asked = Instant::now();
+/// A number of shells that somebody is about to take: as many builders work for it. What has not been taken when it is dropped
+/// is not waited for any more.
+pub(super) struct Demand<'a> {
+    inner: &'a Inner,
+    class: Class,
+    left: u32,
+    asked: Instant,
+    deadline: Instant,
+}
+
+impl<'a> Demand<'a> {
+    pub(super) fn of(inner: &'a Inner, class: Class, count: usize) -> Self {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let asked = Instant::now();
+        // For all of them together; a thousand take seconds.
+        let deadline = asked + super::PATIENCE + Duration::from_millis(20) * count;
+        let mut state = inner.lock();
+        if state.forks == 0 {
+            state.forks_since = asked;
+        }
+        state.forks += 1;
+        let shelf = state.shelves.entry(class).or_default();
+        shelf.note_demand(asked, count);
+        shelf.waiting += count;
+        let is_short = shelf.ready_count() < shelf.waiting;
+        drop(state);
+        if is_short {
+            inner.changed.notify_all();
+        }
+        Self { inner, class, left: count, asked, deadline }
+    }
+
+    /// Takes one, or waits for one that is built for it. Says whether one was ready.
+    pub(super) fn take(&mut self) -> Result<(Arc<Worker>, bool), PoolError> {
+        let taken = take_shell(self.inner, self.class, self.asked, self.deadline);
+        if let Some(shelf) = self.inner.lock().shelves.get_mut(&self.class) {
+            shelf.waiting = shelf.waiting.saturating_sub(1);
+        }
+        self.left = self.left.saturating_sub(1);
+        taken
+    }
+}
+
+impl Drop for Demand<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.lock();
+        state.forks = state.forks.saturating_sub(1);
+        if let Some(shelf) = state.shelves.get_mut(&self.class) {
+            shelf.waiting = shelf.waiting.saturating_sub(self.left);
+        }
+        drop(state);
+        self.inner.changed.notify_all();
+    }
+}
+
+fn take_shell(inner: &Inner, class: Class, asked: Instant, deadline: Instant) -> Result<(Arc<Worker>, bool), PoolError> {
     let mut state = inner.lock();
-    let mut is_waiting = false;
+    let mut has_waited = false;
     loop {
         let zygote_failed = match &state.zygote {
             Zygote::Failed(failure) => Some(failure.clone()),
@@ -115,22 +174,17 @@ pub(super) fn take_shell(inner: &Inner, class: Class, patience: Duration) -> Res
         let outcome = if is_stopping {
             Some(Err(PoolError::Stopping))
         } else if let Some(worker) = shelf.ready.pop() {
-            Some(Ok((worker, !is_waiting)))
+            Some(Ok((worker, !has_waited)))
         } else if let Some((_, failure)) = shelf.failed.as_ref().filter(|(at, _)| *at > asked) {
             Some(Err(PoolError::Failed(failure.clone())))
         } else {
             let left = deadline.saturating_duration_since(Instant::now());
-            (left.is_zero()).then(|| Err(zygote_failed.map_or(PoolError::Stuck(patience), PoolError::Failed)))
+            (left.is_zero()).then(|| Err(zygote_failed.map_or(PoolError::Stuck(deadline - asked), PoolError::Failed)))
         };
         if let Some(outcome) = outcome {
-            shelf.waiting -= u32::from(is_waiting);
             return outcome;
         }
-        if !is_waiting {
-            is_waiting = true;
-            shelf.waiting += 1;
-            inner.changed.notify_all();
-        }
+        has_waited = true;
         let left = deadline.saturating_duration_since(Instant::now());
         state = inner.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
     }
@@ -192,11 +246,11 @@ fn next_class(inner: &Inner, state: &mut State) -> Next {
     if let Some((class, _)) = starved {
         return Next::Build(*class, true);
     }
-    if state.forks > 0 {
-        // Building takes CPU time that a fork under way wants.
+    let now = Instant::now();
+    if state.forks > 0 && now - state.forks_since < FORKS_FIRST {
+        // Building takes CPU time that a fork under way wants; but forks without end must not keep shells from being built.
         return Next::Nothing;
     }
-    let now = Instant::now();
     let has_failed = |shelf: &Shelf| shelf.failed.as_ref().is_some_and(|(at, _)| now - *at < BACK_OFF);
     let wanted = wanted(inner, state, now);
     for (class, shelf) in &mut state.shelves {

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use types::MachineId;
 
-use super::worker::{Running, Worker};
-use super::{ForkOptions, Inner, PATIENCE, PoolError, keeper};
+use super::mail::Running;
+use super::worker::Worker;
+use super::{ForkOptions, Inner, PoolError, keeper};
 use crate::class::{Class, ram_regions};
 use crate::image::{Image, check_map, memfd};
 use crate::machine::state::MachineState;
@@ -18,6 +19,13 @@ use crate::worker::protocol::{self, DESCRIPTORS_MAX, ToWorker, WireFrozen};
 
 /// The fewest bytes of pages that a machine must be allowed to write: what its first instructions write.
 const LIMIT_MIN: u64 = 1 << 20;
+
+/// How long somebody who only looks waits.
+const LOOK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often a seal is tried that the kernel does not put on while a page is in use elsewhere.
+const SEAL_ATTEMPTS: u32 = 20;
+/// The most bytes of a run of a map on the wire.
+const RUN_SIZE_MAX: usize = 9;
 
 /// A machine in its worker. Dropping it kills it.
 #[derive(Debug)]
@@ -38,6 +46,8 @@ enum RestsOn {
         image: Arc<Image>,
         /// Bytes that its branches had copied: the kernel counts them as the worker's.
         branched_bytes: u64,
+        /// Its worker had memory mapped that all can see, and has been free to map more: see [`Image::seal_for_mapping`].
+        was_first_parent: bool,
     },
 }
 
@@ -77,14 +87,9 @@ pub(super) fn fork_all(
     options: ForkOptions,
 ) -> Vec<Result<(Jailed, ForkTimes), PoolError>> {
     let started = monotonic_ns();
-    {
-        let mut state = inner.lock();
-        state.forks += 1;
-        let count = u32::try_from(ids.len()).unwrap_or(u32::MAX);
-        state.shelves.entry(image.class()).or_default().note_demand(Instant::now(), count);
-    }
+    let mut demand = keeper::Demand::of(inner, image.class(), ids.len());
     // All are sent before any is waited for.
-    let sent: Vec<_> = ids.iter().map(|id| send_fork(inner, image, *id, options)).collect();
+    let sent: Vec<_> = ids.iter().map(|id| send_fork(inner, &mut demand, image, *id, options)).collect();
     let forked = sent
         .into_iter()
         .map(|sent| {
@@ -93,8 +98,7 @@ pub(super) fn fork_all(
             Ok((jailed, times(started, shell_ns, running, had_shell)))
         })
         .collect();
-    inner.lock().forks -= 1;
-    inner.changed.notify_all();
+    drop(demand);
     forked
 }
 
@@ -117,6 +121,7 @@ fn times(started: u64, shell_ns: u64, running: Running, had_shell: bool) -> Fork
 
 fn send_fork(
     inner: &Arc<Inner>,
+    demand: &mut keeper::Demand<'_>,
     image: &Arc<Image>,
     id: MachineId,
     options: ForkOptions,
@@ -127,10 +132,10 @@ fn send_fork(
         return Err(PoolError::Limit { asked_bytes: limit_bytes, least_bytes: LIMIT_MIN });
     }
     let layers = image.read_only_layers().map_err(|source| PoolError::Step { step: "opening the image to read", source })?;
-    let (worker, had_shell) = keeper::take_shell(inner, class, PATIENCE)?;
+    let (worker, had_shell) = demand.take()?;
     let shell_ns = monotonic_ns();
     worker.deliver(|mail| mail.machine = Some(id));
-    let rests_on = RestsOn::Image { image: Arc::clone(image), branched_bytes: 0 };
+    let rests_on = RestsOn::Image { image: Arc::clone(image), branched_bytes: 0, was_first_parent: false };
     // From here on dropping it kills the worker.
     let jailed = Jailed { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(rests_on), limit_bytes };
     if options.limit_bytes.is_some() {
@@ -148,11 +153,11 @@ fn send_fork(
 
 pub(super) fn boot_probe(inner: &Arc<Inner>, class: Class, id: MachineId) -> Result<Jailed, PoolError> {
     let memory = memfd::first_memory(class.memory()).map_err(|source| PoolError::Step { step: "memfd_create", source })?;
-    let (worker, _) = keeper::take_shell(inner, class, PATIENCE)?;
-    worker.deliver(|mail| mail.machine = Some(id));
     let limit_bytes = class.memory().bytes();
     let copies: std::io::Result<Vec<_>> = memory.iter().map(std::fs::File::try_clone).collect();
     let copies = copies.map_err(|source| PoolError::Step { step: "duplicating a descriptor", source })?;
+    let (worker, _) = keeper::Demand::of(inner, class, 1).take()?;
+    worker.deliver(|mail| mail.machine = Some(id));
     let jailed = Jailed { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(RestsOn::Own(memory)), limit_bytes };
     let descriptors: Vec<BorrowedFd<'_>> = copies.iter().map(AsFd::as_fd).collect();
     jailed.worker.send(&ToWorker::BootProbe { id }, &descriptors)?;
@@ -210,7 +215,7 @@ impl Jailed {
     pub fn freeze(&self) -> Result<Frozen, PoolError> {
         // One at a time, as in the worker.
         let mut rests_on = self.rests_on.lock().unwrap_or_else(PoisonError::into_inner);
-        self.worker.mail().frozen = None;
+        self.worker.mail().await_frozen();
         match &mut *rests_on {
             RestsOn::Own(memory) => {
                 let memory = std::mem::take(memory);
@@ -225,17 +230,20 @@ impl Jailed {
                 let (state, maps, identity_page, report) = frozen;
                 let cpu = self.inner.host.cpu().clone();
                 let image = Image::first(cpu, state, self.class(), maps, memory, identity_page);
-                // Not even the worker, which had it mapped to write, can change it any more.
-                image.seal_for_mapping().map_err(|source| PoolError::Step { step: "sealing the image", source })?;
                 let image = Arc::new(image);
-                *rests_on = RestsOn::Image { image: Arc::clone(&image), branched_bytes: 0 };
+                // The kernel counts it as the worker's.
+                let branched_bytes = image.own_bytes().unwrap_or(0);
+                *rests_on = RestsOn::Image { image: Arc::clone(&image), branched_bytes, was_first_parent: true };
+                self.limit_memory(branched_bytes).unwrap_or_default();
+                self.seal_against_worker(&image)?;
                 Ok(Frozen { image, report })
             }
-            RestsOn::Image { image: base, branched_bytes } => {
+            RestsOn::Image { image: base, branched_bytes, was_first_parent } => {
                 let layers = memfd::new_layers(self.class().memory());
                 let layers = layers.map_err(|source| PoolError::Step { step: "memfd_create", source })?;
-                // What the copier writes counts as the worker's, for as long as the image lives.
-                self.limit_memory(*branched_bytes + self.class().memory().bytes())?;
+                // What the copier writes counts as the worker's, for as long as the image lives; and while it copies, so does
+                // what the guest writes a second time.
+                self.limit_memory(*branched_bytes + self.class().memory().bytes() + self.limit_bytes)?;
                 let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
                 let frozen = self.worker.send(&ToWorker::Freeze, &descriptors).and_then(|()| self.wait_for_frozen());
                 let counts: Vec<usize> = base.ram().iter().map(|region| region.layers().len() + 1).collect();
@@ -243,18 +251,40 @@ impl Jailed {
                 let (state, maps, identity_page, report) = match checked {
                     Ok(checked) => checked,
                     Err(error) => {
-                        self.limit_memory(*branched_bytes).unwrap_or_default();
+                        // A worker that wrote and then said that it has not keeps nothing of it.
+                        layers.iter().for_each(|layer| memfd::empty(layer).unwrap_or_default());
+                        if self.limit_memory(*branched_bytes).is_err() {
+                            self.worker.condemn("its memory could not be limited again after a failed freeze".to_owned());
+                        }
                         return Err(error);
                     }
                 };
                 let cpu = self.inner.host.cpu().clone();
                 let image = Image::branched(base, cpu, state, maps, layers, identity_page);
-                image.seal().map_err(|source| PoolError::Step { step: "sealing the image", source })?;
+                if *was_first_parent {
+                    self.seal_against_worker(&image)?;
+                } else {
+                    image.seal().map_err(|source| PoolError::Step { step: "sealing the image", source })?;
+                }
                 *branched_bytes += image.own_bytes().unwrap_or(0);
                 self.limit_memory(*branched_bytes).unwrap_or_default();
                 Ok(Frozen { image: Arc::new(image), report })
             }
         }
+    }
+
+    /// Makes sure that not even a worker that has mapped it to write can change an image any more; ends one that has.
+    fn seal_against_worker(&self, image: &Image) -> Result<(), PoolError> {
+        let mut sealed = image.seal_for_mapping();
+        for _ in 0..SEAL_ATTEMPTS {
+            if sealed.is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+            sealed = image.seal_for_mapping();
+        }
+        self.worker.condemn("its memory could not be sealed: somebody has it mapped to write".to_owned());
+        sealed.map_err(|source| PoolError::Step { step: "sealing the image", source })
     }
 
     fn wait_for_frozen(&self) -> Result<Box<WireFrozen>, PoolError> {
@@ -283,6 +313,10 @@ impl Jailed {
         if let Some(page) = wire.identity_page.filter(|page| !is_ram(*page) || page.0 % types::PAGE_SIZE != 0) {
             return Err(lie(format!("an identity page at {page}")));
         }
+        let runs: usize = wire.maps.iter().map(|map| map.runs().len()).sum();
+        if wire.state.len() + runs * RUN_SIZE_MAX + 1024 > protocol::MESSAGE_SIZE_MAX {
+            return Err(lie("an image that no worker could be told of".to_owned()));
+        }
         let [stall, rest, capture, scan, instant, copy] = wire.took_ns.map(Duration::from_nanos);
         let (dirty_pages, copied_extents) = (wire.dirty_pages, wire.copied_extents);
         let report = FreezeReport { stall, rest, capture, scan, instant, copy, dirty_pages, copied_extents };
@@ -306,6 +340,7 @@ impl Jailed {
     /// # Errors
     /// [`PoolError`].
     pub fn call(&self, vcpu: u8, command: Command) -> Result<Reply, PoolError> {
+        let _one_at_a_time = self.worker.ask();
         self.post(vcpu, command)?;
         self.answer(vcpu)
     }
@@ -315,9 +350,7 @@ impl Jailed {
     /// # Errors
     /// [`PoolError`].
     pub fn post(&self, vcpu: u8, command: Command) -> Result<(), PoolError> {
-        if let Some(slot) = self.worker.mail().answers.get_mut(usize::from(vcpu)) {
-            *slot = None;
-        }
+        self.worker.mail().await_answer(vcpu);
         self.worker.send(&ToWorker::Probe { vcpu, command }, &[])
     }
 
@@ -335,6 +368,13 @@ impl Jailed {
     /// # Errors
     /// [`PoolError`].
     pub fn stop(&self, vcpu: u8) -> Result<Reply, PoolError> {
+        {
+            // Of a command that was posted, or inherited.
+            let mut mail = self.worker.mail();
+            if !mail.awaits_answer(vcpu) {
+                mail.await_answer(vcpu);
+            }
+        }
         self.worker.send(&ToWorker::StopProbe { vcpu }, &[])?;
         self.answer(vcpu)
     }
@@ -344,7 +384,8 @@ impl Jailed {
     /// # Errors
     /// [`PoolError`].
     pub fn set_running(&self, is_to_run: bool) -> Result<(), PoolError> {
-        self.worker.mail().is_done = false;
+        let _one_at_a_time = self.worker.ask();
+        self.worker.mail().await_done();
         self.worker.send(if is_to_run { &ToWorker::Resume } else { &ToWorker::Pause }, &[])?;
         self.worker.wait(|mail| mail.is_done.then_some(()))
     }
@@ -357,9 +398,10 @@ impl Jailed {
         if self.ended().is_some() {
             return Ok(self.worker.mail().console.clone().unwrap_or_default());
         }
-        self.worker.mail().console = None;
+        let _one_at_a_time = self.worker.ask();
+        self.worker.mail().await_console();
         self.worker.send(&ToWorker::Console, &[])?;
-        self.worker.wait(|mail| mail.console.take())
+        self.worker.look_for(LOOK_PATIENCE, &mut |mail| mail.console.take())
     }
 
     /// What it costs now, as the kernel counts it.
@@ -386,7 +428,7 @@ impl Jailed {
     /// [`PoolError`]; the end of the worker among them.
     #[cfg(feature = "testing")]
     pub fn attempt(&self, order: crate::harness::attempts::Order, descriptors: &[BorrowedFd<'_>]) -> Result<i32, PoolError> {
-        self.worker.mail().attempted = None;
+        self.worker.mail().await_attempted();
         self.worker.send(&ToWorker::Attempt(order), descriptors)?;
         self.worker.wait(|mail| mail.attempted.take())
     }

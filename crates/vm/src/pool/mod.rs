@@ -12,6 +12,7 @@
 mod driver;
 mod keeper;
 mod machine;
+mod mail;
 mod worker;
 
 use std::collections::HashMap;
@@ -186,8 +187,9 @@ struct State {
     zygote_channel: Option<Arc<Channel>>,
     workers: HashMap<u64, Arc<Worker>>,
     shelves: HashMap<Class, Shelf>,
-    /// Forks under way: shells are refilled when there are none.
+    /// Forks under way, and since when there have been any: shells are refilled when there are none, or have been for long.
     forks: u32,
+    forks_since: Instant,
     is_stopping: bool,
     ends: Vec<Sender<(MachineId, Ended)>>,
 }
@@ -221,6 +223,7 @@ impl Pool {
             workers: HashMap::new(),
             shelves: HashMap::new(),
             forks: 0,
+            forks_since: Instant::now(),
             is_stopping: false,
             ends: Vec::new(),
         };
@@ -347,7 +350,7 @@ impl Pool {
         let workers: Vec<Arc<Worker>> = {
             let mut state = self.inner.lock();
             state.is_stopping = true;
-            state.shelves.clear();
+            state.shelves.values_mut().for_each(Shelf::take_all);
             state.workers.values().cloned().collect()
         };
         self.inner.changed.notify_all();

@@ -62,7 +62,10 @@ impl Channel {
 
     /// Sends a message that is encoded already.
     pub(crate) fn send_bytes(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        assert!(bytes.len() <= MESSAGE_SIZE_MAX && descriptors.len() <= DESCRIPTORS_MAX, "a message within its limits");
+        assert!(descriptors.len() <= DESCRIPTORS_MAX, "a message within its limits");
+        if bytes.len() > MESSAGE_SIZE_MAX {
+            return Err(rustix::io::Errno::MSGSIZE.into());
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() {
@@ -112,9 +115,10 @@ impl Channel {
         if received.bytes == 0 {
             return Err(ReceiveError::Gone);
         }
-        if received.flags.bits() & (libc::MSG_TRUNC | libc::MSG_CTRUNC).cast_unsigned() != 0 {
+        if received.flags.bits() & libc::MSG_TRUNC.cast_unsigned() != 0 {
             return Err(protocol::BadMessage::TooLong.into());
         }
+        // MSG_CTRUNC: this process has no room for all of the descriptors. The message is whole; whoever needs them misses them.
         Ok(Received { message: protocol::decode(&buffer[..received.bytes])?, descriptors })
     }
 

@@ -178,7 +178,11 @@ impl Control {
                 self.send(&FromWorker::Attempted(errno));
             }
             #[cfg(feature = "testing")]
-            ToWorker::Crash(crash) => crash.happen(),
+            ToWorker::Crash(crash) => match crash {
+                crate::harness::Crash::Lie => self.send(&FromWorker::Done),
+                crate::harness::Crash::Garbage => self.shared.channel.send_bytes(b"not ours", &[]).unwrap_or_default(),
+                crash => crash.happen(),
+            },
             ToWorker::Build { .. } | ToWorker::Layers | ToWorker::Fork { .. } | ToWorker::BootProbe { .. } => {
                 let message = "the order is for a shell, and this is a machine".to_owned();
                 self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));

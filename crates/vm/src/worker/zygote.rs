@@ -111,16 +111,24 @@ impl<'a> Zygote<'a> {
 
     fn obey(&mut self, buffer: &mut Vec<u8>) -> Result<(), ReceiveError> {
         let received = self.channel.receive::<ToZygote>(buffer)?;
-        let (ToZygote::Spawn { worker, uid }, Ok([socket])) =
-            (received.message, <[OwnedFd; 1]>::try_from(received.descriptors))
-        else {
+        let ToZygote::Spawn { worker, uid } = received.message else {
             return Err(io::Error::other("an order that is not for a zygote").into());
+        };
+        let Ok([socket]) = <[OwnedFd; 1]>::try_from(received.descriptors) else {
+            // There was no room for it here.
+            return Ok(self.channel.send(&FromZygote::NotSpawned { worker, errno: libc::EMFILE }, &[])?);
         };
         let namespaces = apply::namespaces_of_worker(&self.jail);
         match process::fork_into(namespaces, || self.be_worker(socket, uid)) {
             Ok(child) => {
                 let flags = epoll::EventFlags::IN;
-                epoll::add(&self.events, &child.pidfd, epoll::EventData::new_u64(worker), flags).map_err(io::Error::from)?;
+                if let Err(error) = epoll::add(&self.events, &child.pidfd, epoll::EventData::new_u64(worker), flags) {
+                    // Nobody would see it end.
+                    rustix::process::pidfd_send_signal(&child.pidfd, Signal::KILL).unwrap_or_default();
+                    let reaped = rustix::process::waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED);
+                    reaped.map(drop).unwrap_or_default();
+                    return Ok(self.channel.send(&FromZygote::NotSpawned { worker, errno: error.raw_os_error() }, &[])?);
+                }
                 self.channel.send(&FromZygote::Spawned { worker, pid: child.pid }, &[child.pidfd.as_fd()])?;
                 self.children.insert(worker, child);
             }

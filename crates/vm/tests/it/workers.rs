@@ -137,7 +137,7 @@ fn one_end_is_only_its_own() {
     let pool = pool();
     let ends = pool.ends();
     let image = image(&pool, class(64, 1), 100);
-    let children = fork(&pool, &image, 9);
+    let children = fork(&pool, &image, 11);
     // The guest's own.
     children[0].post(0, Command::Fault(Fault::Triple)).unwrap();
     assert_eq!(ended(&children[0]), Reason::GuestTripleFault);
@@ -147,21 +147,23 @@ fn one_end_is_only_its_own() {
         (Crash::Fault, Reason::WorkerCrashed),
         (Crash::Exit, Reason::WorkerCrashed),
         (Crash::ForbiddenCall, Reason::JailViolation),
+        (Crash::Lie, Reason::WorkerCrashed),
+        (Crash::Garbage, Reason::WorkerCrashed),
     ];
     for (child, (crash, reason)) in children[1..].iter().zip(crashes) {
         child.crash(crash).unwrap();
         assert_eq!(ended(child), reason);
     }
     // Somebody's who is not the node.
-    kill_process(Pid::from_raw(children[5].pid().unwrap()).unwrap(), Signal::KILL).unwrap();
-    assert_eq!(ended(&children[5]), Reason::WorkerCrashed);
+    kill_process(Pid::from_raw(children[7].pid().unwrap()).unwrap(), Signal::KILL).unwrap();
+    assert_eq!(ended(&children[7]), Reason::WorkerCrashed);
     // The node's.
-    children[6].kill();
-    assert_eq!(ended(&children[6]), Reason::Killed);
-    let error = children[6].call(0, Command::Ping).unwrap_err();
+    children[8].kill();
+    assert_eq!(ended(&children[8]), Reason::Killed);
+    let error = children[8].call(0, Command::Ping).unwrap_err();
     assert!(matches!(error, PoolError::Ended(_)), "{error}");
     assert!(!error.remedy().is_empty());
-    for child in &children[7..] {
+    for child in &children[9..] {
         assert_eq!(who(child), child.id());
         check(child, 100, 7);
     }
@@ -191,6 +193,13 @@ fn a_child_over_its_limit_ends_and_its_siblings_do_not() {
         sibling.freeze().unwrap();
         sibling.call(0, all).unwrap();
     }
+    // Also while it writes over all of it, again and again: every page is then there three times.
+    let count = probe::work_pages(class(256, 1).memory());
+    sibling.post(0, Command::Epochs { first: probe::first_work_page(), count }).unwrap();
+    for _ in 0..3 {
+        sibling.freeze().unwrap();
+    }
+    sibling.stop(0).unwrap();
     assert_eq!(sibling.ended(), None);
     let error = pool.fork(&image, &[new_id()], ForkOptions { limit_bytes: Some(4096) }).remove(0).unwrap_err();
     assert!(matches!(error, PoolError::Limit { .. }), "{error}");
@@ -258,8 +267,7 @@ fn a_child_has_every_register_of_its_image() {
     let pool = pool();
     for vcpus in [1, 4] {
         let parent = pool.boot_probe(class(64, vcpus), new_id()).unwrap();
-        // Registers, vectors, a timer: nothing stays as it was at the start.
-        parent.call(0, Command::Ticks { initial_count: 1 << 20, divide: 3 }).unwrap();
+        // General and vector registers that are not as they were at the start. No timer: a tick changes segments for its time.
         for vcpu in 0..vcpus {
             parent.post(vcpu, Command::Hold { vector_bytes: 32 }).unwrap();
         }
@@ -277,5 +285,39 @@ fn a_child_has_every_register_of_its_image() {
         for vcpu in 0..vcpus {
             assert_eq!(child.stop(vcpu).unwrap()[0], 0, "registers of vCPU {vcpu}");
         }
+    }
+}
+
+#[test]
+fn many_may_look_at_one_machine_at_once() {
+    let pool = pool();
+    let image = image(&pool, class(64, 1), 10);
+    let child = fork(&pool, &image, 1).remove(0);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..100 {
+                    child.console().unwrap();
+                    child.call(0, Command::Ping).unwrap();
+                    child.set_running(true).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(child.ended(), None);
+    check(&child, 10, 7);
+}
+
+#[test]
+fn a_first_parent_may_go_on_and_be_branched() {
+    let pool = pool();
+    let parent = pool.boot_probe(class(16, 1), new_id()).unwrap();
+    let count = probe::work_pages(class(16, 1).memory());
+    for epoch in 1..4 {
+        parent.call(0, Command::Fill { first: probe::first_work_page(), count, epoch }).unwrap();
+        let image = parent.freeze().unwrap().image;
+        // It writes over all of its memory, all of which is the image's now.
+        parent.call(0, Command::Fill { first: probe::first_work_page(), count, epoch: 100 + epoch }).unwrap();
+        check(&fork(&pool, &image, 1)[0], count, epoch);
     }
 }
