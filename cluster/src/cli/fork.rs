@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::client::{Answer, Found};
 use super::error::CliError;
-use super::output::{short, table};
+use super::output::{short, table, time};
 use super::progress::{Progress, stage_cell, stages};
 use super::{Context, size};
 use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource};
@@ -108,11 +108,13 @@ fn for_people(report: &ForkAnswer) -> String {
     let mut text = table(["MACHINE", "FIRST us", "= SHELL+SEND+MAP+RESTORE+RUN", "SHELL", "VERIFIED"], &[1], rows.collect());
     if let Some(freeze) = &report.freeze {
         text.push_str(&format!(
-            "froze the machine: stalled {} us, copied {} us, {} dirty pages\n",
-            freeze.stall_us, freeze.copy_us, freeze.dirty_pages
+            "froze the machine: stalled {}, copied {}, {} dirty pages\n",
+            time(freeze.stall_us),
+            time(freeze.copy_us),
+            freeze.dirty_pages
         ));
     }
     let (children, wall_us) = (report.children.len(), report.wall_us);
-    text.push_str(&format!("{children} of image {} in {wall_us} us\n", short(report.image.id.as_uuid())));
+    text.push_str(&format!("{children} of image {} in {}\n", short(report.image.id.as_uuid()), time(wall_us)));
     text
 }

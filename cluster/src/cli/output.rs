@@ -65,6 +65,15 @@ pub(crate) fn table<const N: usize>(head: [&str; N], numbers: &[usize], rows: Ve
     text
 }
 
+/// A duration for people, from microseconds.
+pub(crate) fn time(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} us"),
+        1_000..1_000_000 => format!("{}.{} ms", us / 1_000, us % 1_000 / 100),
+        _ => format!("{}.{:02} s", us / 1_000_000, us % 1_000_000 / 10_000),
+    }
+}
+
 /// The short form of an id for a table.
 pub(crate) fn short(id: &Uuid) -> String {
     ShortId::of(id)
