@@ -7,7 +7,7 @@
 //! farfork-NAME/workers/N      one worker: memory, processes
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -195,12 +195,19 @@ impl Groups {
 }
 
 impl WorkerGroup {
-    /// Moves the worker in. What it allocates from now on counts.
+    /// The files through which a process moves itself in, by writing `0` to each. What it allocates from then on counts.
+    ///
+    /// With version 1 a process of one thread does that without the lock for which the kernel waits until all CPUs have
+    /// passed through a quiet state (milliseconds); that is why the worker does it, and not the node.
     ///
     /// # Errors
     /// [`CgroupError::Io`].
-    pub fn admit(&self, pid: i32) -> Result<(), CgroupError> {
-        self.directories.iter().try_for_each(|(directory, _)| write(&directory.join("cgroup.procs"), &pid.to_string()))
+    pub fn entrances(&self) -> Result<Vec<File>, CgroupError> {
+        let entrance = |(directory, hierarchy): &(PathBuf, Hierarchy)| {
+            let path = directory.join(if *hierarchy == Hierarchy::Unified { "cgroup.procs" } else { "tasks" });
+            File::options().write(true).open(&path).map_err(|source| CgroupError::Io { step: "opening", path, source })
+        };
+        self.directories.iter().map(entrance).collect()
     }
 
     /// Changes how much memory it may have.
@@ -349,11 +356,12 @@ mod tests {
         groups.admit_zygote(8).unwrap();
         assert_eq!(read(top.join("node/cgroup.procs")), "7");
         let group = groups.worker(5, 1 << 20, 9).unwrap();
-        group.admit(42).unwrap();
         let of_worker = top.join("workers/5");
+        fs::write(of_worker.join("cgroup.procs"), "").unwrap();
+        io::Write::write_all(&mut &group.entrances().unwrap()[0], b"0").unwrap();
         assert_eq!(read(of_worker.join("memory.max")), "1048576");
         assert_eq!(read(of_worker.join("pids.max")), "9");
-        assert_eq!(read(of_worker.join("cgroup.procs")), "42");
+        assert_eq!(read(of_worker.join("cgroup.procs")), "0");
         fs::write(of_worker.join("memory.events"), "low 0\noom 3\noom_kill 2\noom_group_kill 0\n").unwrap();
         assert_eq!(group.oom_kills(), 2);
         assert_eq!(groups.worker_count(), 1);

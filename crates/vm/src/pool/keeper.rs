@@ -5,6 +5,7 @@
 //! none.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use super::{Inner, PoolError, State, Zygote};
 use crate::class::Class;
 use crate::host::available_memory;
 use crate::jail::apply::{THREADS_MAX, uid_of_worker};
+use crate::jail::cgroup::{CgroupError, WorkerGroup};
 use crate::worker::channel::Channel;
 use crate::worker::protocol::{Failure, ToWorker, ToZygote};
 
@@ -302,25 +304,27 @@ fn build(inner: &Inner, class: Class, is_awaited: bool) -> Result<Arc<Worker>, P
 
 fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel, is_awaited: bool) -> Result<(), PoolError> {
     use rustix::event::epoll;
-    use std::os::fd::AsFd;
     let step = |step| move |source| PoolError::Step { step, source };
     let events = epoll::add(&inner.events, worker.as_fd(), epoll::EventData::new_u64(worker.number), epoll::EventFlags::IN);
     events.map_err(|error| PoolError::Step { step: "epoll_ctl", source: error.into() })?;
     let uid = uid_of_worker(inner.number, worker.number);
+    let memory = worker.class.memory().bytes() + overhead_bytes(worker.class);
+    let group = inner.groups.as_ref().map(|groups| groups.worker(worker.number, memory, THREADS_MAX)).transpose();
+    let group = group.map_err(of_groups)?;
+    let entrances = group.as_ref().map_or(Ok(Vec::new()), WorkerGroup::entrances).map_err(of_groups)?;
+    *worker.group.lock().unwrap_or_else(PoisonError::into_inner) = group;
+    let descriptors: Vec<BorrowedFd<'_>> = [theirs.as_fd()].into_iter().chain(entrances.iter().map(AsFd::as_fd)).collect();
     let spawn = ToZygote::Spawn { worker: worker.number, uid };
-    zygote.send(&spawn, &[theirs.as_fd()]).map_err(step("asking for a worker"))?;
+    zygote.send(&spawn, &descriptors).map_err(step("asking for a worker"))?;
+    drop(descriptors);
     drop(theirs);
-    let pid = worker.wait(|mail| mail.pid)?;
-    if let Some(groups) = &inner.groups {
-        let memory = worker.class.memory().bytes() + overhead_bytes(worker.class);
-        let group = groups.worker(worker.number, memory, THREADS_MAX).and_then(|group| group.admit(pid).map(|()| group));
-        let group = group.map_err(|error| {
-            PoolError::Failed(Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
-        })?;
-        *worker.group.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
-    }
+    worker.wait(|mail| mail.pid)?;
     worker.send(&ToWorker::Build { class: worker.class.into(), is_awaited }, &[])?;
     worker.wait(|mail| mail.built.map(drop))
+}
+
+fn of_groups(error: CgroupError) -> PoolError {
+    PoolError::Failed(Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
 }
 
 #[cfg(test)]

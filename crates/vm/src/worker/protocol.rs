@@ -53,7 +53,7 @@ pub enum BadMessage {
 pub(crate) enum ToZygote {
     /// First; with the descriptor of `/dev/kvm`.
     Hello { facts: Box<HostFacts>, jail: Jail },
-    /// Fork a worker; with its end of the channel.
+    /// Fork a worker; with its end of the channel, and the files through which it goes into its control groups.
     Spawn { worker: u64, uid: u32 },
 }
 

@@ -114,12 +114,14 @@ impl<'a> Zygote<'a> {
         let ToZygote::Spawn { worker, uid } = received.message else {
             return Err(io::Error::other("an order that is not for a zygote").into());
         };
-        let Ok([socket]) = <[OwnedFd; 1]>::try_from(received.descriptors) else {
+        let mut descriptors = received.descriptors.into_iter();
+        let Some(socket) = descriptors.next() else {
             // There was no room for it here.
             return Ok(self.channel.send(&FromZygote::NotSpawned { worker, errno: libc::EMFILE }, &[])?);
         };
+        let groups: Vec<OwnedFd> = descriptors.collect();
         let namespaces = apply::namespaces_of_worker(&self.jail);
-        match process::fork_into(namespaces, || self.be_worker(socket, uid)) {
+        match process::fork_into(namespaces, || self.be_worker(socket, &groups, uid)) {
             Ok(child) => {
                 let flags = epoll::EventFlags::IN;
                 if let Err(error) = epoll::add(&self.events, &child.pidfd, epoll::EventData::new_u64(worker), flags) {
@@ -153,17 +155,23 @@ impl<'a> Zygote<'a> {
     }
 
     /// The life of a worker. Runs in the new process.
-    fn be_worker(&self, socket: OwnedFd, uid: u32) -> Infallible {
+    fn be_worker(&self, socket: OwnedFd, groups: &[OwnedFd], uid: u32) -> Infallible {
+        // First, so that all it allocates counts.
+        let entered = groups.iter().try_for_each(|group| rustix::io::write(group, b"0").map(drop));
         process::close_all_but(&[self.kvm.as_fd(), self.proc.as_fd(), socket.as_fd()]);
         process::ignore_children();
         copier::leave_reaping_to_the_kernel();
         let channel = Channel::over(socket);
         let inherit = |fd: &OwnedFd| fd.try_clone().map_err(|error| ("duplicating a descriptor", error));
-        let host = inherit(&self.proc).and_then(|proc| apply::confine_worker(&self.jail, proc, uid)).and_then(|pagemap| {
-            let kvm = kvm::from_descriptor(inherit(&self.kvm)?);
-            process::close_all_but(&[channel.as_fd(), pagemap.as_fd(), crate::sys::borrow_fd(&kvm)]);
-            Ok(Host::handed_down(kvm, pagemap, self.facts.clone()))
-        });
+        let confined = entered.map_err(failed("entering its control groups"));
+        let host = confined
+            .and_then(|()| inherit(&self.proc))
+            .and_then(|proc| apply::confine_worker(&self.jail, proc, uid))
+            .and_then(|pagemap| {
+                let kvm = kvm::from_descriptor(inherit(&self.kvm)?);
+                process::close_all_but(&[channel.as_fd(), pagemap.as_fd(), crate::sys::borrow_fd(&kvm)]);
+                Ok(Host::handed_down(kvm, pagemap, self.facts.clone()))
+            });
         let host = match host {
             Ok(host) => host,
             Err((step, error)) => {
