@@ -10,7 +10,6 @@
 //! The order is what the controller wants of all vCPUs: Hold, Run or Stop. It is changed under the lock **before** the vCPUs
 //! are kicked, and a vCPU looks at it **after** it has cleared its kick, so that no order is slept through.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -92,12 +91,7 @@ pub(crate) struct Monitor {
     changed: Condvar,
     kickers: Vec<Kicker>,
     witness: Option<Arc<dyn Witness>>,
-    /// A task is about to come: the thread that will do it stays awake for it.
-    is_task_near: AtomicBool,
 }
-
-/// How long a thread stays awake for a task that was announced.
-const TASK_PATIENCE: Duration = Duration::from_millis(1);
 
 impl std::fmt::Debug for Monitor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -125,7 +119,7 @@ impl Monitor {
             stalled_vcpus: 0,
             task: None,
         };
-        Self { state: Mutex::new(state), changed: Condvar::new(), kickers, witness, is_task_near: AtomicBool::new(false) }
+        Self { state: Mutex::new(state), changed: Condvar::new(), kickers, witness }
     }
 
     pub(crate) fn kicker(&self, vcpu: usize) -> &Kicker {
@@ -174,17 +168,7 @@ impl Monitor {
     /// Gives the first vCPU's thread something to do before it runs the guest. The machine is at rest.
     pub(crate) fn give_task(&self, task: Task) {
         let replaced = self.lock().task.replace(task);
-        self.is_task_near.store(false, Ordering::Release);
         assert!(replaced.is_none(), "one task at a time");
-        self.changed.notify_all();
-    }
-
-    /// Wakes the first vCPU's thread for a task that comes within microseconds: waking it takes longer than that.
-    pub(crate) fn announce_task(&self) {
-        // Under the lock, so that a thread that is about to sleep does not miss it.
-        let state = self.lock();
-        self.is_task_near.store(true, Ordering::Release);
-        drop(state);
         self.changed.notify_all();
     }
 
@@ -297,23 +281,8 @@ impl Monitor {
             if let Some(next) = next {
                 return next;
             }
-            if vcpu == 0 && self.is_task_near.load(Ordering::Acquire) {
-                drop(state);
-                self.stay_awake_for_task();
-                state = self.lock();
-                continue;
-            }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-    }
-
-    /// Without the lock, which whoever brings the task takes; and making way for it, should it be on the same core.
-    fn stay_awake_for_task(&self) {
-        let deadline = Instant::now() + TASK_PATIENCE;
-        while self.is_task_near.load(Ordering::Acquire) && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
-        self.is_task_near.store(false, Ordering::Release);
     }
 
     /// A vCPU that was kicked out of running runs again, after `gap`.

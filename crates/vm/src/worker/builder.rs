@@ -177,7 +177,6 @@ impl Builder {
         layers: Vec<OwnedFd>,
         received_ns: u64,
     ) {
-        shell.frame.monitor.announce_task();
         let image = match receive_image(&self.host, image, layers) {
             Ok(image) => Arc::new(image),
             Err(failed) => give_up(&self.shared, &failed),
