@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use vm::harness::{count, held, seed};
 
-use crate::support::{Node, eventually, ids, is_root};
+use crate::support::{Node, eventually, ids, is_root, remove_groups};
 
 fn start() -> Node {
     Node::start_in(tempfile::tempdir().unwrap(), &[])
@@ -143,7 +143,7 @@ fn two_nodes_live_side_by_side() {
     let (one, other) = (start(), start());
     one.json(&["fork", "--guest", "probe", "-n", "3", "--memory", "16MiB"]);
     other.json(&["fork", "--guest", "probe", "-n", "4", "--memory", "16MiB"]);
-    drop(one.crash());
+    remove_groups(one.crash().path());
     assert_eq!(other.machines().len(), 4);
     other.json(&["fork", "--guest", "probe", "-n", "2", "--memory", "16MiB", "--verify"]);
 }

@@ -110,6 +110,9 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if let Some(directory) = &self.directory {
+            remove_groups(directory.path());
+        }
         if std::thread::panicking() && self.directory.is_some() {
             eprintln!("the node's log:\n{}", self.log());
         }
@@ -244,4 +247,18 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Removes the control groups of a node that was killed and has no successor.
+pub(crate) fn remove_groups(directory: &Path) {
+    let Ok(text) = std::fs::read(directory.join("data/node.json")) else { return };
+    let Ok(node) = serde_json::from_slice::<Value>(&text) else { return };
+    let id = node["node"].as_str().unwrap_or_default().replace('-', "");
+    let Some(name) = id.get(20..) else { return };
+    let is_there = |root: &str| Path::new(root).join(format!("farfork-{name}")).exists();
+    if ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].into_iter().any(is_there)
+        && let Ok(groups) = vm::jail::cgroup::Groups::open(name)
+    {
+        groups.close();
+    }
 }
