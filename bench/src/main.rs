@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 /// Measures farfork. Every figure names what is timed, its number of samples, p50, p99 and the control of the same run.
 #[derive(Parser)]
@@ -29,48 +29,30 @@ struct Arguments {
 enum Verb {
     /// The bare system calls of a fork and the raw cost of page faults, without the engine
     Floor {
-        /// Write table and raw samples here as JSON
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-        /// Fewer samples
-        #[arg(long)]
-        quick: bool,
+        #[command(flatten)]
+        run: Run,
     },
     /// Local fork (rows L6, L7, L8): page touches, flatness in memory size, branch of a writing machine
     Local {
-        /// Write table and raw samples here as JSON
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-        /// Fewer samples: under a minute instead of several
-        #[arg(long)]
-        quick: bool,
-        /// Also measure the snapshot/load of this Firecracker binary, as a control
-        #[arg(long, value_name = "PATH")]
-        firecracker: Option<PathBuf>,
+        #[command(flatten)]
+        run: Run,
+        #[command(flatten)]
+        control: Control,
     },
     /// Forks into jailed workers (rows L1 to L5, L7): with and without shells, one, 100 and 1,000 children, memory
     Workers {
-        /// Write table and raw samples here as JSON
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-        /// Fewer samples: under a minute instead of several
-        #[arg(long)]
-        quick: bool,
-        /// Also measure the snapshot/load of this Firecracker binary, as a control
-        #[arg(long, value_name = "PATH")]
-        firecracker: Option<PathBuf>,
+        #[command(flatten)]
+        run: Run,
+        #[command(flatten)]
+        control: Control,
         /// Leave these mechanisms out of the jail, to see what they cost (as in docs/security.md; several with commas; `all`)
         #[arg(long, value_name = "MECHANISM", value_delimiter = ',')]
         without: Vec<String>,
     },
     /// The daemon (row C2): API round trip of a fork, and the API beside an allocation storm
     Node {
-        /// Write table and raw samples here as JSON
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-        /// Fewer samples
-        #[arg(long)]
-        quick: bool,
+        #[command(flatten)]
+        run: Run,
         /// The farfork program [default: the one beside this program]
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
@@ -88,14 +70,33 @@ enum Verb {
     },
 }
 
+/// What every bench takes.
+#[derive(Args)]
+struct Run {
+    /// Write table and raw samples here as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fewer samples: under a minute instead of several
+    #[arg(long)]
+    quick: bool,
+}
+
+/// The control that people know.
+#[derive(Args)]
+struct Control {
+    /// Also measure the snapshot/load of this Firecracker binary, as a control
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
-        Verb::Floor { json, quick } => floor::run(json.as_deref(), quick),
-        Verb::Local { json, quick, firecracker } => local::run(json.as_deref(), quick, firecracker.as_deref()),
-        Verb::Workers { json, quick, firecracker, without } => {
-            workers::run(json.as_deref(), quick, firecracker.as_deref(), &without)
+        Verb::Floor { run } => floor::run(run.json.as_deref(), run.quick),
+        Verb::Local { run, control } => local::run(run.json.as_deref(), run.quick, control.firecracker.as_deref()),
+        Verb::Workers { run, control, without } => {
+            workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
-        Verb::Node { json, quick, farfork } => node::run(json.as_deref(), quick, farfork.as_deref()),
+        Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
         Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib, idle_us } => floor::print_sample(mib, Duration::from_micros(idle_us)),
     };

@@ -49,6 +49,9 @@ pub fn open(data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
             tracing::warn!(%error, remedy = error.remedy(), "no control groups: workers are bounded by rlimits alone");
         }
     }
+    if !vm::jail::has_landlock() {
+        tracing::warn!(remedy = "add landlock to the kernel's lsm= parameter", "no Landlock: workers do without it");
+    }
     let store = data.images().try_clone_to_owned();
     let store = store.map_err(|error| host_error(format!("duplicating a descriptor failed: {error}"), "raise ulimit -n"))?;
     let pool = Pool::open(host, settings).map_err(|error| EngineError { kind: ErrorKind::Host, ..of_pool(error) })?;

@@ -191,7 +191,8 @@ impl Service {
             return Ok(MachineView { machine, usage: None, console, console_dropped_bytes: 0 });
         }
         // It may end between two of these calls: then what is known is shown.
-        let usage = self.engine.usage(id).ok();
+        let usage = self.engine.usage(id);
+        let usage = usage.inspect_err(|error| tracing::debug!(machine = %id, %error, "usage is not known")).ok();
         let (console, console_dropped_bytes) = self.engine.console(id).unwrap_or_default();
         Ok(MachineView { machine: self.registry.machine(&id.to_string())?, usage, console, console_dropped_bytes })
     }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
+use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
@@ -47,9 +47,9 @@ pub(crate) fn confine_zygote(jail: &Jail) -> Result<OwnedFd, Failed> {
         // Everything below needs capabilities, which a user namespace of one's own gives.
         let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         process::unshare(UnshareFlags::NEWUSER).map_err(step("unshare of the user namespace"))?;
-        write_proc("/proc/self/setgroups", "deny").map_err(step("writing setgroups"))?;
-        write_proc("/proc/self/uid_map", &format!("0 {uid} 1")).map_err(step("writing uid_map"))?;
-        write_proc("/proc/self/gid_map", &format!("0 {gid} 1")).map_err(step("writing gid_map"))?;
+        std::fs::write("/proc/self/setgroups", "deny").map_err(step("writing setgroups"))?;
+        std::fs::write("/proc/self/uid_map", format!("0 {uid} 1")).map_err(step("writing uid_map"))?;
+        std::fs::write("/proc/self/gid_map", format!("0 {gid} 1")).map_err(step("writing gid_map"))?;
     }
     if jail.has(Mechanism::NetNamespace) {
         process::unshare(UnshareFlags::NEWNET).map_err(step("unshare of the network namespace"))?;
@@ -75,10 +75,6 @@ fn empty_root() -> Result<(), Failed> {
     rustix::process::chdir("/").map_err(step("chdir"))
 }
 
-fn write_proc(path: &str, text: &str) -> io::Result<()> {
-    std::fs::write(path, text)
-}
-
 /// The namespaces that a worker is born into.
 pub(crate) fn namespaces_of_worker(jail: &Jail) -> UnshareFlags {
     let flags = [
@@ -96,9 +92,8 @@ pub(crate) fn confine_worker(jail: &Jail, proc: OwnedFd, uid: u32) -> Result<Fil
     let read = OFlags::RDONLY | OFlags::CLOEXEC;
     let pagemap = rustix::fs::openat(&proc, "self/pagemap", read, Mode::empty()).map_err(step("opening the pagemap"))?;
     drop(proc);
-    if jail.has(Mechanism::OwnUid) && rustix::process::geteuid().is_root() && !in_user_namespace_of_zygote() {
+    if jail.has(Mechanism::OwnUid) && rustix::process::geteuid().is_root() && has_left_groups() {
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
-        rustix::thread::set_thread_groups(&[]).map_err(step("setgroups"))?;
         rustix::thread::set_keep_capabilities(true).map_err(step("keeping capabilities"))?;
         rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(step("setresgid"))?;
         rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(step("setresuid"))?;
@@ -132,9 +127,10 @@ pub(crate) fn confine_worker(jail: &Jail, proc: OwnedFd, uid: u32) -> Result<Fil
     Ok(File::from(pagemap))
 }
 
-/// An unprivileged node's zygote is root in its own user namespace only, where there is one user.
-fn in_user_namespace_of_zygote() -> bool {
-    rustix::thread::set_thread_groups(&[]).is_err()
+/// Leaves all groups. That fails below an unprivileged node, whose zygote is root in its own user namespace only, where there is
+/// one user.
+fn has_left_groups() -> bool {
+    rustix::thread::set_thread_groups(&[]).is_ok()
 }
 
 fn drop_capabilities() -> Result<(), Failed> {
@@ -210,11 +206,8 @@ fn restrict_by_landlock() -> Result<(), Failed> {
         .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
         .and_then(Ruleset::create)
         .and_then(|rules| rules.restrict_self());
-    match restricted {
-        Ok(status) if status.ruleset == RulesetStatus::NotEnforced => Ok(()),
-        Ok(_) => Ok(()),
-        Err(error) => Err(("Landlock", io::Error::other(error))),
-    }
+    // A kernel without it does not enforce it; that is for the node to say, once: see `has_landlock`.
+    restricted.map(drop).map_err(|error| ("Landlock", io::Error::other(error)))
 }
 
 #[cfg(test)]

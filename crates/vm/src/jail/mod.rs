@@ -16,6 +16,13 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+/// Whether this kernel has Landlock switched on. Workers run without it as well, behind everything else.
+#[must_use]
+pub fn has_landlock() -> bool {
+    std::fs::read_to_string("/sys/kernel/security/lsm")
+        .map_or(true, |list| list.split(',').any(|name| name.trim() == "landlock"))
+}
+
 /// One way in which a worker is confined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the variants say it; docs/security.md says what each refuses")]

@@ -78,11 +78,9 @@ pub(crate) type Task = Box<dyn FnOnce() + Send>;
 /// Is told what happens to a machine, by the thread to which it happens. What it does must not take long, nor call the monitor.
 pub(crate) trait Witness: Send + Sync {
     /// The first exit, which is how the first instruction is observed.
-    fn first_exit(&self, at: Instant);
-    /// A guest has said that it waits for work, or that it took an exception.
-    fn news(&self, vcpu: usize, faults: u64);
-    /// The machine has ended.
-    fn ended(&self, ended: &Ended);
+    fn first_exit(&self);
+    /// A guest has said that it waits for work, or that it took an exception; or the machine has ended.
+    fn news(&self);
 }
 
 /// See the module.
@@ -227,13 +225,10 @@ impl Monitor {
 
     /// Ends the machine for a reason; the first reason stays.
     pub(crate) fn end(&self, ended: Ended) {
-        let mut state = self.lock();
-        let is_first = state.ended.is_none();
-        let first = state.ended.get_or_insert(ended).clone();
-        drop(state);
+        self.lock().ended.get_or_insert(ended);
         self.give_order(Order::Hold);
-        if let (true, Some(witness)) = (is_first, &self.witness) {
-            witness.ended(&first);
+        if let Some(witness) = &self.witness {
+            witness.news();
         }
     }
 
@@ -302,22 +297,18 @@ impl Monitor {
         let vcpu = &mut state.vcpus[number];
         vcpu.idle = vcpu.rings == vcpu.rings_seen;
         vcpu.rings_seen = vcpu.rings;
-        let faults = vcpu.faults;
         drop(state);
         self.changed.notify_all();
         if let Some(witness) = &self.witness {
-            witness.news(number, faults);
+            witness.news();
         }
     }
 
     pub(crate) fn note_fault(&self, vcpu: usize) {
-        let mut state = self.lock();
-        state.vcpus[vcpu].faults += 1;
-        let faults = state.vcpus[vcpu].faults;
-        drop(state);
+        self.lock().vcpus[vcpu].faults += 1;
         self.changed.notify_all();
         if let Some(witness) = &self.witness {
-            witness.news(vcpu, faults);
+            witness.news();
         }
     }
 
@@ -325,7 +316,7 @@ impl Monitor {
         self.lock().first_exit.get_or_insert(at);
         self.changed.notify_all();
         if let Some(witness) = &self.witness {
-            witness.first_exit(at);
+            witness.first_exit();
         }
     }
 

@@ -222,17 +222,11 @@ fn see_off(inner: &Inner, worker: &Arc<Worker>, how: Option<crate::worker::proto
 /// Gives back what the pool had for a worker that is gone.
 fn forget(inner: &Inner, worker: &Arc<Worker>) {
     epoll::delete(&inner.events, worker.as_fd()).unwrap_or_default();
-    // The kernel may take a moment to see that the group is empty.
-    for _ in 0..200 {
-        let mut group = worker.group.lock().unwrap_or_else(PoisonError::into_inner);
-        if group.as_mut().is_none_or(|group| group.remove()) {
-            *group = None;
-            break;
-        }
-        drop(group);
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let group = worker.group.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // The kernel may take a moment to see that it is empty; others wait for that, everybody waits for this thread.
+    let left = group.and_then(|mut group| (!group.remove()).then_some(group));
     let mut state = inner.lock();
+    state.groups_left.extend(left);
     state.workers.remove(&worker.number);
     if let Some(shelf) = state.shelves.get_mut(&worker.class) {
         shelf.forget(worker);

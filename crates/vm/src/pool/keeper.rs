@@ -25,6 +25,8 @@ const IDLE: Duration = Duration::from_secs(600);
 const BACK_OFF: Duration = Duration::from_secs(1);
 /// For so long after the first of several forks that overlap no shells are built ahead.
 const FORKS_FIRST: Duration = Duration::from_millis(250);
+/// How often a control group is tried again that the kernel has not let go of.
+pub(super) const GROUPS_ROUND: Duration = Duration::from_millis(5);
 /// How often a builder with nothing to do looks whether demand has gone down.
 const ROUND: Duration = Duration::from_secs(5);
 
@@ -38,8 +40,10 @@ pub(super) struct Shelf {
     /// How many were asked for, by the second, newest last.
     demand: VecDeque<(Instant, u32)>,
     last_demand: Option<Instant>,
-    /// The last build's failure, for those who wait, and when it was.
-    failed: Option<(Instant, Failure)>,
+    /// Builds that failed, each for one of those who wait.
+    failures: Vec<Failure>,
+    /// When the last build failed.
+    last_failure: Option<Instant>,
 }
 
 impl Shelf {
@@ -142,12 +146,8 @@ impl<'a> Demand<'a> {
 
     /// Takes one, or waits for one that is built for it. Says whether one was ready.
     pub(super) fn take(&mut self) -> Result<(Arc<Worker>, bool), PoolError> {
-        let taken = take_shell(self.inner, self.class, self.asked, self.deadline);
-        if let Some(shelf) = self.inner.lock().shelves.get_mut(&self.class) {
-            shelf.waiting = shelf.waiting.saturating_sub(1);
-        }
         self.left = self.left.saturating_sub(1);
-        taken
+        take_shell(self.inner, self.class, self.asked, self.deadline)
     }
 }
 
@@ -157,6 +157,9 @@ impl Drop for Demand<'_> {
         state.forks = state.forks.saturating_sub(1);
         if let Some(shelf) = state.shelves.get_mut(&self.class) {
             shelf.waiting = shelf.waiting.saturating_sub(self.left);
+            if shelf.waiting == 0 {
+                shelf.failures.clear();
+            }
         }
         drop(state);
         self.inner.changed.notify_all();
@@ -177,13 +180,14 @@ fn take_shell(inner: &Inner, class: Class, asked: Instant, deadline: Instant) ->
             Some(Err(PoolError::Stopping))
         } else if let Some(worker) = shelf.ready.pop() {
             Some(Ok((worker, !has_waited)))
-        } else if let Some((_, failure)) = shelf.failed.as_ref().filter(|(at, _)| *at > asked) {
-            Some(Err(PoolError::Failed(failure.clone())))
+        } else if let Some(failure) = shelf.failures.pop() {
+            Some(Err(PoolError::Failed(failure)))
         } else {
             let left = deadline.saturating_duration_since(Instant::now());
             (left.is_zero()).then(|| Err(zygote_failed.map_or(PoolError::Stuck(deadline - asked), PoolError::Failed)))
         };
         if let Some(outcome) = outcome {
+            shelf.waiting = shelf.waiting.saturating_sub(1);
             return outcome;
         }
         has_waited = true;
@@ -207,7 +211,16 @@ pub(super) fn build_shells(inner: Arc<Inner>) {
                     worker.kill();
                     state = inner.lock();
                 }
-                Next::Nothing => state = inner.changed.wait_timeout(state, ROUND).unwrap_or_else(PoisonError::into_inner).0,
+                Next::Nothing if state.groups_left.is_empty() => {
+                    state = inner.changed.wait_timeout(state, ROUND).unwrap_or_else(PoisonError::into_inner).0;
+                }
+                Next::Nothing => {
+                    drop(state);
+                    if !remove_groups(&inner) {
+                        std::thread::sleep(GROUPS_ROUND);
+                    }
+                    state = inner.lock();
+                }
             }
         };
         state.shelves.entry(class).or_default().building += 1;
@@ -228,12 +241,24 @@ pub(super) fn build_shells(inner: Arc<Inner>) {
                         Failure { message: other.to_string(), remedy: other.remedy().to_owned(), errno }
                     }
                 };
-                shelf.failed = Some((Instant::now(), failure));
+                shelf.last_failure = Some(Instant::now());
+                if is_awaited {
+                    shelf.failures.push(failure);
+                }
             }
         }
         drop(state);
         inner.changed.notify_all();
     }
+}
+
+/// Tries to remove the control groups that are left. Says whether none is.
+pub(super) fn remove_groups(inner: &Inner) -> bool {
+    let mut left = std::mem::take(&mut inner.lock().groups_left);
+    left.retain_mut(|group| !group.remove());
+    let is_done = left.is_empty();
+    inner.lock().groups_left.extend(left);
+    is_done
 }
 
 enum Next {
@@ -253,7 +278,7 @@ fn next_class(inner: &Inner, state: &mut State) -> Next {
         // Building takes CPU time that a fork under way wants; but forks without end must not keep shells from being built.
         return Next::Nothing;
     }
-    let has_failed = |shelf: &Shelf| shelf.failed.as_ref().is_some_and(|(at, _)| now - *at < BACK_OFF);
+    let has_failed = |shelf: &Shelf| shelf.last_failure.is_some_and(|at| now - at < BACK_OFF);
     let wanted = wanted(inner, state, now);
     for (class, shelf) in &mut state.shelves {
         let wanted = wanted.get(class).copied().unwrap_or(0);
@@ -305,6 +330,7 @@ fn build(inner: &Inner, class: Class, is_awaited: bool) -> Result<Arc<Worker>, P
 fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel, is_awaited: bool) -> Result<(), PoolError> {
     use rustix::event::epoll;
     let step = |step| move |source| PoolError::Step { step, source };
+    failpoint!("pool.bear", |source| PoolError::Step { step: "asking for a worker", source });
     let events = epoll::add(&inner.events, worker.as_fd(), epoll::EventData::new_u64(worker.number), epoll::EventFlags::IN);
     events.map_err(|error| PoolError::Step { step: "epoll_ctl", source: error.into() })?;
     let uid = uid_of_worker(inner.number, worker.number);
@@ -324,7 +350,7 @@ fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel, 
 }
 
 fn of_groups(error: CgroupError) -> PoolError {
-    PoolError::Failed(Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
+    PoolError::Failed(Failure::of(&error, error.remedy()))
 }
 
 #[cfg(test)]

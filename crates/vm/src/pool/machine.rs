@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use types::MachineId;
 
@@ -193,14 +193,7 @@ impl Jailed {
     /// Waits for its end. `None` if it has not ended within `patience`.
     #[must_use]
     pub fn wait_for_end(&self, patience: Duration) -> Option<Ended> {
-        let deadline = Instant::now() + patience;
-        while Instant::now() < deadline {
-            if let Some(ended) = self.ended() {
-                return Some(ended);
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.ended()
+        self.worker.wait_for_end(patience)
     }
 
     /// Ends it. It is gone, with all that it had, a little later.

@@ -31,9 +31,9 @@ use types::MachineId;
 use crate::class::Class;
 use crate::host::Host;
 use crate::image::Image;
-use crate::jail::cgroup::Groups;
+use crate::jail::cgroup::{Groups, WorkerGroup};
 use crate::jail::{Jail, Mechanism};
-use crate::machine::{Ended, FreezeError};
+use crate::machine::Ended;
 use crate::worker::channel::Channel;
 use crate::worker::protocol::Failure;
 use keeper::Shelf;
@@ -133,13 +133,6 @@ impl PoolError {
     }
 }
 
-impl From<FreezeError> for PoolError {
-    fn from(error: FreezeError) -> Self {
-        let failure = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
-        Self::Failed(failure)
-    }
-}
-
 /// What a fork may be told besides its image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ForkOptions {
@@ -191,6 +184,8 @@ struct State {
     forks: u32,
     forks_since: Instant,
     is_stopping: bool,
+    /// Control groups of workers that are gone, which the kernel has not let go of yet.
+    groups_left: Vec<WorkerGroup>,
     ends: Vec<Sender<(MachineId, Ended)>>,
 }
 
@@ -210,9 +205,9 @@ impl Pool {
     pub fn open(host: Host, settings: Settings) -> Result<Self, PoolError> {
         let groups = settings.groups.as_deref().filter(|_| settings.jail.has(Mechanism::ControlGroup));
         let groups = groups.map(|name| {
-            Groups::open(name).and_then(|groups| groups.admit_node(std::process::id()).map(|()| groups)).map_err(|error| {
-                PoolError::Failed(Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
-            })
+            Groups::open(name)
+                .and_then(|groups| groups.admit_node(std::process::id()).map(|()| groups))
+                .map_err(|error| PoolError::Failed(Failure::of(&error, error.remedy())))
         });
         let groups = groups.transpose()?;
         let events = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC);
@@ -225,6 +220,7 @@ impl Pool {
             forks: 0,
             forks_since: Instant::now(),
             is_stopping: false,
+            groups_left: Vec::new(),
             ends: Vec::new(),
         };
         let next_worker = AtomicU64::new(1);
@@ -364,6 +360,10 @@ impl Pool {
             thread.join().unwrap_or_default();
         }
         if let Some(groups) = &self.inner.groups {
+            let started = Instant::now();
+            while !keeper::remove_groups(&self.inner) && started.elapsed() < PATIENCE {
+                std::thread::sleep(keeper::GROUPS_ROUND);
+            }
             groups.close();
         }
     }

@@ -82,6 +82,12 @@ impl Worker {
         }
     }
 
+    pub(super) fn wait_for_end(&self, patience: Duration) -> Option<Ended> {
+        let lives = |mail: &mut Mail| mail.ended.is_none();
+        let waited = self.changed.wait_timeout_while(self.mail(), patience, lives);
+        waited.unwrap_or_else(PoisonError::into_inner).0.ended.clone()
+    }
+
     pub(super) fn send(&self, order: &ToWorker, descriptors: &[BorrowedFd<'_>]) -> Result<(), PoolError> {
         self.sent(self.channel.send(order, descriptors))
     }

@@ -13,7 +13,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::channel::{self, Received};
@@ -34,17 +35,10 @@ use crate::sys::process::exit;
 
 const STACK_SIZE: usize = 256 << 10;
 
-/// Where the main thread finds the machine.
-#[derive(Default)]
-struct Handover {
-    control: Mutex<(Option<Box<Control>>, bool)>,
-    changed: Condvar,
-}
-
 /// The life of a worker's main thread.
 pub(crate) fn live(host: Host, shared: Arc<Shared>) -> ! {
-    let handover = Arc::new(Handover::default());
-    let builder = Builder { host, shared: Arc::clone(&shared), handover: Arc::clone(&handover), buffer: Vec::new() };
+    let (handover, control) = std::sync::mpsc::channel();
+    let builder = Builder { host, shared: Arc::clone(&shared), handover, buffer: Vec::new() };
     {
         // Locked until the handle is in its place, where the first vCPU's thread will look for it.
         let mut slot = shared.builder.lock().unwrap_or_else(PoisonError::into_inner);
@@ -57,11 +51,10 @@ pub(crate) fn live(host: Host, shared: Arc<Shared>) -> ! {
     if let Err(error) = confine_thread(&shared.jail, &shared.filters.control) {
         give_up(&shared, &failure("the filter of system calls", &error));
     }
-    let waiting = |(control, ready): &mut (Option<Box<Control>>, bool)| control.is_none() || !*ready;
-    let slot = handover.control.lock().unwrap_or_else(PoisonError::into_inner);
-    let (control, _) = &mut *handover.changed.wait_while(slot, waiting).unwrap_or_else(PoisonError::into_inner);
-    let mut control = control.take().expect("waited for");
-    control.serve(Until::Closed);
+    match control.recv() {
+        Ok(mut control) => control.serve(Until::Closed),
+        Err(_) => give_up(&shared, &failure("waiting for the machine", &io::ErrorKind::Other.into())),
+    }
     exit(0)
 }
 
@@ -79,7 +72,8 @@ pub(super) fn failure(what: &str, error: &io::Error) -> Failure {
 struct Builder {
     host: Host,
     shared: Arc<Shared>,
-    handover: Arc<Handover>,
+    /// How the main thread gets the machine.
+    handover: Sender<Box<Control>>,
     buffer: Vec<u8>,
 }
 
@@ -131,10 +125,7 @@ impl Builder {
         let keeping = Keeping { confine: Some(confine_vcpu), witness: Some(Arc::clone(&self.shared) as _) };
         let shell = match Shell::build_kept(&self.host, class, keeping) {
             Ok(shell) => shell,
-            Err(error) => {
-                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
-                give_up(&self.shared, &failed)
-            }
+            Err(error) => give_up(&self.shared, &Failure::of(&error, error.remedy())),
         };
         self.host.close_device();
         let fresh = (!is_awaited).then(|| self.rehearse(&shell));
@@ -162,9 +153,7 @@ impl Builder {
         shell.frame.monitor.give_task(Box::new(restore));
         match done.recv() {
             Ok(Ok(state)) => state,
-            Ok(Err(error)) => {
-                give_up(&self.shared, &Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 })
-            }
+            Ok(Err(error)) => give_up(&self.shared, &Failure::of(&error, error.remedy())),
             Err(_) => give_up(&self.shared, &failure("the rehearsal of a vCPU's thread", &io::ErrorKind::Other.into())),
         }
     }
@@ -183,24 +172,19 @@ impl Builder {
         };
         let machine = match shell.map(&image, id) {
             Ok(machine) => machine,
-            Err(error) => {
-                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
-                give_up(&self.shared, &failed)
-            }
+            Err(error) => give_up(&self.shared, &Failure::of(&error, error.remedy())),
         };
         let map_ns = u64::try_from(machine.stages().map.as_nanos()).unwrap_or(u64::MAX);
         let Self { host, shared, handover, buffer } = self;
         let core = machine.frame.core.clone();
         let monitor = Arc::clone(&machine.frame.monitor);
-        let control = Control::over(machine, host, Arc::clone(&shared), buffer);
-        handover.control.lock().unwrap_or_else(PoisonError::into_inner).0 = Some(Box::new(control));
+        let mut control = Box::new(Control::over(machine, host, Arc::clone(&shared), buffer));
         let runner = Arc::clone(&monitor);
         // By the vCPU's own thread, which has to be woken anyway.
         monitor.give_task(Box::new(move || {
             let started = monotonic_ns();
             if let Err(error) = state::restore(&core, image.state(), fresh.as_ref()) {
-                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
-                give_up(&shared, &failed);
+                give_up(&shared, &Failure::of(&error, error.remedy()));
             }
             let restore_ns = monotonic_ns() - started;
             // No thread that can map memory is left when the guest runs.
@@ -208,13 +192,9 @@ impl Builder {
                 builder.join().unwrap_or_default();
             }
             runner.run();
-            let mut slot = handover.control.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(control) = &mut slot.0 {
-                control.is_forked(control::ForkTimes { received_ns, map_ns, restore_ns });
-            }
-            slot.1 = true;
-            drop(slot);
-            handover.changed.notify_all();
+            control.is_forked(control::ForkTimes { received_ns, map_ns, restore_ns });
+            // The main thread waits for it for as long as the worker lives.
+            handover.send(control).unwrap_or_default();
         }));
     }
 
@@ -222,10 +202,7 @@ impl Builder {
         let memory = memory.into_iter().map(File::from).collect();
         let machine: Machine = match probe::boot_in(shell, memory, id) {
             Ok(machine) => machine,
-            Err(error) => {
-                let failed = Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno: 0 };
-                give_up(&self.shared, &failed)
-            }
+            Err(error) => give_up(&self.shared, &Failure::of(&error, error.remedy())),
         };
         if let Err(error) = confine_thread(&self.shared.jail, &self.shared.filters.first_parent) {
             give_up(&self.shared, &failure("the filter of system calls", &error));
@@ -235,8 +212,7 @@ impl Builder {
         control.is_forked(control::ForkTimes { received_ns: monotonic_ns(), map_ns: 0, restore_ns: 0 });
         control.resume();
         control.serve(Until::Frozen);
-        *handover.control.lock().unwrap_or_else(PoisonError::into_inner) = (Some(control), true);
-        handover.changed.notify_all();
+        handover.send(control).unwrap_or_default();
     }
 }
 

@@ -255,8 +255,13 @@ impl Control {
     }
 
     fn send(&self, message: &FromWorker) {
-        // EPIPE: the node is gone, which the next wait finds out.
-        self.shared.channel.send(message, &[]).unwrap_or_default();
+        match self.shared.channel.send(message, &[]) {
+            Ok(()) => {}
+            // The node is gone, which the next wait finds out.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            // A node that is left without an answer would wait for it.
+            Err(error) => super::builder::give_up(&self.shared, &super::builder::failure("answering the node", &error)),
+        }
     }
 }
 
@@ -265,9 +270,9 @@ fn freeze_failure(error: &FreezeError) -> Failure {
         FreezeError::Step { source, .. } => source.raw_os_error().unwrap_or(0),
         _ => 0,
     };
-    Failure { message: error.to_string(), remedy: error.remedy().to_owned(), errno }
+    Failure { errno, ..Failure::of(error, error.remedy()) }
 }
 
 fn probe_failure(error: &ProbeError) -> Failure {
-    Failure { message: error.to_string(), remedy: "fork again from its image".into(), errno: 0 }
+    Failure::of(error, "fork again from its image")
 }

@@ -23,14 +23,12 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use types::Reason;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::jail::Jail;
 use crate::jail::syscalls::Filters;
-use crate::machine::Ended;
 use crate::machine::monitor::Witness;
 use channel::Channel;
 use protocol::FromWorker;
@@ -63,16 +61,12 @@ impl Shared {
 }
 
 impl Witness for Shared {
-    fn first_exit(&self, _: Instant) {
+    fn first_exit(&self) {
         self.first_exit_ns.store(monotonic_ns(), Ordering::Release);
         self.ring();
     }
 
-    fn news(&self, _: usize, _: u64) {
-        self.ring();
-    }
-
-    fn ended(&self, _: &Ended) {
+    fn news(&self) {
         self.ring();
     }
 }

@@ -108,6 +108,13 @@ pub struct Failure {
     pub errno: i32,
 }
 
+impl Failure {
+    /// What an error says of itself.
+    pub(crate) fn of(error: &impl std::fmt::Display, remedy: &str) -> Self {
+        Self { message: error.to_string(), remedy: remedy.to_owned(), errno: 0 }
+    }
+}
+
 /// From the node to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {

@@ -321,3 +321,20 @@ fn a_first_parent_may_go_on_and_be_branched() {
         check(&fork(&pool, &image, 1)[0], count, epoch);
     }
 }
+
+#[test]
+fn a_shell_that_cannot_be_built_is_one_forks_failure_and_no_other() {
+    let with = Settings { shells_max: 0, ..settings() };
+    let pool = Pool::open(host(), with).unwrap();
+    let image = image(&pool, class(16, 1), 10);
+    let ids: Vec<MachineId> = (0..6).map(|_| new_id()).collect();
+    let armed = vm::failpoint::arm("pool.bear", 2, 12);
+    let forked = pool.fork(&image, &ids, ForkOptions::default());
+    drop(armed);
+    let failures: Vec<&PoolError> = forked.iter().filter_map(|forked| forked.as_ref().err()).collect();
+    assert_eq!(failures.len(), 1, "{failures:?}");
+    assert_eq!(failures[0].errno(), Some(12), "{}", failures[0]);
+    for (child, _) in forked.into_iter().flatten() {
+        check(&child, 10, 7);
+    }
+}
