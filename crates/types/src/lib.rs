@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`id`] | ids of images and machines, BLAKE3 digests |
+//! | [`id`] | ids of images, machines and nodes, tenants, epochs, BLAKE3 digests |
 //! | [`unit`] | pages, extents, guest and host addresses, memory sizes: every number that is a place has its own type |
 //! | [`extents`] | [`extents::ExtentMap`], the flat index from a region's extents to the layer that holds them |
 //! | [`profile`] | what CPU an image was made on, and whether this host may resume it |
@@ -18,7 +18,7 @@ pub mod reason;
 pub mod unit;
 
 pub use extents::{ExtentMap, LayerIndex, Run, Source};
-pub use id::{Digest, ImageId, MachineId};
+pub use id::{Digest, Epoch, ImageId, MachineId, NodeId, Tenant};
 pub use manifest::{Head, Manifest, RegionHead, RegionKind};
 pub use profile::CpuProfile;
 pub use reason::{ExitCode, Reason};

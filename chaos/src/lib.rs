@@ -1,0 +1,2 @@
+//! Seeded faults for tests and benchmarks: networks that fail on purpose, and replay.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Moves image extents between hosts, over QUIC. May not: know KVM or Raft.
+#![forbid(unsafe_code)]
