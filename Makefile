@@ -27,10 +27,10 @@ test: setup verify ## install what the tests need, then run every check and ever
 		cargo nextest run --workspace --all-features -E 'not (binary(it) or test(/^real::/))'; \
 	fi
 
-setup-build: ## install what the build needs (a C compiler)
+setup-build: ## install what the build needs (a C compiler, libclang)
 	@./deploy/setup.sh build
 
-setup: ## install what the build and the tests need: a C compiler, cargo-nextest
+setup: ## install what the build and the tests need: a C compiler, libclang, cargo-nextest
 	@NEXTEST_VERSION=$(NEXTEST_VERSION) ./deploy/setup.sh build test
 
 build: setup-build ## build everything, optimised

@@ -9,6 +9,12 @@ need_package() { # need_package COMMAND DEBIAN_PACKAGE...
     if command -v "$command" >/dev/null 2>&1; then
         return 0
     fi
+    install_packages "$command" "$@"
+}
+
+install_packages() { # install_packages WHAT DEBIAN_PACKAGE...
+    command=$1
+    shift
     if ! command -v apt-get >/dev/null 2>&1; then
         echo "error: $command is missing, and this is no Debian: install it (Debian packages: $*)" >&2
         exit 1
@@ -30,6 +36,11 @@ for what in "$@"; do
     build)
         need_package cc gcc libc6-dev
         need_package git git
+        # For the bindings of userfaultfd, which are generated when it is built.
+        if ! ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* 2>/dev/null | grep -qv cpp &&
+            [ -z "${LIBCLANG_PATH:-}" ]; then
+            install_packages libclang libclang-dev
+        fi
         ;;
     test)
         if ! cargo nextest --version >/dev/null 2>&1; then

@@ -170,6 +170,18 @@ impl ExtentMap {
         Overlay { map: Self { runs: segments }, copied }
     }
 
+    /// [`ExtentMap::overlay`] that copies nothing but what was touched. `None` if the map would have too many runs.
+    ///
+    /// # Panics
+    /// As there.
+    #[must_use]
+    pub fn overlay_exactly(&self, touched: &[Range<u32>], layer: LayerIndex) -> Option<Overlay> {
+        assert!(!self.runs.iter().any(|run| run.source == Source::Layer(layer)), "layer {layer:?} is not new");
+        let segments = self.cut(touched, layer);
+        let copied = segments.iter().filter(|run| run.source == Source::Layer(layer)).map(Run::extents).collect();
+        (segments.len() <= MAX_RUNS).then_some(Overlay { map: Self { runs: segments }, copied })
+    }
+
     /// The runs, in the order of the region.
     #[must_use]
     pub fn runs(&self) -> &[Run] {

@@ -10,6 +10,7 @@ use thiserror::Error;
 use types::{CpuProfile, Digest, MemorySize};
 
 use crate::sys::kvm::from_errno;
+use crate::sys::uffd::Device;
 
 /// `/dev/kvm` and what was learned from it.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub struct Host {
     kvm: Option<Kvm>,
     /// `/proc/self/pagemap`, for the dirty pages of this process's machines.
     pub(crate) pagemap: File,
+    /// `/dev/userfaultfd`, where there is one that this process may use.
+    faults: Option<Device>,
     pub(crate) facts: HostFacts,
 }
 
@@ -130,12 +133,13 @@ impl Host {
         let cpu = profile(&cpuid, tsc_khz);
         let pagemap = File::open("/proc/self/pagemap").map_err(|error| classify("/proc/self/pagemap", error))?;
         let memory_bytes = total_memory();
-        Ok(Self { kvm: Some(kvm), pagemap, facts: HostFacts { cpuid, msrs, cpu, memory_bytes } })
+        let faults = Device::open().ok();
+        Ok(Self { kvm: Some(kvm), pagemap, faults, facts: HostFacts { cpuid, msrs, cpu, memory_bytes } })
     }
 
     /// A worker's: the node has opened the device and learned the facts, the worker's zygote has opened this pagemap.
-    pub(crate) fn handed_down(kvm: Kvm, pagemap: File, facts: HostFacts) -> Self {
-        Self { kvm: Some(kvm), pagemap, facts }
+    pub(crate) fn handed_down(kvm: Kvm, pagemap: File, faults: Option<Device>, facts: HostFacts) -> Self {
+        Self { kvm: Some(kvm), pagemap, faults, facts }
     }
 
     /// The device. A worker closes it once it has its VM, and builds no other.
@@ -146,6 +150,22 @@ impl Host {
     /// Closes the device: no further VM can be made.
     pub(crate) fn close_device(&mut self) {
         self.kvm = None;
+    }
+
+    /// What watches memory that is still to come.
+    pub(crate) fn faults(&self) -> Option<&Device> {
+        self.faults.as_ref()
+    }
+
+    /// Whether children can run here before their memory has arrived.
+    #[must_use]
+    pub fn can_watch_memory(&self) -> bool {
+        self.faults.is_some()
+    }
+
+    /// Closes that device: no further memory can be watched.
+    pub(crate) fn close_faults(&mut self) {
+        self.faults = None;
     }
 
     /// The CPU as guests of this host see it.

@@ -44,6 +44,7 @@ pub mod fuzzing;
 #[cfg(feature = "testing")]
 pub mod harness;
 pub mod host;
+pub mod host_image;
 pub mod image;
 pub mod jail;
 pub mod machine;
@@ -55,6 +56,7 @@ pub mod worker;
 
 pub use class::Class;
 pub use host::{Host, HostError};
+pub use host_image::{HostImage, PageSource, Watched};
 pub use image::Image;
 pub use machine::{Ended, Machine};
 pub use pool::Pool;

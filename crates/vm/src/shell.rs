@@ -48,6 +48,10 @@ pub enum ForkError {
     OtherClass { image_memory: MemorySize, image_vcpus: u8, shell_memory: MemorySize, shell_vcpus: u8 },
     #[error("mapping the image's memory failed: {source}")]
     Map { source: io::Error },
+    #[error("some of the image's memory is still on its way; only a machine of a pool can wait for it")]
+    Arriving,
+    #[error("the child's absent memory cannot be watched: {source}")]
+    Watch { source: io::Error },
     #[error("writing the child's identity failed: {source}")]
     Identity { source: crate::GuestMemoryError },
     #[error(transparent)]
@@ -64,6 +68,8 @@ impl ForkError {
                 "fork again with a new shell: something else was mapped into this one's address range"
             }
             Self::Map { .. } => "raise vm.max_map_count, or end other machines",
+            Self::Arriving => "fork it with a pool, or when it has settled",
+            Self::Watch { .. } => "let the node open /dev/userfaultfd (farfork doctor says how)",
             Self::Identity { .. } => "make the image again: its identity page is not in its RAM",
             Self::State(error) => error.remedy(),
         }
@@ -116,7 +122,10 @@ impl Shell {
     /// # Errors
     /// [`ForkError`]; the shell is gone, the image is untouched.
     pub fn fork(self, image: &Arc<Image>, id: MachineId) -> Result<Machine, ForkError> {
-        let mut machine = self.map(image, id)?;
+        if image.unsettled().is_some() {
+            return Err(ForkError::Arriving);
+        }
+        let mut machine = self.map(image, id, |_| Ok(()))?;
         let mapped = Instant::now();
         state::restore(&machine.frame.core, image.state(), None)?;
         machine.stages.restore = mapped.elapsed();
@@ -124,7 +133,13 @@ impl Shell {
     }
 
     /// The first part of [`Shell::fork`]: the child has its memory and knows who it is, and its state is still to be restored.
-    pub(crate) fn map(self, image: &Arc<Image>, id: MachineId) -> Result<Machine, ForkError> {
+    /// `watch` is called when its memory is mapped and before any of it is touched.
+    pub(crate) fn map(
+        self,
+        image: &Arc<Image>,
+        id: MachineId,
+        watch: impl FnOnce(&[(GuestAddress, Slot)]) -> Result<(), ForkError>,
+    ) -> Result<Machine, ForkError> {
         let class = image.class();
         if class != self.class {
             return Err(ForkError::OtherClass {
@@ -140,6 +155,7 @@ impl Shell {
         for ((_, slot), region) in slots.iter_mut().zip(image.ram()) {
             slot.map(region.pieces()).map_err(|source| ForkError::Map { source })?;
         }
+        watch(&slots)?;
         let backing = Backing::Image(Arc::clone(image));
         let mut machine = Machine::new(id, frame, GuestMemory::over(slots), backing, class);
         machine.set_identity_page(image.identity_page()).map_err(|source| ForkError::Identity { source })?;

@@ -7,6 +7,7 @@
 //! | `FARFORK_SEED` | the seed of randomised tests, printed by each | drawn anew |
 
 pub mod attempts;
+pub mod guards;
 
 use std::io;
 use std::path::Path;

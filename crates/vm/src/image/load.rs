@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use thiserror::Error;
@@ -233,6 +233,8 @@ fn read_image(
         parents: head.parents,
         digest: OnceLock::from(preamble.head_digest),
         wire: OnceLock::new(),
+        manifest: Mutex::default(),
+        host_image: None,
     }))
 }
 
@@ -285,7 +287,7 @@ fn read_head(file: &File) -> Result<(Preamble, Head), LoadErrorKind> {
 }
 
 /// Everything about the head that depends on this host.
-fn check_head(host: &Host, head: &Head) -> Result<(Class, MachineState), LoadErrorKind> {
+pub(crate) fn check_head(host: &Host, head: &Head) -> Result<(Class, MachineState), LoadErrorKind> {
     head.cpu.check_resumable_on(host.cpu())?;
     let bytes = head.regions.iter().map(RegionHead::size_bytes).sum();
     let memory = MemorySize::from_bytes(bytes).map_err(|_| LoadErrorKind::NotAnImage)?;

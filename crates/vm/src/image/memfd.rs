@@ -49,8 +49,13 @@ pub(crate) fn seal_for_mapping(memfd: &File) -> io::Result<()> {
 
 /// Gives back all memory that it takes. Its content is zero then.
 pub(crate) fn empty(memfd: &File) -> io::Result<()> {
+    punch(memfd, 0, size(memfd)?)
+}
+
+/// Gives back what these bytes take, whole pages; they are a hole then.
+pub(crate) fn punch(memfd: &File, at: u64, len: u64) -> io::Result<()> {
     let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    Ok(rustix::fs::fallocate(memfd, hole, 0, size(memfd)?)?)
+    Ok(rustix::fs::fallocate(memfd, hole, at, len)?)
 }
 
 pub(crate) fn size(memfd: &File) -> io::Result<u64> {
@@ -80,17 +85,26 @@ pub(crate) fn data_extents(memfd: &File) -> io::Result<Vec<Range<u32>>> {
 
 /// Allocates every hole in `bytes` as zeros.
 pub(crate) fn fill_holes(memfd: &File, bytes: Range<u64>) -> io::Result<()> {
+    for hole in holes(memfd, bytes)? {
+        failpoint!("memfd.allocate", |source| source);
+        rustix::fs::fallocate(memfd, FallocateFlags::empty(), hole.start, hole.end - hole.start)?;
+    }
+    Ok(())
+}
+
+/// The holes in `bytes`, ascending.
+pub(crate) fn holes(memfd: &File, bytes: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut holes = Vec::new();
     let mut from = bytes.start;
     while from < bytes.end {
         let data = next_data(memfd, from)?.filter(|data| data.start < bytes.end);
         let (hole_end, next) = data.map_or((bytes.end, bytes.end), |data| (data.start, data.end));
         if hole_end > from {
-            failpoint!("memfd.allocate", |source| source);
-            rustix::fs::fallocate(memfd, FallocateFlags::empty(), from, hole_end - from)?;
+            holes.push(from..hole_end);
         }
         from = next;
     }
-    Ok(())
+    Ok(holes)
 }
 
 /// The first stretch of data at or after `from`.

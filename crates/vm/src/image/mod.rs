@@ -8,19 +8,25 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, OnceLock};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use thiserror::Error;
-use types::{CpuProfile, Digest, EXTENT_SIZE, ExtentMap, GuestAddress, ImageId, LayerIndex, RegionKind, Source};
+use types::{
+    CpuProfile, Digest, EXTENT_SIZE, ExtentIndex, ExtentMap, GuestAddress, ImageId, LayerIndex, Manifest, RegionKind, Source,
+};
 use uuid::Uuid;
 
 use crate::class::{Class, VcpuCountError, ram_regions};
+use crate::host_image::{EXTENT_LEN, HostImage, Presence};
 use crate::machine::state::{MachineState, StateError};
 use crate::sys::slot::{Content, Piece};
 use crate::worker::protocol::WireImage;
 
+pub(crate) mod complete;
 pub mod file;
 pub mod load;
+pub mod manifest;
 pub(crate) mod memfd;
 pub mod save;
 
@@ -41,6 +47,10 @@ pub struct Image {
     parents: Vec<Digest>,
     digest: OnceLock<Digest>,
     wire: OnceLock<Vec<u8>>,
+    /// Once it was hashed; held by who hashes it.
+    manifest: Mutex<Option<Arc<Manifest>>>,
+    /// The host image on which it rests, if some of its memory came, or is still to come, from elsewhere.
+    host_image: Option<Arc<HostImage>>,
 }
 
 /// One region of an image.
@@ -57,6 +67,8 @@ pub struct Layer {
     memfd: File,
     /// The same for others to read, opened when the first of them asks.
     read_only: OnceLock<File>,
+    /// Which of it is there, if it arrives bit by bit.
+    presence: Option<Arc<Presence>>,
 }
 
 /// The most parents that an image remembers.
@@ -103,8 +115,56 @@ impl Image {
         let further = parent.map_or(&[][..], |parent| &parent.parents);
         let parents = nearest.into_iter().chain(further.iter().copied()).take(PARENTS_MAX).collect();
         let depth = parent.map_or(0, |parent| parent.depth + 1);
+        let host_image = parent.and_then(|parent| parent.host_image.clone());
         let id = ImageId::from_uuid(Uuid::now_v7());
-        Self { id, cpu, state, class, ram, identity_page, depth, parents, digest: OnceLock::new(), wire: OnceLock::new() }
+        Self {
+            id,
+            cpu,
+            state,
+            class,
+            ram,
+            identity_page,
+            depth,
+            parents,
+            digest: OnceLock::new(),
+            wire: OnceLock::new(),
+            manifest: Mutex::default(),
+            host_image,
+        }
+    }
+
+    /// The image of a host image.
+    pub(crate) fn arriving(host_image: &Arc<HostImage>, state: MachineState, class: Class, ram: Vec<RamRegion>) -> Self {
+        let head = host_image.head();
+        Self {
+            id: ImageId::from_uuid(Uuid::now_v7()),
+            cpu: head.cpu.clone(),
+            state,
+            class,
+            ram,
+            identity_page: head.identity_page,
+            depth: u32::try_from(head.parents.len()).unwrap_or(u32::MAX),
+            parents: head.parents.clone(),
+            digest: OnceLock::from(host_image.digest()),
+            wire: OnceLock::new(),
+            manifest: Mutex::default(),
+            host_image: Some(Arc::clone(host_image)),
+        }
+    }
+
+    /// The host image on which it rests, while that is not settled.
+    #[must_use]
+    pub fn unsettled(&self) -> Option<&Arc<HostImage>> {
+        self.host_image.as_ref().filter(|host_image| !host_image.is_settled())
+    }
+
+    /// The layers that are not all there: region and number.
+    pub(crate) fn arriving_layers(&self) -> Vec<(u8, u16)> {
+        let of_region = |(region, of): (u8, &RamRegion)| {
+            let arriving = (0..).zip(&of.layers).filter(|(_, layer)| !layer.is_whole());
+            arriving.map(|(number, _)| (region, number)).collect::<Vec<_>>()
+        };
+        (0..).zip(&self.ram).flat_map(of_region).collect()
     }
 
     /// Its name on this node.
@@ -272,6 +332,12 @@ impl RamRegion {
         &self.layers
     }
 
+    /// The runs whose layer is not all there.
+    pub(crate) fn arriving_runs(&self) -> impl Iterator<Item = std::ops::Range<u32>> {
+        let is_arriving = |source| matches!(source, Source::Layer(layer) if !self.layers[usize::from(layer.0)].is_whole());
+        self.map.runs().iter().filter(move |run| is_arriving(run.source)).map(types::Run::extents)
+    }
+
     /// The number that a layer on top gets.
     pub(crate) fn next_layer(&self) -> LayerIndex {
         LayerIndex(u16::try_from(self.layers.len()).expect("each layer has an open file, of which there are fewer"))
@@ -309,7 +375,33 @@ impl RamRegion {
 
 impl Layer {
     pub(crate) fn new(memfd: File) -> Self {
-        Self { memfd, read_only: OnceLock::new() }
+        Self { memfd, read_only: OnceLock::new(), presence: None }
+    }
+
+    /// One whose extents arrive bit by bit.
+    pub(crate) fn arriving(memfd: File, presence: Arc<Presence>) -> Self {
+        Self { memfd, read_only: OnceLock::new(), presence: Some(presence) }
+    }
+
+    /// Whether nothing of it can be absent.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.presence.as_ref().is_none_or(|presence| presence.is_settled())
+    }
+
+    /// Whether all of these extents are there now.
+    pub(crate) fn has_all(&self, extents: std::ops::Range<u32>) -> bool {
+        self.presence.as_ref().is_none_or(|presence| presence.has_all(extents))
+    }
+
+    /// Reads an extent, if all of it is there. Makes no page, whatever is.
+    pub(crate) fn read_extent(&self, extent: ExtentIndex, buffer: &mut [u8; EXTENT_LEN]) -> io::Result<bool> {
+        let is_there = || self.has_all(extent.0..extent.0 + 1);
+        if !is_there() {
+            return Ok(false);
+        }
+        self.memfd.read_exact_at(buffer, extent.byte_offset())?;
+        // It may have been evicted meanwhile.
+        Ok(is_there())
     }
 
     /// A descriptor through which nobody can write, for a worker.

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use thiserror::Error;
-use types::manifest::{HeadError, ManifestError, encode_hash_page, hash_page_digests};
-use types::{Digest, EXTENT_SIZE, ExtentIndex, ExtentMap, Head, LayerIndex, Manifest, PAGE_SIZE, RegionHead, Source};
+use types::manifest::{HeadError, ManifestError, encode_hash_page};
+use types::{Digest, EXTENT_SIZE, ExtentIndex, Manifest, PAGE_SIZE, Source};
 use uuid::Uuid;
 
 use super::file::{Places, Preamble};
@@ -46,6 +46,8 @@ pub enum SaveError {
     Head(#[from] HeadError),
     #[error("the image's manifest does not agree with itself: {0}")]
     Manifest(#[from] ManifestError),
+    #[error("some of the image is still on its way from another host")]
+    Unsettled,
     #[error("the image that this one was branched from has no digest yet")]
     UnsavedBase,
     #[error("the image that this one is to be saved upon has other memory or vCPUs")]
@@ -61,6 +63,7 @@ impl SaveError {
             Self::Io { .. } => "check that the directory exists, may be written, and is on a disk without errors",
             Self::NoName { .. } => "give the path of a file",
             Self::Memory { .. } => "end other machines: the host's memory is full",
+            Self::Unsettled => "wait until it has settled (farfork watch)",
             Self::UnsavedBase => "save that image first, or save this one whole",
             Self::ForeignBase => "name an image that this one was branched from, or save this one whole",
             Self::Head(_) | Self::Manifest(_) => "freeze again: the image has more parts than a manifest may name",
@@ -109,9 +112,12 @@ fn write(
     let temporary = Temporary::of(place);
     let io = |step| move |source| classify(path, step, source);
 
-    let manifest = manifest_of(image, &mut progress)?;
+    if image.unsettled().is_some() {
+        return Err(SaveError::Unsettled);
+    }
+    let manifest = image.manifest(&mut progress)?;
     let frame = manifest.head().encode()?;
-    let digest = *image.digest.get_or_init(|| Digest::of(&frame));
+    let digest = Digest::of(&frame);
     let file = temporary.create().map_err(io("creating a temporary file"))?;
     let written_bytes = write_all(&file, image, base.as_ref(), &manifest, &frame).map_err(|failed| match failed {
         WriteFailed::Memory(source) => SaveError::Memory { source },
@@ -151,54 +157,6 @@ impl<'a> Base<'a> {
             _ => false,
         }
     }
-}
-
-fn manifest_of(image: &Image, progress: &mut impl FnMut(u64, u64)) -> Result<Manifest, SaveError> {
-    let total: u64 = image.ram.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
-    let mut done = 0;
-    let mut extent_digests = Vec::with_capacity(image.ram.len());
-    let mut regions = Vec::with_capacity(image.ram.len());
-    for region in &image.ram {
-        let mut digests = vec![Digest::ZERO_CONTENT; region.map.extent_count() as usize];
-        let hashed = each_extent(region, |extent, bytes| {
-            if !is_zero(bytes) {
-                digests[extent.0 as usize] = Digest::of(bytes);
-            }
-            done += 1;
-            progress(done, total);
-            Ok(())
-        });
-        hashed.map_err(|source| SaveError::Memory { source })?;
-        // In a manifest the layers are one.
-        let lengths = coalesce(region.map.runs().iter().map(|run| {
-            let source = if run.source == Source::Zero { Source::Zero } else { Source::Layer(LayerIndex(0)) };
-            (run.count, source)
-        }));
-        let map = ExtentMap::from_lengths(lengths).expect("fewer runs than a valid map had");
-        regions.push(RegionHead { kind: region.kind, map, hash_pages: hash_page_digests(&digests) });
-        extent_digests.push(digests);
-    }
-    let head = Head {
-        cpu: image.cpu.clone(),
-        vcpu_count: image.class.vcpu_count(),
-        state: image.state.encode(),
-        regions,
-        identity_page: image.identity_page,
-        working_set: Vec::new(),
-        parents: image.parents.clone(),
-    };
-    Ok(Manifest::new(head, extent_digests)?)
-}
-
-fn coalesce(lengths: impl Iterator<Item = (u32, Source)>) -> Vec<(u32, Source)> {
-    let mut joined: Vec<(u32, Source)> = Vec::new();
-    for (count, source) in lengths {
-        match joined.last_mut() {
-            Some(last) if last.1 == source => last.0 += count,
-            _ => joined.push((count, source)),
-        }
-    }
-    joined
 }
 
 enum WriteFailed {
@@ -254,13 +212,16 @@ fn write_all(
     Ok(written)
 }
 
-/// Calls `each` with every extent that a layer holds.
+/// Calls `each` with every extent that a layer holds which is all there.
 pub(super) fn each_extent(region: &RamRegion, mut each: impl FnMut(ExtentIndex, &[u8]) -> io::Result<()>) -> io::Result<()> {
     let extent_len = usize::try_from(EXTENT_SIZE).expect("64-bit host");
     for run in region.map.data_runs() {
         let Source::Layer(layer) = run.source else {
             continue;
         };
+        if !region.layers[usize::from(layer.0)].is_whole() {
+            continue;
+        }
         let bytes = run.bytes();
         let len = usize::try_from(bytes.end - bytes.start).expect("64-bit host");
         let map = SealedMap::of(region.layers[usize::from(layer.0)].memfd(), bytes.start, len)?;
@@ -287,7 +248,7 @@ fn write_pages(file: &File, extent: &[u8], at: u64) -> io::Result<u64> {
     Ok(written)
 }
 
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<16>();
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }

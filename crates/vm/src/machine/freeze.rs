@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use types::{ExtentIndex, ExtentMap, LayerIndex, PageIndex, Reason, Run, Source};
+use types::{ExtentIndex, ExtentMap, LayerIndex, PAGE_SIZE, PageIndex, Reason, Run, Source};
 
 use super::state::{self, MachineState, StateError};
 use super::{Backing, Ended, Machine, PauseError};
@@ -91,6 +91,16 @@ impl FreezeError {
     }
 }
 
+/// What a copier copies of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copied {
+    /// Every extent in which it has written, whole, and what the map merges with them.
+    Extents,
+    /// The pages that it has written, and nothing of the image beneath, which may be absent. The map stays that of the image;
+    /// the new layer's data says what was copied.
+    Pages,
+}
+
 /// A freeze whose instant has been taken: the machine goes on, and the image is being completed.
 #[derive(Debug)]
 #[must_use = "the image is only there when it is finished"]
@@ -162,7 +172,7 @@ impl Machine {
             None => Vec::new(),
             Some(_) => memfd::new_layers(self.class.memory()).map_err(step("memfd_create"))?,
         };
-        let instant = self.take_instant(host, &layers)?;
+        let instant = self.take_instant(host, &layers, Copied::Extents)?;
         let image = match base {
             None => Arc::clone(self.image().expect("a first parent that was frozen rests on its image")),
             Some(base) => {
@@ -174,7 +184,7 @@ impl Machine {
     }
 
     /// Takes the instant of an image, into `new_layers` where the machine rests on an image already: one for each region, empty.
-    pub(crate) fn take_instant(&mut self, host: &Host, new_layers: &[File]) -> Result<Taken, FreezeError> {
+    pub(crate) fn take_instant(&mut self, host: &Host, new_layers: &[File], copied: Copied) -> Result<Taken, FreezeError> {
         if let Some(ended) = self.ended() {
             return Err(FreezeError::Ended(ended));
         }
@@ -185,7 +195,7 @@ impl Machine {
             }
             Backing::Image(base) => {
                 let base = Arc::clone(base);
-                self.freeze_by_copier(host, &base, new_layers)
+                self.freeze_by_copier(host, &base, new_layers, copied)
             }
         }
     }
@@ -214,43 +224,67 @@ impl Machine {
         Ok(Taken { state, maps, report: pause.end(), began_copy: Instant::now(), copier: None })
     }
 
-    fn freeze_by_copier(&mut self, host: &Host, base: &Arc<Image>, new_layers: &[File]) -> Result<Taken, FreezeError> {
+    fn freeze_by_copier(
+        &mut self,
+        host: &Host,
+        base: &Arc<Image>,
+        new_layers: &[File],
+        copied: Copied,
+    ) -> Result<Taken, FreezeError> {
         assert_eq!(new_layers.len(), base.ram().len(), "a new layer for each region");
         let turn = Turn::wait();
         let mut pause = Pause::begin(self)?;
         let state = pause.capture(host, self)?;
         let mut maps = Vec::with_capacity(new_layers.len());
-        let mut jobs = Vec::new();
+        let (mut jobs, mut inherited) = (Vec::new(), Vec::new());
         for (number, (region, layer)) in base.ram().iter().zip(new_layers).enumerate() {
-            let (touched, dirty_pages) = self.touched_extents(host, number).map_err(step("PAGEMAP_SCAN"))?;
+            let mut pages = Vec::new();
+            let (touched, dirty_pages) = self.touched_extents(host, number, &mut pages).map_err(step("PAGEMAP_SCAN"))?;
             pause.report.dirty_pages += dirty_pages;
             let overlay = region.map().overlay(&touched, region.next_layer());
-            for extents in &overlay.copied {
-                let at = u64::from(extents.start) * types::EXTENT_SIZE;
-                let len = usize::try_from(extents.len() as u64 * types::EXTENT_SIZE).expect("64-bit host");
-                pause.report.copied_extents += extents.len() as u64;
-                jobs.push(CopyJob { from: self.memory.slot_address(number, at), len, to: layer.as_fd(), at });
+            let job = |at: u64, bytes: u64| {
+                let len = usize::try_from(bytes).expect("64-bit host");
+                CopyJob { from: self.memory.slot_address(number, at), len, to: layer.as_fd(), at }
+            };
+            let of_extents = |extents: &Range<u32>| {
+                job(u64::from(extents.start) * types::EXTENT_SIZE, extents.len() as u64 * types::EXTENT_SIZE)
+            };
+            // By extents in any case: as many pieces of a mapping as there are ranges.
+            inherited.extend(overlay.copied.iter().map(of_extents).map(|job| (job.from, job.len)));
+            match copied {
+                Copied::Extents => {
+                    pause.report.copied_extents += overlay.copied.iter().map(|extents| extents.len() as u64).sum::<u64>();
+                    jobs.extend(overlay.copied.iter().map(of_extents));
+                    maps.push(overlay.map);
+                }
+                Copied::Pages => {
+                    let of_pages = |pages: &Range<u64>| job(pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE);
+                    jobs.extend(pages.iter().map(of_pages));
+                    maps.push(region.map().clone());
+                }
             }
-            maps.push(overlay.map);
         }
         pause.report.scan = pause.lap();
         failpoint!("freeze.copier", |source| FreezeError::Step { step: "forking the copier", source });
-        let copier = turn.start(&self.memory, &jobs).map_err(step("forking the copier"))?;
+        let copier = turn.start(&self.memory, &inherited, &jobs).map_err(step("forking the copier"))?;
         pause.report.instant = pause.lap();
         Ok(Taken { state, maps, report: pause.end(), began_copy: Instant::now(), copier: Some(copier) })
     }
 
-    /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages.
-    fn touched_extents(&self, host: &Host, region: usize) -> io::Result<(Vec<Range<u32>>, u64)> {
+    /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages,
+    /// which are added to `private`.
+    fn touched_extents(&self, host: &Host, region: usize, private: &mut Vec<Range<u64>>) -> io::Result<(Vec<Range<u32>>, u64)> {
         let mut touched: Vec<Range<u32>> = Vec::new();
         let mut dirty_pages = 0;
-        scan_private(&host.pagemap, &self.memory.slots()[region].1, |pages| {
+        let slot = &self.memory.slots()[region].1;
+        scan_private(&host.pagemap, slot.start(), slot.len() as u64, |pages| {
             dirty_pages += pages.end - pages.start;
             let extents = PageIndex(pages.start).extent().0..PageIndex(pages.end - 1).extent().0 + 1;
             match touched.last_mut() {
                 Some(last) if extents.start <= last.end => last.end = last.end.max(extents.end),
                 _ => touched.push(extents),
             }
+            private.push(pages);
         })?;
         Ok((touched, dirty_pages))
     }

@@ -80,7 +80,9 @@ fn start_zygote(inner: &Inner) -> io::Result<Option<(Child, Arc<Channel>)>> {
     }
     let hello = ToZygote::Hello { facts: Box::new(inner.host.facts.clone()), jail: inner.settings.jail.clone() };
     // A zygote that is gone already has closed its end; the first receive then says so.
-    ours.send(&hello, &[crate::sys::borrow_fd(inner.host.kvm())]).unwrap_or_default();
+    let mut devices = vec![crate::sys::borrow_fd(inner.host.kvm())];
+    devices.extend(inner.host.faults().map(AsFd::as_fd));
+    ours.send(&hello, &devices).unwrap_or_default();
     Ok(Some((child, ours)))
 }
 
@@ -177,7 +179,7 @@ fn no_descriptor() -> Failure {
     }
 }
 
-fn hear_worker(inner: &Inner, worker: &Worker, buffer: &mut Vec<u8>) {
+fn hear_worker(inner: &Inner, worker: &Arc<Worker>, buffer: &mut Vec<u8>) {
     if drain(worker, buffer) == Said::NoMore {
         // It has hung up. Most likely it is on its way out, and its zygote will say how; if not, this ends it.
         epoll::delete(&inner.events, worker).unwrap_or_default();
@@ -194,10 +196,10 @@ enum Said {
 }
 
 /// Takes one message if there is one.
-fn drain(worker: &Worker, buffer: &mut Vec<u8>) -> Said {
+fn drain(worker: &Arc<Worker>, buffer: &mut Vec<u8>) -> Said {
     match worker.channel.try_receive::<FromWorker>(buffer) {
         Ok(Some(received)) => {
-            worker.take(received.message);
+            worker.take(received);
             Said::Something
         }
         Ok(None) => Said::Nothing,
@@ -222,6 +224,7 @@ fn see_off(inner: &Inner, worker: &Arc<Worker>, how: Option<crate::worker::proto
 /// Gives back what the pool had for a worker that is gone.
 fn forget(inner: &Inner, worker: &Arc<Worker>) {
     epoll::delete(&inner.events, worker.as_fd()).unwrap_or_default();
+    worker.release_host_image();
     let group = worker.group.lock().unwrap_or_else(PoisonError::into_inner).take();
     // The kernel may take a moment to see that it is empty; others wait for that, everybody waits for this thread.
     let left = group.and_then(|mut group| (!group.remove()).then_some(group));

@@ -10,6 +10,7 @@ use super::mail::Running;
 use super::worker::Worker;
 use super::{ForkOptions, Inner, PoolError, keeper};
 use crate::class::{Class, ram_regions};
+use crate::image::complete::{CompleteError, complete};
 use crate::image::{Image, check_map, memfd};
 use crate::machine::state::MachineState;
 use crate::machine::{Ended, FreezeReport, Frozen};
@@ -19,6 +20,9 @@ use crate::worker::protocol::{self, DESCRIPTORS_MAX, ToWorker, WireFrozen};
 
 /// The fewest bytes of pages that a machine must be allowed to write: what its first instructions write.
 const LIMIT_MIN: u64 = 1 << 20;
+
+/// How long a branch waits for what is absent of the extents in which its parent has written.
+const PAGE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long somebody who only looks waits.
 const LOOK_PATIENCE: Duration = Duration::from_secs(5);
@@ -32,7 +36,7 @@ const RUN_SIZE_MAX: usize = 9;
 pub struct Jailed {
     id: MachineId,
     inner: Arc<Inner>,
-    worker: Arc<Worker>,
+    pub(super) worker: Arc<Worker>,
     rests_on: Mutex<RestsOn>,
     limit_bytes: u64,
 }
@@ -141,7 +145,18 @@ fn send_fork(
     if options.limit_bytes.is_some() {
         jailed.limit_memory(0)?;
     }
-    let fork = protocol::encode(&ToWorker::Fork { id, image: image.wire().to_vec() });
+    let bytes = image.wire().to_vec();
+    let fork = match image.unsettled() {
+        None => ToWorker::Fork { id, image: bytes },
+        Some(host_image) => {
+            jailed.worker.await_watched(host_image);
+            let keeps_watch = true;
+            #[cfg(feature = "testing")]
+            let keeps_watch = keeps_watch && !crate::harness::guards::is_off(crate::harness::guards::Guard::WorkersWatch);
+            ToWorker::ForkWatched { id, image: bytes, arriving: image.arriving_layers(), keeps_watch }
+        }
+    };
+    let fork = protocol::encode(&fork);
     let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
     let (first, last) = descriptors.split_at((descriptors.len().max(1) - 1) / DESCRIPTORS_MAX * DESCRIPTORS_MAX);
     for some in first.chunks(DESCRIPTORS_MAX) {
@@ -238,9 +253,22 @@ impl Jailed {
                 // what the guest writes a second time.
                 self.limit_memory(*branched_bytes + self.class().memory().bytes() + self.limit_bytes)?;
                 let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
-                let frozen = self.worker.send(&ToWorker::Freeze, &descriptors).and_then(|()| self.wait_for_frozen());
+                // Where some of it may be absent the worker copies what its guest has written, and the rest is done here.
+                let is_settled = base.unsettled().is_none();
+                let order = if is_settled { ToWorker::Freeze } else { ToWorker::FreezePages };
+                let frozen = self.worker.send(&order, &descriptors).and_then(|()| self.wait_for_frozen());
                 let counts: Vec<usize> = base.ram().iter().map(|region| region.layers().len() + 1).collect();
                 let checked = frozen.and_then(|wire| self.check(*wire, &counts));
+                let checked = checked.and_then(|(state, maps, identity_page, mut report)| {
+                    if is_settled {
+                        return Ok((state, maps, identity_page, report));
+                    }
+                    let began = std::time::Instant::now();
+                    let (maps, copied) = complete(base, &layers, PAGE_PATIENCE).map_err(incomplete)?;
+                    report.copied_extents = copied;
+                    report.copy += began.elapsed();
+                    Ok((state, maps, identity_page, report))
+                });
                 let (state, maps, identity_page, report) = match checked {
                     Ok(checked) => checked,
                     Err(error) => {
@@ -406,24 +434,26 @@ impl Jailed {
         Memory::of_process(pid)
     }
 
-    /// Ends its worker in some way, for the tests of ends.
-    ///
-    /// # Errors
-    /// If it has ended already.
-    #[cfg(feature = "testing")]
-    pub fn crash(&self, crash: crate::harness::Crash) -> Result<(), PoolError> {
-        self.worker.send(&ToWorker::Crash(crash), &[])
+    /// What its memory rests on; `None` for a first parent that was not frozen.
+    #[must_use]
+    pub fn image(&self) -> Option<Arc<Image>> {
+        match &*self.rests_on.lock().unwrap_or_else(PoisonError::into_inner) {
+            RestsOn::Own(_) => None,
+            RestsOn::Image { image, .. } => Some(Arc::clone(image)),
+        }
     }
 
-    /// Tries to break out, for the tests of the jail. The error number, 0 for success.
-    ///
-    /// # Errors
-    /// [`PoolError`]; the end of the worker among them.
-    #[cfg(feature = "testing")]
-    pub fn attempt(&self, order: crate::harness::attempts::Order, descriptors: &[BorrowedFd<'_>]) -> Result<i32, PoolError> {
-        self.worker.mail().await_attempted();
-        self.worker.send(&ToWorker::Attempt(order), descriptors)?;
-        self.worker.wait(|mail| mail.attempted.take())
+    /// How often it has touched memory that had not arrived.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.worker.faults()
+    }
+}
+
+fn incomplete(error: CompleteError) -> PoolError {
+    match error {
+        CompleteError::Absent(source) => PoolError::Absent(source),
+        CompleteError::Io(source) => PoolError::Step { step: "completing the image", source },
     }
 }
 

@@ -13,6 +13,8 @@ mod driver;
 mod keeper;
 mod machine;
 mod mail;
+#[cfg(feature = "testing")]
+mod testing;
 mod worker;
 
 use std::collections::HashMap;
@@ -30,6 +32,7 @@ use types::MachineId;
 
 use crate::class::Class;
 use crate::host::Host;
+use crate::host_image::AwaitError;
 use crate::image::Image;
 use crate::jail::cgroup::{Groups, WorkerGroup};
 use crate::jail::{Jail, Mechanism};
@@ -97,6 +100,8 @@ pub enum PoolError {
     Step { step: &'static str, source: io::Error },
     #[error("the worker said something that cannot be: {what}")]
     Lie { what: String },
+    #[error("{0}")]
+    Absent(AwaitError),
     #[error("the pool is stopping")]
     Stopping,
     #[error("{asked_bytes} bytes of own pages are too few for a machine; the least is {least_bytes}")]
@@ -117,6 +122,7 @@ impl PoolError {
             },
             Self::Ended(_) | Self::Lie { .. } => "fork again from its image",
             Self::Stuck(_) => "look for what keeps it in the kernel log, then fork again from its image",
+            Self::Absent(_) => "look for its holders with farfork show; branch again when one can be reached",
             Self::Stopping => "ask again when the node has started",
             Self::Limit { .. } => "ask for more",
         }

@@ -1,19 +1,22 @@
 //! One worker, as the pool sees it: its channel, and a box in which its answers are found.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use types::{MachineId, Reason};
+use types::{HostAddress, MachineId, Reason};
 
 use super::mail::Mail;
 use super::{PATIENCE, PoolError};
 use crate::class::Class;
+use crate::host_image::{HostImage, Watched};
 use crate::jail::cgroup::WorkerGroup;
 use crate::machine::Ended;
-use crate::worker::channel::Channel;
+use crate::sys::uffd::Watch;
+use crate::worker::channel::{Channel, Received};
 use crate::worker::protocol::{Exit, FromWorker, ToWorker};
 
 /// See the module.
@@ -27,12 +30,23 @@ pub(super) struct Worker {
     asking: Mutex<()>,
     mail: Mutex<Mail>,
     changed: Condvar,
+    watching: Mutex<Watching>,
+}
+
+/// Whether the machine's absent memory is watched.
+#[derive(Debug, Default)]
+enum Watching {
+    #[default]
+    No,
+    /// The worker owes the descriptor.
+    Due(Arc<HostImage>),
+    Yes(Arc<Watched>),
 }
 
 impl Worker {
     pub(super) fn new(number: u64, class: Class, channel: Channel) -> Self {
         let (group, asking, mail) = (Mutex::new(None), Mutex::new(()), Mutex::new(Mail::default()));
-        Self { number, class, channel, group, asking, mail, changed: Condvar::new() }
+        Self { number, class, channel, group, asking, mail, changed: Condvar::new(), watching: Mutex::default() }
     }
 
     pub(super) fn mail(&self) -> MutexGuard<'_, Mail> {
@@ -108,7 +122,12 @@ impl Worker {
 
     /// Ends it because of what it did, or did not do.
     pub(super) fn condemn(&self, detail: String) {
-        self.mail().verdict.get_or_insert(Ended { reason: Reason::WorkerCrashed, detail });
+        self.sentence(Ended { reason: Reason::WorkerCrashed, detail });
+    }
+
+    /// Ends it for this reason.
+    pub(super) fn sentence(&self, ended: Ended) {
+        self.mail().verdict.get_or_insert(ended);
         self.end_process();
     }
 
@@ -122,8 +141,71 @@ impl Worker {
         }
     }
 
+    /// The worker is about to be told to have its memory watched for this host image.
+    pub(super) fn await_watched(&self, host_image: &Arc<HostImage>) {
+        *self.watching() = Watching::Due(Arc::clone(host_image));
+    }
+
+    /// Gives its absent memory into the hands of its host image. Says whether that was due.
+    fn is_watched(self: &Arc<Self>, starts: &[u64], descriptors: Vec<OwnedFd>) -> bool {
+        let mut watching = self.watching();
+        let Watching::Due(host_image) = std::mem::take(&mut *watching) else { return false };
+        let (machine, pid) = {
+            let mail = self.mail();
+            (mail.machine, mail.pid)
+        };
+        let Some(machine) = machine else { return false };
+        let Some(descriptor) = descriptors.into_iter().next() else {
+            // There was no room for it here.
+            self.condemn("this process has no room for the descriptor that reports its faults".to_owned());
+            return true;
+        };
+        let starts: Option<Vec<HostAddress>> =
+            starts.iter().map(|start| usize::try_from(*start).ok().map(HostAddress)).collect();
+        let worker = Arc::downgrade(self);
+        let end = move |ended| {
+            if let Some(worker) = worker.upgrade() {
+                worker.sentence(ended);
+            }
+        };
+        let pagemap = pid.and_then(|pid| File::open(format!("/proc/{pid}/pagemap")).ok());
+        let watch = Watch::over(descriptor);
+        let watched = starts.and_then(|starts| Watched::new(machine, watch, &starts, host_image, pagemap, Box::new(end)));
+        let Some(watched) = watched.map(Arc::new) else { return false };
+        *watching = Watching::Yes(Arc::clone(&watched));
+        drop(watching);
+        watched.host_image().adopt(&watched);
+        true
+    }
+
+    /// How often it has touched what was absent.
+    pub(super) fn faults(&self) -> u64 {
+        match &*self.watching() {
+            Watching::Yes(watched) => watched.faults(),
+            _ => 0,
+        }
+    }
+
+    /// Its process is gone: nobody can touch anything any more.
+    pub(super) fn release_host_image(&self) {
+        if let Watching::Yes(watched) = std::mem::take(&mut *self.watching()) {
+            watched.host_image().release(&watched);
+        }
+    }
+
+    fn watching(&self) -> MutexGuard<'_, Watching> {
+        self.watching.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes a message that the worker sent.
-    pub(super) fn take(&self, message: FromWorker) {
+    pub(super) fn take(self: &Arc<Self>, received: Received<FromWorker>) {
+        let Received { message, descriptors } = received;
+        if let FromWorker::Watched { starts } = &message {
+            if !self.is_watched(starts, descriptors) {
+                self.condemn("its worker said what nobody had asked".to_owned());
+            }
+            return;
+        }
         let is_end = matches!(message, FromWorker::Ended { .. });
         let mut is_due = true;
         self.deliver(|mail| is_due = mail.take(message));

@@ -49,13 +49,23 @@ impl Turn {
 
     /// The instant. The vCPUs of the machine whose memory it is are at rest; while they run, their page faults would keep the
     /// calls below waiting.
-    pub(crate) fn start(self, memory: &GuestMemory, jobs: &[CopyJob<'_>]) -> io::Result<Copier> {
-        let slot_of = |job: &CopyJob<'_>| {
-            let slot = memory.slots().iter().map(|(_, slot)| slot).find(|slot| slot.contains(job.from, job.len));
-            slot.expect("a copy job lies within one slot")
+    ///
+    /// The copier sees what is `inherited`, which holds all that is copied: no more than that is worth it, since `clone` copies
+    /// the entries of clean pages too, and a guest may have read all its RAM.
+    pub(crate) fn start(
+        self,
+        memory: &GuestMemory,
+        inherited: &[(HostAddress, usize)],
+        jobs: &[CopyJob<'_>],
+    ) -> io::Result<Copier> {
+        let slot_of = |from: HostAddress, len: usize| {
+            let slot = memory.slots().iter().map(|(_, slot)| slot).find(|slot| slot.contains(from, len));
+            slot.expect("what is copied lies within one slot")
         };
-        // No more than what is copied: `clone` copies the entries of clean pages too, and a guest may have read all its RAM.
-        let inherited = jobs.iter().try_for_each(|job| slot_of(job).let_inherit(job.from, job.len));
+        for job in jobs {
+            slot_of(job.from, job.len);
+        }
+        let inherited = inherited.iter().try_for_each(|(from, len)| slot_of(*from, *len).let_inherit(*from, *len));
         let copier = inherited.and_then(|()| clone_copier(jobs));
         for (_, slot) in memory.slots() {
             // If this fails, later processes of ours inherit page tables that they do not use: slower, not wrong.
@@ -159,7 +169,7 @@ fn copy(jobs: &[CopyJob<'_>], done: RawFd, kept: &[RawFd]) -> ! {
     'jobs: for job in jobs {
         let mut done = 0;
         while done < job.len {
-            // SAFETY: the bytes lie in a slot that this process inherited (checked by the parent in `start`); the kernel reads
+            // SAFETY: the bytes lie in a slot of which this process inherited some (checked by the parent in `start`); the kernel reads
             // them, and answers EFAULT for any that it cannot.
             let written = unsafe {
                 libc::pwrite64(

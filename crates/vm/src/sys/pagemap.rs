@@ -5,9 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use types::PAGE_SIZE;
-
-use super::slot::Slot;
+use types::{HostAddress, PAGE_SIZE};
 
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
@@ -43,11 +41,12 @@ struct PageRegion {
     categories: u64,
 }
 
-/// Calls `each` with every range of pages (counted from the slot's start, ascending) that the machine has written: not FILE,
-/// PRESENT or SWAPPED, and not the shared zero page. Costs time in proportion to what is mapped, not to the slot's size.
-pub(crate) fn scan_private(pagemap: &File, slot: &Slot, mut each: impl FnMut(Range<u64>)) -> io::Result<()> {
-    let start = slot.start().0 as u64;
-    let end = start + slot.len() as u64;
+/// Calls `each` with every range of pages (counted from `start`, ascending) of `bytes` from `start` on that the machine has
+/// written: not FILE, PRESENT or SWAPPED, and not the shared zero page. Costs time in proportion to what is mapped, not to the
+/// range's size. The pagemap is that of the process whose addresses these are.
+pub(crate) fn scan_private(pagemap: &File, start: HostAddress, bytes: u64, mut each: impl FnMut(Range<u64>)) -> io::Result<()> {
+    let start = start.0 as u64;
+    let end = start + bytes;
     let mut regions = [PageRegion::default(); REGIONS_PER_CALL];
     let mut from = start;
     while from < end {

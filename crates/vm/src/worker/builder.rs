@@ -12,10 +12,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
+
+use types::{GuestAddress, Source};
 
 use super::channel::{self, Received};
 use super::control::{self, Control, Until};
@@ -30,8 +32,9 @@ use crate::machine::Machine;
 use crate::machine::frame::Keeping;
 use crate::machine::state::{self, MachineState};
 use crate::probe;
-use crate::shell::Shell;
+use crate::shell::{ForkError, Shell};
 use crate::sys::process::exit;
+use crate::sys::slot::Slot;
 
 const STACK_SIZE: usize = 256 << 10;
 
@@ -69,6 +72,21 @@ pub(super) fn failure(what: &str, error: &io::Error) -> Failure {
     Failure { message: format!("{what} failed: {error}"), remedy, errno: error.raw_os_error().unwrap_or(0) }
 }
 
+/// What to become a child of, and who.
+struct ForkOrder {
+    id: types::MachineId,
+    image: Vec<u8>,
+    layers: Vec<OwnedFd>,
+    received_ns: u64,
+    /// Where some of it is absent.
+    watched: Option<Watching>,
+}
+
+struct Watching {
+    arriving: Vec<(u8, u16)>,
+    keeps_watch: bool,
+}
+
 struct Builder {
     host: Host,
     shared: Arc<Shared>,
@@ -95,7 +113,15 @@ impl Builder {
             layers.extend(descriptors);
             match message {
                 ToWorker::Layers => {}
-                ToWorker::Fork { id, image } => return self.fork((shell, fresh), id, &image, layers, received_ns),
+                ToWorker::Fork { id, image } => {
+                    let order = ForkOrder { id, image, layers, received_ns, watched: None };
+                    return self.fork((shell, fresh), order);
+                }
+                ToWorker::ForkWatched { id, image, arriving, keeps_watch } => {
+                    let watched = Some(Watching { arriving, keeps_watch });
+                    let order = ForkOrder { id, image, layers, received_ns, watched };
+                    return self.fork((shell, fresh), order);
+                }
                 ToWorker::BootProbe { id } => return self.boot(shell, id, layers),
                 other => self.give_up_over(&other),
             }
@@ -158,22 +184,22 @@ impl Builder {
         }
     }
 
-    fn fork(
-        self,
-        (shell, fresh): (Shell, Option<MachineState>),
-        id: types::MachineId,
-        image: &[u8],
-        layers: Vec<OwnedFd>,
-        received_ns: u64,
-    ) {
-        let image = match receive_image(&self.host, image, layers) {
+    fn fork(mut self, (shell, fresh): (Shell, Option<MachineState>), order: ForkOrder) {
+        let ForkOrder { id, image, layers, received_ns, watched } = order;
+        let is_watched = watched.is_some();
+        let image = match receive_image(&self.host, &image, layers) {
             Ok(image) => Arc::new(image),
             Err(failed) => give_up(&self.shared, &failed),
         };
-        let machine = match shell.map(&image, id) {
+        let watch = |slots: &[(GuestAddress, Slot)]| match &watched {
+            None => Ok(()),
+            Some(watching) => self.watch(&image, watching, slots).map_err(|source| ForkError::Watch { source }),
+        };
+        let machine = match shell.map(&image, id, watch) {
             Ok(machine) => machine,
             Err(error) => give_up(&self.shared, &Failure::of(&error, error.remedy())),
         };
+        self.host.close_faults();
         let map_ns = u64::try_from(machine.stages().map.as_nanos()).unwrap_or(u64::MAX);
         let Self { host, shared, handover, buffer } = self;
         let core = machine.frame.core.clone();
@@ -192,13 +218,33 @@ impl Builder {
                 builder.join().unwrap_or_default();
             }
             runner.run();
-            control.is_forked(control::ForkTimes { received_ns, map_ns, restore_ns });
+            control.is_forked(control::ForkTimes { received_ns, map_ns, restore_ns }, is_watched);
             // The main thread waits for it for as long as the worker lives.
             handover.send(control).unwrap_or_default();
         }));
     }
 
-    fn boot(self, shell: Shell, id: types::MachineId, memory: Vec<OwnedFd>) {
+    /// Has touches of absent memory reported to the node from now on.
+    fn watch(&self, image: &Image, watching: &Watching, slots: &[(GuestAddress, Slot)]) -> io::Result<()> {
+        let watch = self.host.faults().ok_or(io::ErrorKind::Unsupported)?.watch()?;
+        for ((number, region), (_, slot)) in (0u8..).zip(image.ram()).zip(slots) {
+            for run in region.map().data_runs() {
+                let is_arriving = |layer: types::LayerIndex| watching.arriving.contains(&(number, layer.0));
+                if matches!(run.source, Source::Layer(layer) if is_arriving(layer)) {
+                    watch.register(slot, &run.bytes())?;
+                }
+            }
+        }
+        let starts = slots.iter().map(|(_, slot)| slot.start().0 as u64).collect();
+        self.shared.channel.send(&FromWorker::Watched { starts }, &[watch.as_fd()])?;
+        if watching.keeps_watch {
+            self.shared.watch.get_or_init(|| watch);
+        }
+        Ok(())
+    }
+
+    fn boot(mut self, shell: Shell, id: types::MachineId, memory: Vec<OwnedFd>) {
+        self.host.close_faults();
         let memory = memory.into_iter().map(File::from).collect();
         let machine: Machine = match probe::boot_in(shell, memory, id) {
             Ok(machine) => machine,
@@ -209,7 +255,7 @@ impl Builder {
         }
         let Self { host, shared, handover, buffer } = self;
         let mut control = Box::new(Control::over(machine, host, Arc::clone(&shared), buffer));
-        control.is_forked(control::ForkTimes { received_ns: monotonic_ns(), map_ns: 0, restore_ns: 0 });
+        control.is_forked(control::ForkTimes { received_ns: monotonic_ns(), map_ns: 0, restore_ns: 0 }, false);
         control.resume();
         control.serve(Until::Frozen);
         handover.send(control).unwrap_or_default();

@@ -13,13 +13,15 @@ use super::Shared;
 use super::channel::{ReceiveError, Received};
 use super::protocol::{Failure, FromWorker, ToWorker, WireFrozen};
 use crate::host::Host;
-use crate::machine::freeze::{FreezeError, Taken};
+use crate::machine::freeze::{Copied, FreezeError, Taken};
 use crate::machine::{FreezeReport, Machine};
 use crate::probe::{Command, Pending, Probe, ProbeError};
 use crate::sys::process::exit;
 
 /// A guest that has not come out of its own code by then runs all the same.
 const FIRST_EXIT_PATIENCE_MS: i64 = 20;
+/// The same where its first instructions may have to be fetched from far away.
+const WATCHED_FIRST_EXIT_PATIENCE_MS: i64 = 500;
 /// How much of what a machine printed goes with the news of its end.
 const CONSOLE_TAIL_BYTES: usize = 4096;
 
@@ -48,6 +50,7 @@ pub(super) struct Control {
     buffer: Vec<u8>,
     /// Until the node was told that the machine runs.
     unreported: Option<ForkTimes>,
+    first_exit_patience_ms: i64,
     has_reported_end: bool,
     /// For each vCPU, the command that its probe works on.
     pending: Vec<Option<Pending>>,
@@ -57,12 +60,25 @@ pub(super) struct Control {
 impl Control {
     pub(super) fn over(machine: Machine, host: Host, shared: Arc<Shared>, buffer: Vec<u8>) -> Self {
         let pending = vec![None; usize::from(machine.class().vcpu_count())];
-        Self { machine, host, shared, buffer, unreported: None, has_reported_end: false, pending, copying: None }
+        Self {
+            machine,
+            host,
+            shared,
+            buffer,
+            unreported: None,
+            first_exit_patience_ms: FIRST_EXIT_PATIENCE_MS,
+            has_reported_end: false,
+            pending,
+            copying: None,
+        }
     }
 
     /// The machine has its memory and state, and runs.
-    pub(super) fn is_forked(&mut self, times: ForkTimes) {
+    pub(super) fn is_forked(&mut self, times: ForkTimes, is_watched: bool) {
         self.machine.is_now_running();
+        if is_watched {
+            self.first_exit_patience_ms = WATCHED_FIRST_EXIT_PATIENCE_MS;
+        }
         self.unreported = Some(times);
     }
 
@@ -90,7 +106,7 @@ impl Control {
         let copier: Option<[BorrowedFd<'_>; 2]> =
             self.copying.as_ref().and_then(Taken::copier).map(|copier| copier.descriptors());
         fds.extend(copier.into_iter().flatten().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        let patience = Timespec { tv_sec: 0, tv_nsec: FIRST_EXIT_PATIENCE_MS * 1_000_000 };
+        let patience = Timespec { tv_sec: 0, tv_nsec: self.first_exit_patience_ms * 1_000_000 };
         let patience = self.unreported.is_some().then_some(patience);
         let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, patience.as_ref()));
         let is_readable = |fd: &PollFd<'_>| !fd.revents().is_empty();
@@ -149,7 +165,8 @@ impl Control {
             }
         };
         match message {
-            ToWorker::Freeze => return self.freeze(descriptors.into_iter().map(File::from).collect()),
+            ToWorker::Freeze => return self.freeze(descriptors.into_iter().map(File::from).collect(), Copied::Extents),
+            ToWorker::FreezePages => return self.freeze(descriptors.into_iter().map(File::from).collect(), Copied::Pages),
             ToWorker::Pause => {
                 // If it cannot be paused it has ended, and that is said.
                 if self.machine.pause().is_ok() {
@@ -178,12 +195,21 @@ impl Control {
                 self.send(&FromWorker::Attempted(errno));
             }
             #[cfg(feature = "testing")]
+            ToWorker::ReadHole { at } => {
+                let errno = crate::sys::attempts::memory::read_hole(&descriptors, at).err().unwrap_or(0);
+                self.send(&FromWorker::Attempted(errno));
+            }
+            #[cfg(feature = "testing")]
             ToWorker::Crash(crash) => match crash {
                 crate::harness::Crash::Lie => self.send(&FromWorker::Done),
                 crate::harness::Crash::Garbage => self.shared.channel.send_bytes(b"not ours", &[]).unwrap_or_default(),
                 crash => crash.happen(),
             },
-            ToWorker::Build { .. } | ToWorker::Layers | ToWorker::Fork { .. } | ToWorker::BootProbe { .. } => {
+            ToWorker::Build { .. }
+            | ToWorker::Layers
+            | ToWorker::Fork { .. }
+            | ToWorker::ForkWatched { .. }
+            | ToWorker::BootProbe { .. } => {
                 let message = "the order is for a shell, and this is a machine".to_owned();
                 self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));
             }
@@ -207,7 +233,7 @@ impl Control {
         }
     }
 
-    fn freeze(&mut self, layers: Vec<File>) -> bool {
+    fn freeze(&mut self, layers: Vec<File>, copied: Copied) -> bool {
         if self.copying.is_some() {
             let message = "the freeze before this one is not complete".to_owned();
             self.send(&FromWorker::NotFrozen(Failure { message, remedy: "freeze again when it is".into(), errno: 0 }));
@@ -219,7 +245,7 @@ impl Control {
             self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));
             return false;
         }
-        match self.machine.take_instant(&self.host, &layers) {
+        match self.machine.take_instant(&self.host, &layers, copied) {
             Ok(taken) => {
                 let is_complete = taken.copier().is_none();
                 self.copying = Some(taken);

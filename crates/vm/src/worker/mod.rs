@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::jail::Jail;
 use crate::jail::syscalls::Filters;
 use crate::machine::monitor::Witness;
+use crate::sys::uffd::Watch;
 use channel::Channel;
 use protocol::FromWorker;
 
@@ -45,13 +46,15 @@ pub(crate) struct Shared {
     first_exit_ns: AtomicU64,
     /// Until the first vCPU's thread has seen it end.
     builder: Mutex<Option<JoinHandle<()>>>,
+    /// Open for as long as the worker lives: with the last descriptor to close, absent memory would become zeros.
+    watch: OnceLock<Watch>,
 }
 
 impl Shared {
     pub(crate) fn new(channel: Channel, filters: Filters, jail: Jail) -> io::Result<Arc<Self>> {
         let bell = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
         let first_exit_ns = AtomicU64::new(0);
-        Ok(Arc::new(Self { channel, filters, jail, bell, first_exit_ns, builder: Mutex::new(None) }))
+        Ok(Arc::new(Self { channel, filters, jail, bell, first_exit_ns, builder: Mutex::new(None), watch: OnceLock::new() }))
     }
 
     fn ring(&self) {

@@ -51,7 +51,7 @@ pub enum BadMessage {
 /// From the node to its zygote.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToZygote {
-    /// First; with the descriptor of `/dev/kvm`.
+    /// First; with the descriptor of `/dev/kvm`, and that of `/dev/userfaultfd` where there is one.
     Hello { facts: Box<HostFacts>, jail: Jail },
     /// Fork a worker; with its end of the channel, and the files through which it goes into its control groups.
     Spawn { worker: u64, uid: u32 },
@@ -160,9 +160,31 @@ pub enum ToWorker {
     },
     /// Send what the guest printed.
     Console,
+    /// Become a child of an image of which some is still absent; as [`ToWorker::Fork`]. It answers with
+    /// [`FromWorker::Watched`] before it touches any of it.
+    ForkWatched {
+        /// Who it is.
+        id: MachineId,
+        /// The image.
+        image: Vec<u8>,
+        /// The layers that are not all there: region, and number within it.
+        arriving: Vec<(u8, u16)>,
+        /// Whether it keeps a descriptor of its own, without which the death of the node would show it zeros: always, but in
+        /// the test of that.
+        keeps_watch: bool,
+    },
+    /// Make an image of a child some of whose memory may be absent: copy the pages that it has written and nothing else; with a
+    /// memfd for each region. The node completes their extents.
+    FreezePages,
     /// Try to break out, for the tests of the jail.
     #[cfg(feature = "testing")]
     Attempt(crate::harness::attempts::Order),
+    /// Map the file that comes along, privately, and read the byte at this offset.
+    #[cfg(feature = "testing")]
+    ReadHole {
+        /// The offset.
+        at: u64,
+    },
     /// End, for the tests of ends.
     #[cfg(feature = "testing")]
     Crash(crate::harness::Crash),
@@ -217,6 +239,11 @@ pub enum FromWorker {
         detail: String,
         /// The last that it printed.
         console: Vec<u8>,
+    },
+    /// Touches of what is absent are reported from now on; with the descriptor that says so.
+    Watched {
+        /// The address at which each region begins.
+        starts: Vec<u64>,
     },
     /// What came of an attempt to break out: 0, or the error number.
     #[cfg(feature = "testing")]

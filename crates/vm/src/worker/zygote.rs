@@ -19,6 +19,7 @@ use crate::jail::Jail;
 use crate::jail::apply::{self, Failed};
 use crate::jail::syscalls::{Filters, confine_thread};
 use crate::sys::process::{self, Child};
+use crate::sys::uffd::Device;
 use crate::sys::{copier, kvm};
 
 /// The whole program of a zygote: what a node's binary does when it is started for that. Its node is on the other end of
@@ -43,11 +44,11 @@ fn live() -> Result<(), Failed> {
     rustix::stdio::dup2_stdin(&null).map_err(failed("closing standard input"))?;
     let mut buffer = Vec::new();
     let greeting = channel.receive::<ToZygote>(&mut buffer).map_err(|error| ("receiving", io::Error::other(error)))?;
-    let (ToZygote::Hello { facts, jail }, Ok([kvm])) = (greeting.message, <[OwnedFd; 1]>::try_from(greeting.descriptors))
-    else {
+    let mut devices = greeting.descriptors.into_iter();
+    let (ToZygote::Hello { facts, jail }, Some(kvm)) = (greeting.message, devices.next()) else {
         return Err(("receiving", io::Error::other("the node did not say hello")));
     };
-    match Zygote::confine(&channel, kvm, *facts, jail) {
+    match Zygote::confine(&channel, (kvm, devices.next()), *facts, jail) {
         Ok(mut zygote) => zygote.serve(&mut buffer),
         Err((step, error)) => {
             let message = format!("the zygote cannot be confined: {step} failed: {error}");
@@ -65,6 +66,7 @@ fn failed(step: &'static str) -> impl Fn(rustix::io::Errno) -> Failed {
 struct Zygote<'a> {
     channel: &'a Channel,
     kvm: OwnedFd,
+    faults: Option<OwnedFd>,
     proc: OwnedFd,
     facts: HostFacts,
     jail: Jail,
@@ -78,14 +80,19 @@ struct Zygote<'a> {
 const CHANNEL: u64 = 0;
 
 impl<'a> Zygote<'a> {
-    fn confine(channel: &'a Channel, kvm: OwnedFd, facts: HostFacts, jail: Jail) -> Result<Self, Failed> {
+    fn confine(
+        channel: &'a Channel,
+        (kvm, faults): (OwnedFd, Option<OwnedFd>),
+        facts: HostFacts,
+        jail: Jail,
+    ) -> Result<Self, Failed> {
         let filters = Filters::compile().map_err(|error| ("compiling the filters of system calls", error))?;
         let events = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed("epoll_create"))?;
         epoll::add(&events, channel, epoll::EventData::new_u64(CHANNEL), epoll::EventFlags::IN).map_err(failed("epoll_ctl"))?;
         let proc = apply::confine_zygote(&jail)?;
         confine_thread(&jail, &filters.zygote).map_err(|error| ("the filter of system calls", error))?;
         channel.send(&FromZygote::Ready, &[]).map_err(|error| ("sending", error))?;
-        Ok(Self { channel, kvm, proc, facts, jail, filters, events, children: HashMap::new() })
+        Ok(Self { channel, kvm, faults, proc, facts, jail, filters, events, children: HashMap::new() })
     }
 
     fn serve(&mut self, buffer: &mut Vec<u8>) -> Result<(), Failed> {
@@ -158,7 +165,9 @@ impl<'a> Zygote<'a> {
     fn be_worker(&self, socket: OwnedFd, groups: &[OwnedFd], uid: u32) -> Infallible {
         // First, so that all it allocates counts.
         let entered = groups.iter().try_for_each(|group| rustix::io::write(group, b"0").map(drop));
-        process::close_all_but(&[self.kvm.as_fd(), self.proc.as_fd(), socket.as_fd()]);
+        let mut kept = vec![self.kvm.as_fd(), self.proc.as_fd(), socket.as_fd()];
+        kept.extend(self.faults.as_ref().map(AsFd::as_fd));
+        process::close_all_but(&kept);
         process::ignore_children();
         copier::leave_reaping_to_the_kernel();
         let channel = Channel::over(socket);
@@ -169,8 +178,11 @@ impl<'a> Zygote<'a> {
             .and_then(|proc| apply::confine_worker(&self.jail, proc, uid))
             .and_then(|pagemap| {
                 let kvm = kvm::from_descriptor(inherit(&self.kvm)?);
-                process::close_all_but(&[channel.as_fd(), pagemap.as_fd(), crate::sys::borrow_fd(&kvm)]);
-                Ok(Host::handed_down(kvm, pagemap, self.facts.clone()))
+                let faults = self.faults.as_ref().map(inherit).transpose()?.map(Device::over);
+                let mut kept = vec![channel.as_fd(), pagemap.as_fd(), crate::sys::borrow_fd(&kvm)];
+                kept.extend(faults.as_ref().map(AsFd::as_fd));
+                process::close_all_but(&kept);
+                Ok(Host::handed_down(kvm, pagemap, faults, self.facts.clone()))
             });
         let host = match host {
             Ok(host) => host,

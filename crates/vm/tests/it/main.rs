@@ -9,6 +9,7 @@ mod fork;
 mod leaks;
 mod probe;
 mod random_operations;
+mod remote;
 mod save;
 mod state;
 mod workers;

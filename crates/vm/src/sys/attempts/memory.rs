@@ -19,6 +19,16 @@ fn run(code: usize) -> Outcome {
     effect(function() == 42)
 }
 
+/// Maps a page of the file and reads it, which makes one where there is a hole.
+pub(crate) fn read_hole(file: &[std::os::fd::OwnedFd], offset: u64) -> Outcome {
+    let file = int(file.first().map_or(-1, std::os::fd::AsRawFd::as_raw_fd));
+    let offset = usize::try_from(offset).expect("64-bit");
+    let page = call(libc::SYS_mmap, [0, PAGE_SIZE, int(libc::PROT_READ), int(libc::MAP_PRIVATE), file, offset])?;
+    // SAFETY: just mapped, and readable.
+    std::hint::black_box(unsafe { (page as *const u8).read_volatile() });
+    Ok(())
+}
+
 pub(crate) fn mmap(_: &Scene) -> Outcome {
     let page = map(0, PAGE_SIZE, READ_WRITE, 0)?;
     poke(page, &[7])?;

@@ -1,0 +1,121 @@
+//! A child whose touches of absent memory are reported.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use types::{EXTENT_SIZE, ExtentIndex, HostAddress, MachineId};
+
+use super::HostImage;
+use crate::machine::Ended;
+use crate::sys::uffd::Watch;
+
+/// A child of a host image that is not settled. Its descriptor becomes readable when it touches what is absent.
+///
+/// The pager holds it for as long as the child lives: closing the descriptor too early would let the child see zeros.
+pub struct Watched {
+    machine: MachineId,
+    watch: Watch,
+    /// Where each region begins in the child, and its length.
+    regions: Vec<(HostAddress, u64)>,
+    host_image: Arc<HostImage>,
+    faults: AtomicU64,
+    end: Box<dyn Fn(Ended) + Send + Sync>,
+    pagemap: Option<std::fs::File>,
+}
+
+impl Watched {
+    /// A child that has registered its memory, at these addresses. `end` ends it, for a reason.
+    pub(crate) fn new(
+        machine: MachineId,
+        watch: Watch,
+        starts: &[HostAddress],
+        host_image: Arc<HostImage>,
+        pagemap: Option<std::fs::File>,
+        end: Box<dyn Fn(Ended) + Send + Sync>,
+    ) -> Option<Self> {
+        if starts.len() != host_image.head().regions.len() {
+            return None;
+        }
+        let regions = starts.iter().copied().zip(host_image.head().regions.iter().map(types::RegionHead::size_bytes)).collect();
+        Some(Self { machine, watch, regions, host_image, faults: AtomicU64::new(0), end, pagemap })
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn machine(&self) -> MachineId {
+        self.machine
+    }
+
+    /// What its memory rests on.
+    #[must_use]
+    pub fn host_image(&self) -> &Arc<HostImage> {
+        &self.host_image
+    }
+
+    /// How often it has touched what was absent.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
+    /// Calls `each` with region and extent of every touch that was not read yet, and says how many there were; the same extent
+    /// may come several times. Does not wait. The child waits until [`Watched::wake`].
+    ///
+    /// # Errors
+    /// If the kernel does not answer: the child cannot be served any more.
+    pub fn read_faults(&self, mut each: impl FnMut(usize, ExtentIndex)) -> io::Result<usize> {
+        let count = self.watch.read(|address| {
+            for (number, (start, len)) in self.regions.iter().enumerate() {
+                if let Some(offset) = address.0.checked_sub(start.0).map(|offset| offset as u64).filter(|offset| offset < len) {
+                    each(number, ExtentIndex(u32::try_from(offset / EXTENT_SIZE).expect("at most 32 GiB")));
+                    return;
+                }
+            }
+        })?;
+        self.faults.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+
+    /// Lets go on whatever of it waits for a page of this extent; what is still absent is touched, and reported, again.
+    pub fn wake(&self, region: usize, extent: ExtentIndex) {
+        let start = self.regions[region].0;
+        let at = HostAddress(start.0 + usize::try_from(extent.byte_offset()).expect("64-bit host"));
+        // ESRCH: it is gone. Nothing else can be wrong with a range of its own.
+        self.watch.wake(at, usize::try_from(EXTENT_SIZE).expect("64-bit host")).unwrap_or_default();
+    }
+
+    /// Ends it. It never runs again.
+    pub fn end(&self, ended: Ended) {
+        (self.end)(ended);
+    }
+
+    /// The extents of each region in which it has pages of its own; `None` if the kernel does not say.
+    pub(super) fn private_extents(&self) -> Option<Vec<Vec<std::ops::Range<u32>>>> {
+        let pagemap = self.pagemap.as_ref()?;
+        let of_region = |(start, len): &(HostAddress, u64)| {
+            let mut extents = Vec::new();
+            let each = |pages: std::ops::Range<u64>| {
+                let extent = |page| types::PageIndex(page).extent().0;
+                extents.push(extent(pages.start)..extent(pages.end - 1) + 1);
+            };
+            crate::sys::pagemap::scan_private(pagemap, *start, *len, each).ok()?;
+            Some(extents)
+        };
+        self.regions.iter().map(of_region).collect()
+    }
+}
+
+impl AsFd for Watched {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.watch.as_fd()
+    }
+}
+
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").field("machine", &self.machine).field("faults", &self.faults()).finish_non_exhaustive()
+    }
+}
