@@ -1,2 +1,33 @@
 //! Moves image extents between hosts, over QUIC. May not: know KVM or Raft.
+//!
+//! ```text
+//!   pager thread (reader)                                             node (holder)
+//!   client::Client ── Link ─┬─ demand connection ─┐
+//!                           ├─ bulk connection ───┼─ one UDP port ──> server::Server ──> dyn ImageStore
+//!                           └─ orders connection ─┘  ALPN, mTLS                     └──> dyn Orders
+//! ```
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`identity`] | a node's certificate and key; what a peer's certificate says |
+//! | [`trust`] | whose certificates are accepted, and which tenants they may read |
+//! | [`wire`] | requests and answers as versioned frames |
+//! | [`endpoint`] | the transport's knobs, and the limits on what a peer can make grow |
+//! | [`server`] | serves the images of an [`server::ImageStore`], and takes orders |
+//! | [`client`] | asks another node |
 #![forbid(unsafe_code)]
+
+pub mod client;
+pub mod endpoint;
+#[cfg(feature = "testing")]
+pub mod fakes;
+pub mod fuzzing;
+pub mod identity;
+pub mod server;
+pub mod trust;
+pub mod wire;
+
+pub use client::{Client, Link, LinkError};
+pub use identity::{Certificate, Identity, Peer, Role};
+pub use server::{ImageStore, Orders, Server};
+pub use trust::Trust;

@@ -1,0 +1,113 @@
+//! From a first packet to streams: handshakes and connections.
+
+use std::sync::Arc;
+
+use quinn::crypto::rustls::HandshakeData;
+use quinn::{Connection, Endpoint, Incoming};
+use rustls::pki_types::CertificateDer;
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::{debug, info};
+
+use super::admission::Handshake;
+use super::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, Shared, count, stream};
+use crate::identity::{Certificate, Peer};
+use crate::wire::{ALPN_NODE, ALPN_PAGES};
+
+/// What a connection speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    Pages,
+    Node,
+}
+
+/// Takes what comes in, until the endpoint is closed.
+pub(crate) async fn accept(endpoint: Endpoint, shared: Arc<Shared>) {
+    while let Some(incoming) = endpoint.accept().await {
+        match shared.admission.handshake(incoming.remote_address_validated()) {
+            Handshake::Go(permit) => {
+                tokio::spawn(serve(incoming, permit, Arc::clone(&shared)));
+            }
+            Handshake::Prove => {
+                count(&shared.counters.handshakes_retried);
+                // It cannot fail: only a proven address may not be asked again.
+                let _ = incoming.retry();
+            }
+            Handshake::Drop => {
+                count(&shared.counters.handshakes_dropped);
+                incoming.ignore();
+            }
+        }
+    }
+}
+
+/// One connection, from its handshake to its end.
+async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Shared>) {
+    let address = incoming.remote_address();
+    let handshake = async { incoming.accept()?.await };
+    let connection = match tokio::time::timeout(shared.limits.handshake_time, handshake).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            count(&shared.counters.handshakes_failed);
+            debug!(%address, %error, "a handshake failed");
+            return;
+        }
+        Err(_) => {
+            count(&shared.counters.handshakes_failed);
+            debug!(%address, "a handshake took too long");
+            return;
+        }
+    };
+    drop(permit);
+    let (Some(peer), Some(protocol)) = (peer_of(&connection), protocol_of(&connection)) else {
+        // rustls has verified a certificate and chosen a protocol, or there would be no connection.
+        connection.close(CLOSE_NOT_TRUSTED, b"no certificate or no protocol");
+        return;
+    };
+    let Some(_place) = shared.admission.connection(peer.node) else {
+        count(&shared.counters.connections_refused);
+        connection.close(CLOSE_BUSY, b"too many connections");
+        return;
+    };
+    count(&shared.counters.accepted);
+    debug!(%address, node = %peer.node, ?protocol, "connected");
+    tokio::select! {
+        refusal = shared.trust.until_withdrawn(&peer) => {
+            info!(%address, node = %peer.node, %refusal, "a connection is closed");
+            connection.close(CLOSE_NOT_TRUSTED, b"no longer trusted");
+        }
+        () = streams(&connection, peer.clone(), protocol, &shared) => {}
+    }
+}
+
+/// Takes requests until the connection ends. How many there are at a time is the transport's limit on streams.
+async fn streams(connection: &Connection, peer: Peer, protocol: Protocol, shared: &Arc<Shared>) {
+    let peer = Arc::new(peer);
+    let budget = shared.admission.budget(&shared.limits);
+    while let Ok((send, receive)) = connection.accept_bi().await {
+        let exchange = stream::Exchange {
+            connection: connection.clone(),
+            send,
+            receive,
+            peer: Arc::clone(&peer),
+            budget: budget.clone(),
+            shared: Arc::clone(shared),
+        };
+        tokio::spawn(exchange.run(protocol));
+    }
+}
+
+/// Who is on the other side, by the certificate that the handshake has verified.
+pub(crate) fn peer_of(connection: &Connection) -> Option<Peer> {
+    let certificates = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    let certificate = Certificate::from_der(certificates.first()?).ok()?;
+    Some(certificate.peer().clone())
+}
+
+fn protocol_of(connection: &Connection) -> Option<Protocol> {
+    let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+    match data.protocol?.as_slice() {
+        ALPN_PAGES => Some(Protocol::Pages),
+        ALPN_NODE => Some(Protocol::Node),
+        _ => None,
+    }
+}

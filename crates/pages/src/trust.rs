@@ -1,0 +1,304 @@
+//! Whom this node talks to: certificates accepted by exact match, each with the tenants that its node may read.
+//!
+//! A certificate that is not in the list is refused whoever signed it. Being in the list is not enough either: the peer must
+//! prove that it has the key, and the dates must hold. Sessions are never resumed, since that would skip all of this.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{DigitallySignedStruct, DistinguishedName, PeerIncompatible, SignatureScheme};
+use thiserror::Error;
+use tokio::sync::watch;
+use types::{NodeId, Tenant};
+
+use crate::identity::{Certificate, CertificateError, Fingerprint, Peer};
+
+/// The most peers that a node trusts.
+pub const PEERS_MAX: usize = 4096;
+
+/// Which certificates are accepted. Clones share one list; changes take effect at once, and a peer that is removed loses its
+/// connections soon after.
+#[derive(Clone, Debug, Default)]
+pub struct Trust {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    peers: RwLock<BTreeMap<NodeId, Trusted>>,
+    changes: watch::Sender<()>,
+}
+
+/// A peer in the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trusted {
+    /// Who.
+    pub peer: Peer,
+    /// Whose images it may read.
+    pub tenants: BTreeSet<Tenant>,
+}
+
+impl Trust {
+    /// Trusts nobody.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Accepts a certificate from now on. One that is in the list already gets these tenants instead of those it had.
+    ///
+    /// # Errors
+    /// [`TrustError`] if another certificate of that node is in the list, or the list is full.
+    pub fn add(&self, certificate: &Certificate, tenants: impl IntoIterator<Item = Tenant>) -> Result<(), TrustError> {
+        let trusted = Trusted { peer: certificate.peer().clone(), tenants: tenants.into_iter().collect() };
+        let node = trusted.peer.node;
+        {
+            let mut peers = self.inner.peers.write().unwrap_or_else(PoisonError::into_inner);
+            match peers.get(&node) {
+                Some(known) if known.peer.fingerprint != trusted.peer.fingerprint => {
+                    return Err(TrustError::NodeHasAnother { node, known: known.peer.fingerprint });
+                }
+                None if peers.len() >= PEERS_MAX => return Err(TrustError::Full),
+                _ => peers.insert(node, trusted),
+            };
+        }
+        self.inner.changes.send_replace(());
+        Ok(())
+    }
+
+    /// Takes a node out of the list, and says whether it was in it. Its connections are closed.
+    pub fn remove(&self, node: NodeId) -> bool {
+        let removed = self.inner.peers.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
+        self.inner.changes.send_replace(());
+        removed.is_some()
+    }
+
+    /// The list, by node.
+    #[must_use]
+    pub fn peers(&self) -> Vec<Trusted> {
+        self.inner.peers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Whether this peer's certificate is in the list and its dates hold.
+    ///
+    /// # Errors
+    /// [`NotTrusted`] says why not.
+    pub fn check(&self, peer: &Peer, now: SystemTime) -> Result<(), NotTrusted> {
+        let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
+        if peers.get(&peer.node).is_none_or(|known| known.peer.fingerprint != peer.fingerprint) {
+            return Err(NotTrusted::Unknown { node: peer.node, fingerprint: peer.fingerprint });
+        }
+        if now < peer.not_before {
+            return Err(NotTrusted::NotYetValid { node: peer.node });
+        }
+        if now >= peer.not_after {
+            return Err(NotTrusted::Expired { node: peer.node });
+        }
+        Ok(())
+    }
+
+    /// Whether this peer may read a tenant's images.
+    #[must_use]
+    pub fn may_read(&self, peer: &Peer, tenant: &Tenant) -> bool {
+        let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let known = peers.get(&peer.node).filter(|known| known.peer.fingerprint == peer.fingerprint);
+        known.is_some_and(|known| known.tenants.contains(tenant))
+    }
+
+    /// Returns when this peer is trusted no longer.
+    pub(crate) async fn until_withdrawn(&self, peer: &Peer) -> NotTrusted {
+        let mut changes = self.inner.changes.subscribe();
+        loop {
+            let now = SystemTime::now();
+            if let Err(refusal) = self.check(peer, now) {
+                return refusal;
+            }
+            let left = peer.not_after.duration_since(now).unwrap_or_default();
+            // The sender lives in `self`, so `changed` returns only for a change. Timers have a longest time.
+            let left = left.min(Duration::from_hours(24));
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = tokio::time::sleep(left) => {}
+            }
+        }
+    }
+}
+
+/// The verifier of both sides.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    trust: Trust,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Pinned {
+    pub(crate) fn new(trust: Trust, provider: Arc<CryptoProvider>) -> Arc<Self> {
+        Arc::new(Self { trust, provider })
+    }
+
+    fn verify(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), NotTrusted> {
+        let certificate = Certificate::from_der(certificate)?;
+        self.trust.check(certificate.peer(), UNIX_EPOCH + Duration::from_secs(now.as_secs()))
+    }
+
+    fn signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
+    }
+}
+
+/// TLS 1.2 is not spoken: QUIC has none, and the configurations name 1.3 alone.
+fn no_tls12() -> rustls::Error {
+    rustls::Error::PeerIncompatible(PeerIncompatible::Tls13RequiredForQuic)
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verify(end_entity, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Pinned {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.verify(end_entity, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Why a peer is not talked to.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum NotTrusted {
+    #[error("node {node} with certificate {fingerprint} is not trusted here")]
+    Unknown { node: NodeId, fingerprint: Fingerprint },
+    #[error("the certificate of node {node} is not valid yet")]
+    NotYetValid { node: NodeId },
+    #[error("the certificate of node {node} has expired")]
+    Expired { node: NodeId },
+    #[error("node {expected} was expected there, and node {actual} answered")]
+    OtherNode { expected: NodeId, actual: NodeId },
+    #[error("its certificate cannot be read")]
+    Unreadable(#[from] CertificateError),
+    #[error("the handshake was refused: {why}")]
+    Handshake { why: String },
+}
+
+impl NotTrusted {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Unknown { .. } | Self::Unreadable(_) | Self::Handshake { .. } => {
+                "trust must be mutual: give each node what `farfork trust show` prints on the other, by `farfork trust add`"
+            }
+            Self::NotYetValid { .. } => "set the clocks of both nodes",
+            Self::Expired { .. } => "make a new certificate on that node, and trust it here",
+            Self::OtherNode { .. } => "correct the address, or trust the node that is there now",
+        }
+    }
+}
+
+impl From<NotTrusted> for rustls::Error {
+    fn from(refusal: NotTrusted) -> Self {
+        use rustls::CertificateError as Tls;
+        // The kinds that have an alert of their own keep it: it is all that the other side gets to see.
+        let error = match refusal {
+            NotTrusted::Expired { .. } => Tls::Expired,
+            NotTrusted::NotYetValid { .. } => Tls::NotValidYet,
+            NotTrusted::Unreadable(_) => Tls::BadEncoding,
+            other => Tls::Other(rustls::OtherError(Arc::new(other))),
+        };
+        Self::InvalidCertificate(error)
+    }
+}
+
+/// Why a certificate was not added.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum TrustError {
+    #[error("node {node} is trusted with another certificate, {known}")]
+    NodeHasAnother { node: NodeId, known: Fingerprint },
+    #[error("{PEERS_MAX} peers are trusted, which is the most")]
+    Full,
+}
+
+impl TrustError {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::NodeHasAnother { .. } => "find out why it has a new one; then `farfork trust rm` the node and add it again",
+            Self::Full => "remove peers that are gone with `farfork trust rm`",
+        }
+    }
+}
