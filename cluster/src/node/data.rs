@@ -5,6 +5,7 @@
 //!   lock             held (flock) as long as the node lives; holds its process id
 //!   node.json        {"format":1,"node":"<uuid>"}
 //!   images/          the store of saved images
+//!   trust/           certificates of nodes that are trusted, see trust.rs
 //! ```
 //!
 //! Every path in it is opened beneath the directory's descriptor, without following links: whatever lies in there, nothing
@@ -16,18 +17,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
+use super::files::{self, open_beneath};
+
 /// Of `node.json`. What a newer farfork has written is not touched.
 const FORMAT: u32 = 1;
 const LOCK: &str = "lock";
 const NODE: &str = "node.json";
-const NODE_NEW: &str = "node.json.new";
+/// More than any format of it needs.
+const NODE_BYTES_MAX: usize = 1 << 16;
 const IMAGES: &str = "images";
+const TRUST: &str = "trust";
 
 /// The directory, locked.
 #[derive(Debug)]
@@ -36,6 +41,7 @@ pub struct DataDirectory {
     node: Uuid,
     directory: OwnedFd,
     images: OwnedFd,
+    trust: OwnedFd,
     /// Unlocked by the kernel when the node is gone, however it went.
     _lock: File,
 }
@@ -61,7 +67,8 @@ impl DataDirectory {
         at.close_to_others(&directory)?;
         let node = at.identity(&directory)?;
         let images = at.subdirectory(&directory, IMAGES)?;
-        Ok(Self { path: path.to_owned(), node, directory, images, _lock: lock })
+        let trust = at.subdirectory(&directory, TRUST)?;
+        Ok(Self { path: path.to_owned(), node, directory, images, trust, _lock: lock })
     }
 
     /// Where it is, for messages.
@@ -80,6 +87,31 @@ impl DataDirectory {
     #[must_use]
     pub fn images(&self) -> BorrowedFd<'_> {
         self.images.as_fd()
+    }
+
+    /// The certificates of nodes that are trusted.
+    #[must_use]
+    pub fn trust(&self) -> BorrowedFd<'_> {
+        self.trust.as_fd()
+    }
+
+    /// Reads a file of the directory, if there is one.
+    ///
+    /// # Errors
+    /// Of openat2(2) and read(2); `InvalidData` if it is longer than `bytes_max`.
+    pub fn read(&self, file: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+        match files::read(&self.directory, file, bytes_max) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.map(Some),
+        }
+    }
+
+    /// Writes a file of the directory, for its owner alone, whole or not at all; on disk when this returns.
+    ///
+    /// # Errors
+    /// Of openat2(2), write(2), fsync(2) and rename(2); the file is as it was.
+    pub fn replace(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
+        files::replace(&self.directory, file, bytes)
     }
 
     /// Opens a file beneath the directory.
@@ -174,13 +206,10 @@ impl Place<'_> {
     /// Reads the node's id, or draws it. Written anew at each start, whole or not at all: that proves that there is room.
     fn identity(&self, directory: &OwnedFd) -> Result<Uuid, DataError> {
         let path = || self.directory.join(NODE);
-        let node = match open_beneath(directory, NODE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
-            Err(Errno::NOENT) => Uuid::now_v7(),
+        let node = match files::read(directory, NODE, NODE_BYTES_MAX) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Uuid::now_v7(),
             Err(error) => return Err(self.error(NODE, error)),
-            Ok(fd) => {
-                let mut text = Vec::new();
-                let read = File::from(fd).take(1 << 16).read_to_end(&mut text);
-                read.map_err(|error| self.error(NODE, error))?;
+            Ok(text) => {
                 let format_of: FormatOnly = parse(&text, path)?;
                 if format_of.format > FORMAT {
                     return Err(DataError::Newer { path: path(), found: format_of.format });
@@ -188,21 +217,9 @@ impl Place<'_> {
                 parse::<NodeFile>(&text, path)?.node
             }
         };
-        self.replace_identity(directory, &NodeFile { format: FORMAT, node }).map_err(|error| self.error(NODE, error))?;
+        let text = serde_json::to_vec(&NodeFile { format: FORMAT, node }).expect("a map with text keys");
+        files::replace(directory, NODE, &text).map_err(|error| self.error(NODE, error))?;
         Ok(node)
-    }
-
-    fn replace_identity(&self, directory: &OwnedFd, file: &NodeFile) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
-        let mut new = File::from(open_beneath(directory, NODE_NEW, flags, Mode::from(0o600))?);
-        let written = serde_json::to_writer(&mut new, file).map_err(io::Error::from).and_then(|()| new.sync_all());
-        if let Err(error) = written {
-            // Best effort: what fills the disk must not stay because of the disk being full.
-            let _ = rustix::fs::unlinkat(directory, NODE_NEW, AtFlags::empty());
-            return Err(error);
-        }
-        rustix::fs::renameat(directory, NODE_NEW, directory, NODE)?;
-        Ok(rustix::fs::fsync(directory)?)
     }
 
     fn subdirectory(&self, directory: &OwnedFd, name: &str) -> Result<OwnedFd, DataError> {
@@ -223,11 +240,6 @@ struct FormatOnly {
 
 fn parse<T: for<'de> Deserialize<'de>>(text: &[u8], path: impl Fn() -> PathBuf) -> Result<T, DataError> {
     serde_json::from_slice(text).map_err(|source| DataError::Damaged { path: path(), source })
-}
-
-fn open_beneath(directory: &OwnedFd, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    rustix::fs::openat2(directory, path, flags, mode, resolve)
 }
 
 #[cfg(test)]

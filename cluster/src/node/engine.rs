@@ -2,11 +2,13 @@
 //! fake without KVM. Its calls block (a fork takes a fraction of a millisecond, a freeze some, a load seconds): the node calls
 //! them where that does not hurt.
 
+use std::net::SocketAddr;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::{Digest, ImageId, MachineId, Reason};
+use types::{Digest, ImageId, MachineId, NodeId, Reason, Tenant};
 use vm::Class;
 
 use super::name::ImageName;
@@ -14,11 +16,31 @@ use super::name::ImageName;
 /// Forks, freezes and kills machines of one host. Ids of machines are drawn by the node, ids of images by the engine.
 pub trait Engine: Send + Sync + 'static {
     /// Starts a first parent with a guest of ours, lets it write its pattern into a quarter of its memory, freezes it, and ends
-    /// it: what comes back is a warm image that verified children can be forked from.
+    /// it: what comes back is a warm image of this tenant that verified children can be forked from.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is left behind.
-    fn prepare(&self, guest: Guest, class: Class) -> Result<ImageFacts, EngineError>;
+    fn prepare(&self, guest: Guest, class: Class, tenant: &Tenant) -> Result<ImageFacts, EngineError>;
+
+    /// Opens an image that other nodes hold: its children can be forked at once, before any of its memory is here. Opening one
+    /// that is open or here already gives that one, and lets it know of holders that are new.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::Unreachable`], [`ErrorKind::NotTrusted`] or [`ErrorKind::Refused`] if no holder
+    /// gave the image's head; nothing is left behind.
+    fn open(&self, order: &OpenOrder) -> Result<ImageFacts, EngineError>;
+
+    /// The image's name everywhere. Hashes the image if that has not been done, which takes about a second per GiB.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownImage`].
+    fn digest(&self, image: ImageId) -> Result<Digest, EngineError>;
+
+    /// What of an image is here now. Of one that was made or loaded here: all of it, without sources.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownImage`]. An image that was forgotten is known as long as it has children.
+    fn residency(&self, image: ImageId) -> Result<Residency, EngineError>;
 
     /// Forks one child of `image` for each id, all at once. The outcomes are in the order of the ids.
     fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>>;
@@ -66,7 +88,7 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError`]; the store is as it was.
     fn save(&self, image: ImageId, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
 
-    /// Loads a saved image, verified.
+    /// Loads a saved image, verified, for the default tenant.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is loaded.
@@ -101,11 +123,22 @@ pub trait Engine: Send + Sync + 'static {
 }
 
 /// A guest that is part of farfork.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Guest {
     /// A small program that proves what its memory holds.
     Probe,
+}
+
+/// Which image to open, and where it can be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenOrder {
+    /// Its name everywhere.
+    pub image: Digest,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// Nodes that hold it, wholly or in part; at least one.
+    pub holders: Vec<SocketAddr>,
 }
 
 /// What a fork may be told besides its image.
@@ -117,7 +150,7 @@ pub struct ForkOptions {
 }
 
 /// A child that runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forked {
     /// The child.
     pub id: MachineId,
@@ -130,7 +163,7 @@ pub struct Forked {
 }
 
 /// The stages of a fork. Their sum is [`Forked::first`].
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForkStages {
     /// Until a shell was there: taken from the pool, or built.
     pub shell: Duration,
@@ -149,8 +182,10 @@ pub struct ForkStages {
 pub struct ImageFacts {
     /// On this node.
     pub id: ImageId,
-    /// Everywhere, once it has been saved or loaded.
+    /// Everywhere, once it has been hashed.
     pub digest: Option<Digest>,
+    /// Whose it is. Nodes of other tenants do not get to read it.
+    pub tenant: Tenant,
     /// What a shell must be built for.
     pub class: Class,
     /// Branches between it and the first parent.
@@ -161,6 +196,60 @@ pub struct ImageFacts {
     pub stored_bytes: u64,
     /// Whether its children can be asked for a [`Proof`].
     pub verifiable: bool,
+}
+
+/// What of an image is here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Residency {
+    /// Memory in bytes that is not zero: what has to be here.
+    pub data_bytes: u64,
+    /// How much of it is here.
+    pub resident_bytes: u64,
+    /// All of it is here and checked: no fault waits for another node any more.
+    pub is_settled: bool,
+    /// From opening it until that was so. `None` of an image that was made or loaded here.
+    pub settled_after: Option<Duration>,
+    /// Faults of children on memory that was not here yet.
+    pub faults: u64,
+    /// Bytes of extents that came over the wire, as they were sent (compressed ones count compressed).
+    pub wire_bytes: u64,
+    /// Machines that were forked from it here and run.
+    pub children: u32,
+    /// Where it comes from, in the order in which they were named.
+    pub sources: Vec<SourceFacts>,
+    /// Why its children can no longer be given what they lack, if that is so.
+    pub failed: Option<Ended>,
+}
+
+/// A node that an image's memory is read from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceFacts {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Who it is, once it has been reached.
+    pub node: Option<NodeId>,
+    /// Extents that came from it.
+    pub extents: u64,
+    /// Their bytes on the wire.
+    pub bytes: u64,
+    /// Requests that it did not answer as asked.
+    pub failures: u64,
+    /// Whether it is asked.
+    pub state: SourceState,
+}
+
+/// Whether a source is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceState {
+    /// It is.
+    Good,
+    /// Only if no good one can be: it failed several times in a row.
+    Suspect,
+    /// Never again: it sent bytes that did not verify.
+    Quarantined,
+    /// It cannot be reached, or no longer lets this node read.
+    Gone,
 }
 
 /// What a freeze cost.
@@ -194,9 +283,11 @@ pub struct Usage {
     pub page_table_bytes: u64,
     /// CPU time so far.
     pub cpu: Duration,
+    /// Times that it touched memory of its image that was not here, so far.
+    pub faults: u64,
 }
 
-/// Why a machine ended.
+/// Why a machine ended, or an image failed its children.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
     /// From the closed list.
@@ -255,6 +346,14 @@ pub enum ErrorKind {
     WrongProof,
     /// The host cannot run machines (no /dev/kvm, say).
     Host,
+    /// Another node cannot be reached.
+    Unreachable,
+    /// Another node is not trusted by this one, or does not trust it.
+    NotTrusted,
+    /// Another node refused: it has no such image, or not for this tenant.
+    Refused,
+    /// No holder is left that could give what is missing of an image.
+    SourceLost,
     /// The engine is stopping.
     Stopping,
     /// Something of ours failed: a worker, the zygote, a system call.

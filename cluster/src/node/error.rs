@@ -1,13 +1,19 @@
 //! Why a node did not do what it was asked.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
 use thiserror::Error;
 use types::unit::MemorySizeError;
-use types::{MemorySize, Reason};
+use types::{MemorySize, NodeId, Reason, Tenant};
 use vm::class::VcpuCountError;
 
+use super::address::AddressError;
 use super::engine::{EngineError, ErrorKind};
 use super::name::NameError;
+use super::peers::{HOLDERS_MAX, PeerError};
 use super::short_id::ShortIdError;
+use super::trust::TrustError;
 
 /// Of the verbs of [`Service`](super::Service). The [code](NodeError::code) is for programs, `Display` for people.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -41,6 +47,28 @@ pub enum NodeError {
     Ended { id: String, reason: Reason, detail: String },
     #[error("children of image {id} cannot be asked for a proof")]
     NotVerifiable { id: String },
+    #[error("{count} holders where 1 to {HOLDERS_MAX} are allowed")]
+    Holders { count: usize },
+    #[error("an image that others hold is to be forked on yet another node")]
+    RemoteElsewhere,
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    #[error("image {id} is of tenant {owner}, not of {asked}")]
+    OtherTenant { id: String, owner: Tenant, asked: Tenant },
+    #[error("this node takes no part in a network of nodes")]
+    NoNetwork,
+    #[error("this node does not listen for others, so they cannot read its images")]
+    NotListening,
+    #[error("this node listens on {listening}, which does not say how others reach it")]
+    NotAdvertised { listening: SocketAddr },
+    #[error("node {node} is not trusted with images of tenant {tenant} here")]
+    NotTrusted { node: NodeId, tenant: Tenant },
+    #[error("nobody waits any more: the order's {} ms have passed", deadline.as_millis())]
+    Late { deadline: Duration },
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    #[error(transparent)]
+    Peer(#[from] PeerError),
     #[error("{queued} calls wait already")]
     Busy { queued: usize },
     #[error("the node is stopping")]
@@ -60,7 +88,18 @@ impl NodeError {
             Self::Memory(_) => "BAD_MEMORY",
             Self::Vcpus { .. } => "BAD_VCPUS",
             Self::Limit => "BAD_LIMIT",
-            Self::ClassIsGiven | Self::NothingNamed | Self::IdsAndAll => "BAD_REQUEST",
+            Self::ClassIsGiven | Self::NothingNamed | Self::IdsAndAll | Self::RemoteElsewhere => "BAD_REQUEST",
+            Self::Holders { .. } => "BAD_HOLDERS",
+            Self::Address(AddressError::Malformed { .. }) => "BAD_ADDRESS",
+            Self::Address(AddressError::Unknown { .. }) => "UNREACHABLE",
+            Self::OtherTenant { .. } => "OTHER_TENANT",
+            Self::NoNetwork => "NO_NETWORK",
+            Self::NotListening => "NOT_LISTENING",
+            Self::NotAdvertised { .. } => "NOT_ADVERTISED",
+            Self::NotTrusted { .. } => "NOT_TRUSTED",
+            Self::Late { .. } => "DEADLINE_EXCEEDED",
+            Self::Trust(error) => error.code(),
+            Self::Peer(error) => error.code(),
             Self::Name(_) => "BAD_NAME",
             Self::Id(_) => "BAD_ID",
             Self::UnknownMachine { .. } => "UNKNOWN_MACHINE",
@@ -80,6 +119,17 @@ impl NodeError {
     pub fn remedy(&self) -> String {
         let fixed = match self {
             Self::Engine(error) => return error.remedy.clone(),
+            Self::Trust(error) => return error.remedy(),
+            Self::Peer(error) => return error.remedy(),
+            Self::Address(error) => error.remedy(),
+            Self::Holders { .. } => "name the nodes that hold the image, as HOST:PORT",
+            Self::RemoteElsewhere => "ask that node itself, or fork it here first",
+            Self::OtherTenant { .. } => "leave the tenant out, or name the image's own",
+            Self::NoNetwork => "use a farfork that was built with one",
+            Self::NotListening => "start it with --listen ADDRESS:PORT",
+            Self::NotAdvertised { .. } => "start it with --advertise HOST:PORT, an address at which others reach it",
+            Self::NotTrusted { .. } => "on the node that refused: `farfork trust add FILE --tenant NAME`",
+            Self::Late { .. } => "ask again: what was slow then may be there now",
             Self::Count { max, .. } => return format!("ask for 1 to {max}, several times if need be"),
             Self::Memory(_) => {
                 return format!("use a multiple of 2 MiB (2097152) up to {} bytes", MemorySize::MAX);
@@ -127,6 +177,10 @@ fn engine_code(kind: ErrorKind) -> &'static str {
         ErrorKind::StoreFull => "STORE_FULL",
         ErrorKind::WrongProof => "WRONG_PROOF",
         ErrorKind::Host => "HOST",
+        ErrorKind::Unreachable => "UNREACHABLE",
+        ErrorKind::NotTrusted => "NOT_TRUSTED",
+        ErrorKind::Refused => "REFUSED",
+        ErrorKind::SourceLost => "SOURCE_LOST",
         ErrorKind::Stopping => "STOPPING",
         ErrorKind::Internal => "INTERNAL",
     }

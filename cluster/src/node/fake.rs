@@ -1,20 +1,22 @@
 //! An engine without KVM, for tests of everything above the seam. It keeps machines and images in memory, honours limits, and
-//! can be told to be slow, to fail, or to let machines end by themselves.
+//! can be told to be slow, to fail, or to let machines end by themselves. The memory of images that others hold arrives as time
+//! passes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::{SocketAddr, TcpStream};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use types::{Digest, ImageId, MachineId, Reason};
+use types::{Digest, ImageId, MachineId, Reason, Tenant};
 use uuid::Uuid;
 use vm::Class;
 
 use super::engine::{
-    Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, PoolFacts, Proof,
-    Usage,
+    Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, OpenOrder,
+    PoolFacts, Proof, Residency, SourceFacts, SourceState, Usage,
 };
 use super::name::ImageName;
 
@@ -35,7 +37,14 @@ pub struct FakeOptions {
     pub kill_panics: bool,
     /// Whether the store has no room.
     pub store_full: bool,
+    /// How long it takes until an image that others hold is here.
+    pub settle: Duration,
+    /// Whether the holders of images are lost half way.
+    pub loses_sources: bool,
 }
+
+/// What an image that was opened has to fetch.
+const OPENED_BYTES: u64 = 16 << 20;
 
 /// The engine.
 pub struct FakeEngine {
@@ -49,9 +58,16 @@ pub struct FakeEngine {
 struct State {
     machines: HashMap<MachineId, (ImageId, Option<Ended>)>,
     images: HashMap<ImageId, ImageFacts>,
+    opened: HashMap<ImageId, Opened>,
     store: BTreeMap<ImageName, ImageFacts>,
     say: Sender<(MachineId, Ended)>,
     stopped: bool,
+}
+
+/// An image that others hold.
+struct Opened {
+    at: Instant,
+    holders: Vec<SocketAddr>,
 }
 
 impl FromStr for FakeOptions {
@@ -70,6 +86,8 @@ impl FromStr for FakeOptions {
                 "machines_max" => options.machines_max = usize::try_from(number).unwrap_or(usize::MAX),
                 "kill_panics" => options.kill_panics = number != 0,
                 "store_full" => options.store_full = number != 0,
+                "settle_ms" => options.settle = Duration::from_millis(number),
+                "loses_sources" => options.loses_sources = number != 0,
                 _ => return Err(format!("{key:?} is no option")),
             }
         }
@@ -82,7 +100,14 @@ impl FakeEngine {
     #[must_use]
     pub fn new(options: FakeOptions) -> Self {
         let (say, heard) = channel();
-        let state = State { machines: HashMap::new(), images: HashMap::new(), store: BTreeMap::new(), say, stopped: false };
+        let state = State {
+            machines: HashMap::new(),
+            images: HashMap::new(),
+            opened: HashMap::new(),
+            store: BTreeMap::new(),
+            say,
+            stopped: false,
+        };
         Self {
             options,
             forks: AtomicU64::new(0),
@@ -101,6 +126,35 @@ impl FakeEngine {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is here of an image that was opened: more as time passes.
+    fn arriving(&self, opened: &Opened, all: Residency) -> Residency {
+        let settle_us = self.options.settle.as_micros().max(1);
+        let us = opened.at.elapsed().as_micros().min(settle_us);
+        let due = u64::try_from(u128::from(all.data_bytes) * us / settle_us).unwrap_or(all.data_bytes);
+        let is_lost = self.options.loses_sources && due >= all.data_bytes / 2;
+        let resident_bytes = if is_lost { all.data_bytes / 2 } else { due };
+        let is_settled = resident_bytes == all.data_bytes;
+        let sources = opened.holders.iter().map(|holder| SourceFacts {
+            address: *holder,
+            node: None,
+            extents: resident_bytes / types::EXTENT_SIZE,
+            bytes: resident_bytes,
+            failures: u64::from(is_lost),
+            state: if is_lost { SourceState::Gone } else { SourceState::Good },
+        });
+        let lost = Ended { reason: Reason::PageSourceLost, detail: "all holders are gone".to_owned() };
+        Residency {
+            resident_bytes,
+            is_settled,
+            settled_after: is_settled.then_some(self.options.settle),
+            faults: resident_bytes / types::EXTENT_SIZE,
+            wire_bytes: resident_bytes,
+            sources: sources.collect(),
+            failed: is_lost.then_some(lost),
+            ..all
+        }
     }
 
     fn fork_one(&self, image: ImageId, id: MachineId) -> Result<Forked, EngineError> {
@@ -133,10 +187,11 @@ impl FakeEngine {
 }
 
 impl Engine for FakeEngine {
-    fn prepare(&self, _guest: Guest, class: Class) -> Result<ImageFacts, EngineError> {
+    fn prepare(&self, _guest: Guest, class: Class, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
         let facts = ImageFacts {
             id: ImageId::from_uuid(Uuid::now_v7()),
             digest: None,
+            tenant: tenant.clone(),
             class,
             depth: 0,
             own_bytes: class.memory().bytes() / 4,
@@ -145,6 +200,53 @@ impl Engine for FakeEngine {
         };
         self.lock().images.insert(facts.id, facts.clone());
         Ok(facts)
+    }
+
+    fn open(&self, order: &OpenOrder) -> Result<ImageFacts, EngineError> {
+        let mut state = self.lock();
+        let is_it = |facts: &&ImageFacts| facts.digest == Some(order.image) && facts.tenant == order.tenant;
+        if let Some(known) = state.images.values().find(is_it) {
+            return Ok(known.clone());
+        }
+        // A holder that can be reached is one that listens.
+        let connect = |holder: &SocketAddr| TcpStream::connect_timeout(holder, Duration::from_secs(5));
+        let reached = order.holders.iter().map(|holder| (*holder, connect(holder)));
+        let holders: Vec<SocketAddr> = reached.filter_map(|(holder, stream)| stream.is_ok().then_some(holder)).collect();
+        if holders.is_empty() {
+            return Err(error(ErrorKind::Unreachable, "no holder of the image can be reached"));
+        }
+        let memory = types::MemorySize::from_bytes(4 * OPENED_BYTES).expect("64 MiB");
+        let facts = ImageFacts {
+            id: ImageId::from_uuid(Uuid::now_v7()),
+            digest: Some(order.image),
+            tenant: order.tenant.clone(),
+            class: Class::new(memory, 1).expect("one CPU"),
+            depth: 0,
+            own_bytes: OPENED_BYTES,
+            stored_bytes: OPENED_BYTES,
+            verifiable: true,
+        };
+        state.images.insert(facts.id, facts.clone());
+        state.opened.insert(facts.id, Opened { at: Instant::now(), holders });
+        Ok(facts)
+    }
+
+    fn digest(&self, image: ImageId) -> Result<Digest, EngineError> {
+        let mut state = self.lock();
+        let facts = state.images.get_mut(&image).ok_or_else(|| unknown_image(&image))?;
+        Ok(*facts.digest.get_or_insert_with(|| Digest::of(image.as_uuid().as_bytes())))
+    }
+
+    fn residency(&self, image: ImageId) -> Result<Residency, EngineError> {
+        let state = self.lock();
+        let facts = state.images.get(&image).ok_or_else(|| unknown_image(&image))?;
+        let children = state.machines.values().filter(|(of, ended)| *of == image && ended.is_none()).count();
+        let children = u32::try_from(children).unwrap_or(u32::MAX);
+        let here = Residency { data_bytes: facts.stored_bytes, resident_bytes: facts.stored_bytes, ..Residency::default() };
+        Ok(match state.opened.get(&image) {
+            None => Residency { is_settled: true, children, ..here },
+            Some(opened) => Residency { children, ..self.arriving(opened, here) },
+        })
     }
 
     fn fork(&self, image: ImageId, ids: &[MachineId], _options: ForkOptions) -> Vec<Result<Forked, EngineError>> {
@@ -196,8 +298,13 @@ impl Engine for FakeEngine {
     }
 
     fn usage(&self, machine: MachineId) -> Result<Usage, EngineError> {
-        let cost =
-            Usage { pss_bytes: 2 << 20, private_bytes: 1 << 20, page_table_bytes: 40 << 10, cpu: Duration::from_millis(3) };
+        let cost = Usage {
+            pss_bytes: 2 << 20,
+            private_bytes: 1 << 20,
+            page_table_bytes: 40 << 10,
+            cpu: Duration::from_millis(3),
+            faults: 5,
+        };
         self.lock().machines.get(&machine).map(|_| cost).ok_or_else(|| unknown_machine(&machine))
     }
 
@@ -219,7 +326,7 @@ impl Engine for FakeEngine {
             return Err(error(ErrorKind::NameTaken, &format!("{name} is taken")));
         }
         let facts = state.images.get_mut(&image).ok_or_else(|| unknown_image(&image))?;
-        facts.digest = Some(Digest::of(image.as_uuid().as_bytes()));
+        facts.digest.get_or_insert_with(|| Digest::of(image.as_uuid().as_bytes()));
         let facts = facts.clone();
         progress(facts.stored_bytes, facts.stored_bytes);
         state.store.insert(name.clone(), facts.clone());

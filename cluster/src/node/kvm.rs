@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use types::{ImageId, MachineId, PageIndex};
+use types::{Digest, ImageId, MachineId, PageIndex, Tenant};
 use uuid::Uuid;
 use vm::image::load::LoadErrorKind;
 use vm::image::{Image, LoadError, SaveError};
@@ -21,8 +21,8 @@ use vm::{Class, Host, Pool};
 
 use super::data::DataDirectory;
 use super::engine::{
-    Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, PoolFacts, Proof,
-    Usage,
+    Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, OpenOrder,
+    PoolFacts, Proof, Residency, Usage,
 };
 use super::name::ImageName;
 
@@ -73,10 +73,7 @@ struct State {
 }
 
 enum Machine {
-    Running {
-        jailed: Arc<Jailed>,
-        pattern_pages: Option<u64>,
-    },
+    Running(Running),
     /// It has ended by itself; this is what it printed last.
     Gone {
         ended: Ended,
@@ -85,8 +82,18 @@ enum Machine {
 }
 
 #[derive(Clone)]
+struct Running {
+    jailed: Arc<Jailed>,
+    /// What it was forked from, which may have been forgotten since.
+    image: ImageId,
+    tenant: Tenant,
+    pattern_pages: Option<u64>,
+}
+
+#[derive(Clone)]
 struct KnownImage {
     image: Arc<Image>,
+    tenant: Tenant,
     /// How many pages from the first page of work hold the pattern, if a guest of ours wrote it.
     pattern_pages: Option<u64>,
 }
@@ -100,9 +107,9 @@ impl KvmEngine {
         self.lock().images.get(&image).cloned().ok_or_else(|| unknown_image(image))
     }
 
-    fn running(&self, machine: MachineId) -> Result<(Arc<Jailed>, Option<u64>), EngineError> {
+    fn running(&self, machine: MachineId) -> Result<Running, EngineError> {
         match self.lock().machines.get(&machine) {
-            Some(Machine::Running { jailed, pattern_pages }) => Ok((Arc::clone(jailed), *pattern_pages)),
+            Some(Machine::Running(running)) => Ok(running.clone()),
             Some(Machine::Gone { ended, .. }) => Err(EngineError {
                 kind: ErrorKind::Ended(ended.reason),
                 message: format!("machine {machine} has ended ({}: {})", ended.reason, ended.detail),
@@ -134,7 +141,7 @@ impl KvmEngine {
 }
 
 impl Engine for KvmEngine {
-    fn prepare(&self, guest: Guest, class: Class) -> Result<ImageFacts, EngineError> {
+    fn prepare(&self, guest: Guest, class: Class, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
         let Guest::Probe = guest;
         self.pool.host().check_memory(class.memory()).map_err(|error| EngineError {
             kind: ErrorKind::Unfit,
@@ -150,7 +157,35 @@ impl Engine for KvmEngine {
             return Err(wrong_proof(format!("the parent wrote {filled} of {count} pages")));
         }
         let image = parent.freeze().map_err(of_pool)?.image;
-        self.keep(KnownImage { image, pattern_pages: Some(count) })
+        self.keep(KnownImage { image, tenant: tenant.clone(), pattern_pages: Some(count) })
+    }
+
+    fn open(&self, order: &OpenOrder) -> Result<ImageFacts, EngineError> {
+        let state = self.lock();
+        let is_it = |known: &&KnownImage| known.image.digest() == Some(order.image) && known.tenant == order.tenant;
+        if let Some(known) = state.images.values().find(is_it) {
+            return facts(known);
+        }
+        Err(EngineError {
+            kind: ErrorKind::Refused,
+            message: format!("image {} is not here, and this engine reads none from other nodes", order.image),
+            remedy: "save it where it is, and load it here".to_owned(),
+        })
+    }
+
+    fn digest(&self, image: ImageId) -> Result<Digest, EngineError> {
+        self.known(image)?.image.digest().ok_or_else(|| EngineError {
+            kind: ErrorKind::BadImage,
+            message: format!("image {image} has not been hashed"),
+            remedy: "save it, which hashes it (farfork image save)".to_owned(),
+        })
+    }
+
+    fn residency(&self, image: ImageId) -> Result<Residency, EngineError> {
+        let data_bytes = facts(&self.known(image)?)?.stored_bytes;
+        let is_child = |machine: &&Machine| matches!(machine, Machine::Running(running) if running.image == image);
+        let children = u32::try_from(self.lock().machines.values().filter(is_child).count()).unwrap_or(u32::MAX);
+        Ok(Residency { data_bytes, resident_bytes: data_bytes, is_settled: true, children, ..Residency::default() })
     }
 
     fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>> {
@@ -167,7 +202,10 @@ impl Engine for KvmEngine {
             let machine = match jailed.ended() {
                 // Before anybody could know of it.
                 Some(ended) => Machine::Gone { ended: of_ended(ended), console: jailed.console().unwrap_or_default() },
-                None => Machine::Running { jailed: Arc::new(jailed), pattern_pages: known.pattern_pages },
+                None => {
+                    let (tenant, pattern_pages) = (known.tenant.clone(), known.pattern_pages);
+                    Machine::Running(Running { jailed: Arc::new(jailed), image, tenant, pattern_pages })
+                }
             };
             state.machines.insert(*id, machine);
             let stages =
@@ -178,9 +216,9 @@ impl Engine for KvmEngine {
     }
 
     fn freeze(&self, machine: MachineId) -> Result<(ImageFacts, FreezeFacts), EngineError> {
-        let (jailed, pattern_pages) = self.running(machine)?;
+        let Running { jailed, tenant, pattern_pages, .. } = self.running(machine)?;
         let frozen = jailed.freeze().map_err(of_pool)?;
-        let facts = self.keep(KnownImage { image: frozen.image, pattern_pages })?;
+        let facts = self.keep(KnownImage { image: frozen.image, tenant, pattern_pages })?;
         let report = frozen.report;
         let freeze = FreezeFacts {
             stall: report.stall,
@@ -192,7 +230,7 @@ impl Engine for KvmEngine {
     }
 
     fn verify(&self, machine: MachineId) -> Result<Proof, EngineError> {
-        let (jailed, pattern_pages) = self.running(machine)?;
+        let Running { jailed, pattern_pages, .. } = self.running(machine)?;
         let Some(pages) = pattern_pages else {
             return Err(EngineError {
                 kind: ErrorKind::WrongProof,
@@ -221,21 +259,21 @@ impl Engine for KvmEngine {
     }
 
     fn usage(&self, machine: MachineId) -> Result<Usage, EngineError> {
-        let (jailed, _) = self.running(machine)?;
+        let jailed = self.running(machine)?.jailed;
         let memory = jailed.memory().map_err(|error| EngineError {
             kind: ErrorKind::Internal,
             message: format!("the memory of machine {machine} cannot be read: {error}"),
             remedy: "ask again: it may just have ended".to_owned(),
         })?;
         let vm::pool::Memory { pss_bytes, private_bytes, page_table_bytes, cpu } = memory;
-        Ok(Usage { pss_bytes, private_bytes, page_table_bytes, cpu })
+        Ok(Usage { pss_bytes, private_bytes, page_table_bytes, cpu, faults: 0 })
     }
 
     fn console(&self, machine: MachineId) -> Result<(Vec<u8>, u64), EngineError> {
         if let Some(Machine::Gone { console, .. }) = self.lock().machines.get(&machine) {
             return Ok(console.clone());
         }
-        self.running(machine)?.0.console().map_err(of_pool)
+        self.running(machine)?.jailed.console().map_err(of_pool)
     }
 
     fn image(&self, image: ImageId) -> Result<ImageFacts, EngineError> {
@@ -265,7 +303,7 @@ impl Engine for KvmEngine {
     fn load(&self, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let loaded = vm::image::load_in(self.pool.host(), self.store.as_fd(), &file_name(name), progress_in_bytes(progress));
         let image = loaded.map_err(|error| of_load(&error, name))?;
-        self.keep(KnownImage { image, pattern_pages: None })
+        self.keep(KnownImage { image, tenant: Tenant::default_tenant(), pattern_pages: None })
     }
 
     fn stored(&self) -> Result<Vec<(ImageName, u64)>, EngineError> {
@@ -321,8 +359,8 @@ impl Engine for KvmEngine {
                     let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                     match state.machines.get_mut(&id) {
                         Some(machine) => match machine {
-                            Machine::Running { jailed, .. } => {
-                                let console = jailed.console().unwrap_or_default();
+                            Machine::Running(running) => {
+                                let console = running.jailed.console().unwrap_or_default();
                                 let gone = Machine::Gone { ended: ended.clone(), console };
                                 Some(std::mem::replace(machine, gone))
                             }
@@ -362,6 +400,7 @@ fn facts(known: &KnownImage) -> Result<ImageFacts, EngineError> {
     Ok(ImageFacts {
         id: image.id(),
         digest: image.digest(),
+        tenant: known.tenant.clone(),
         class: image.class(),
         depth: image.depth(),
         own_bytes: bytes(image.own_bytes())?,

@@ -5,25 +5,34 @@
 //!          at most    verbs  ──▶ registry      which machines and images there are, and were
 //!          so many                  ▲
 //!                     reaper ───────┘          hears from the engine which machines ended by themselves
+//!                   service ──▶ network      trust: which nodes are let in; peers: a seam, to ask them
 //!  data: the directory that is this node's alone
 //! ```
 
+pub mod address;
 pub mod calls;
 pub mod data;
 pub mod engine;
 pub mod error;
 #[cfg(feature = "testing")]
 pub mod fake;
+mod files;
 pub mod kvm;
 pub mod metrics;
 pub mod name;
+pub mod network;
+pub mod peers;
 pub mod registry;
 pub mod service;
 pub mod short_id;
+pub mod trust;
 
+pub use address::{AddressError, NodeAddress};
 pub use data::{DataDirectory, DataError};
 pub use engine::Engine;
 pub use error::NodeError;
 pub use name::{ImageName, NameError};
+pub use network::{Network, NetworkSettings};
 pub use service::Service;
 pub use short_id::{ShortId, ShortIdError};
+pub use trust::{TrustError, TrustStore};

@@ -280,7 +280,7 @@ impl Service {
     fn origin_of(&self, from: &ForkFrom) -> Result<(Image, Option<FreezeFacts>), NodeError> {
         match from {
             ForkFrom::Guest(guest, class) => {
-                let facts = self.engine.prepare(*guest, *class)?;
+                let facts = self.engine.prepare(*guest, *class, &types::Tenant::default_tenant())?;
                 Ok((self.note_image(facts, Origin::Guest(*guest), None), None))
             }
             ForkFrom::Image(given) => Ok((self.registry.image(given)?, None)),

@@ -1,0 +1,213 @@
+//! What nodes ask of one another besides pages: to fork children there of an image that is here. A seam, [`Peers`]: the real
+//! one speaks QUIC, the one of tests TCP. What is said is the same, [`Order`] and [`Answer`].
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use types::{Digest, MachineId, NodeId, Tenant};
+
+use super::engine::Forked;
+
+/// The most bytes of an encoded [`Order`].
+pub const ORDER_BYTES_MAX: usize = 64 << 10;
+/// The most bytes of an encoded [`Answer`]: 10,000 children take about 1 MiB.
+pub const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// The most holders that one order names.
+pub const HOLDERS_MAX: usize = 16;
+
+/// Other nodes, as this one can ask them.
+pub trait Peers: Send + Sync + 'static {
+    /// Lets the node at `address` fork children of an image that this node holds, and waits for its answer, at most for the
+    /// order's deadline. Blocks.
+    ///
+    /// # Errors
+    /// [`PeerError`]. Only [`PeerError::NoAnswer`] leaves open whether children run there.
+    fn fork_on(&self, address: SocketAddr, order: &PeerForkOrder) -> Result<PeerForkReport, PeerError>;
+}
+
+/// To fork children of an image that the asking node holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerForkOrder {
+    /// The image's name everywhere.
+    pub image: Digest,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// How many children.
+    pub count: u64,
+    /// The most memory of its own in bytes that each may have.
+    pub limit_bytes: Option<u64>,
+    /// Whether each has to prove its memory and identity.
+    pub verify: bool,
+    /// Nodes that hold the image, the asking one first; at most [`HOLDERS_MAX`].
+    pub holders: Vec<SocketAddr>,
+    /// How long the asking node waits for the answer.
+    pub deadline: Duration,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerForkReport {
+    /// The node that runs the children.
+    pub node: NodeId,
+    /// Children that run there.
+    pub children: Vec<ForkedChild>,
+    /// Children that do not.
+    pub failures: Vec<PeerFailure>,
+}
+
+/// A child that runs, wherever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkedChild {
+    /// What the engine said when it was forked.
+    pub forked: Forked,
+    /// Pages that it has proved to be its image's, if it was asked.
+    pub verified_pages: Option<u64>,
+}
+
+/// A child that does not run there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerFailure {
+    /// The id that it would have had.
+    pub id: MachineId,
+    /// Why not.
+    pub refusal: PeerRefusal,
+}
+
+/// A refusal or failure, in the words of the node that it happened on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerRefusal {
+    /// For programs: a code of that node's API.
+    pub code: String,
+    /// For people: what.
+    pub message: String,
+    /// For people: what to do.
+    pub remedy: String,
+}
+
+/// What one node asks of another. The list grows only at its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// To fork.
+    Fork(PeerForkOrder),
+}
+
+/// What it is told. The list grows only at its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Nothing was done.
+    Refused(PeerRefusal),
+    /// Some or all children run.
+    Forked(PeerForkReport),
+}
+
+impl Order {
+    /// The bytes of it, at most [`ORDER_BYTES_MAX`].
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self, ORDER_BYTES_MAX)
+    }
+
+    /// Reads what another node sent.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        decode(bytes, ORDER_BYTES_MAX)
+    }
+}
+
+impl Answer {
+    /// The bytes of it, at most [`ANSWER_BYTES_MAX`].
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self, ANSWER_BYTES_MAX)
+    }
+
+    /// Reads what another node sent.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        decode(bytes, ANSWER_BYTES_MAX)
+    }
+}
+
+/// Why another node did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum PeerError {
+    #[error("node {address} cannot be reached: {detail}")]
+    Unreachable { address: SocketAddr, detail: String },
+    #[error("node {address} and this one do not trust each other: {detail}")]
+    NotTrusted { address: SocketAddr, detail: String },
+    #[error("node {address} refused: {}", refusal.message)]
+    Refused { address: SocketAddr, refusal: PeerRefusal },
+    #[error("node {address} was asked and gave no answer ({detail}): children may run there")]
+    NoAnswer { address: SocketAddr, detail: String },
+}
+
+impl PeerError {
+    /// The code that programs match on.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "UNREACHABLE",
+            Self::NotTrusted { .. } => "NOT_TRUSTED",
+            Self::Refused { .. } => "REFUSED",
+            Self::NoAnswer { .. } => "NO_ANSWER",
+        }
+    }
+
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::Unreachable { .. } => "check that it runs with --listen and that UDP gets through to its port".to_owned(),
+            Self::NotTrusted { .. } => {
+                "exchange certificates: `farfork trust show` on each, `farfork trust add` on the other".to_owned()
+            }
+            Self::Refused { refusal, .. } => format!("on that node: {}", refusal.remedy),
+            Self::NoAnswer { .. } => "look there with `farfork ls` before asking again".to_owned(),
+        }
+    }
+}
+
+/// Why bytes of another node are no message.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum MessageError {
+    #[error("a message of {bytes} bytes where {max} are the most")]
+    TooLong { bytes: usize, max: usize },
+    #[error("a message that cannot be read: {detail}")]
+    Malformed { detail: String },
+    #[error("a message with {bytes} bytes after its end")]
+    Trailing { bytes: usize },
+}
+
+impl MessageError {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        "use the same version of farfork on both nodes"
+    }
+}
+
+fn encode(message: &impl Serialize, bytes_max: usize) -> Vec<u8> {
+    let bytes = postcard::to_stdvec(message).expect("messages are plain data");
+    assert!(bytes.len() <= bytes_max, "a message of {} bytes: counts are checked before", bytes.len());
+    bytes
+}
+
+fn decode<T: for<'de> Deserialize<'de>>(bytes: &[u8], max: usize) -> Result<T, MessageError> {
+    if bytes.len() > max {
+        return Err(MessageError::TooLong { bytes: bytes.len(), max });
+    }
+    // Lists grow with what was really read, not with the length that the bytes announce: serde caps what it reserves.
+    match postcard::take_from_bytes(bytes) {
+        Ok((message, [])) => Ok(message),
+        Ok((_, rest)) => Err(MessageError::Trailing { bytes: rest.len() }),
+        Err(error) => Err(MessageError::Malformed { detail: error.to_string() }),
+    }
+}
