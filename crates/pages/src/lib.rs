@@ -15,6 +15,7 @@
 //! | [`endpoint`] | the transport's knobs, and the limits on what a peer can make grow |
 //! | [`server`] | serves the images of an [`server::ImageStore`], and takes orders |
 //! | [`client`] | asks another node |
+//! | [`transfer`] | which extent is asked for next, of whom, and who is woken: pure |
 #![forbid(unsafe_code)]
 
 pub mod client;
@@ -24,6 +25,7 @@ pub mod fakes;
 pub mod fuzzing;
 pub mod identity;
 pub mod server;
+pub mod transfer;
 pub mod trust;
 pub mod wire;
 
