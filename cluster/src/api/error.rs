@@ -2,17 +2,19 @@
 //!
 //! | status | codes | whose |
 //! |---|---|---|
-//! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID` | the request is wrong, whatever the node's state |
-//! | 403 | `FORBIDDEN` | this user may not use this node |
-//! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE` | there is none |
+//! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID`, `BAD_DIGEST`, `BAD_TENANT`, `BAD_ADDRESS`, `BAD_HOLDERS`, `BAD_CERTIFICATE`, `UNFIT` | the request is wrong, whatever the node's state |
+//! | 403 | `FORBIDDEN`, `NOT_TRUSTED` | this user may not use this node; two nodes do not trust each other |
+//! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE`, `UNKNOWN_NODE` | there is none |
 //! | 405 | `METHOD_NOT_ALLOWED` | the route exists, for other methods |
 //! | 408 | `SLOW_REQUEST` | the body did not come within the deadline |
-//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID` | not in this state; another request may pass |
+//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `TOO_MANY_NODES` | not in this state; another request may pass. `REFUSED`: by another node |
 //! | 413 | `BODY_TOO_LARGE` | more than 1 MiB |
 //! | 422 | `BAD_IMAGE`, `NOT_VERIFIABLE`, `WRONG_PROOF` | understood, but this image or machine cannot |
 //! | 429 | `BUSY` | too many calls wait; `Retry-After` |
 //! | 500 | `INTERNAL`, `STORE` | something of ours failed |
+//! | 502 | `UNREACHABLE`, `SOURCE_LOST` | another node cannot be reached, or none is left that has what is missing |
 //! | 503 | `EXHAUSTED`, `HOST`, `STOPPING` | the node is short of something, or going; `Retry-After` |
+//! | 504 | `NO_ANSWER` | another node was asked and did not answer in time: it may have done it |
 //! | 507 | `STORE_FULL` | the store's file system is full |
 
 use axum::Json;
@@ -132,13 +134,16 @@ impl IntoResponse for ApiError {
 /// The table above.
 fn status(code: &str) -> StatusCode {
     match code {
-        "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" | "UNFIT" => {
-            StatusCode::BAD_REQUEST
-        }
-        "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" => StatusCode::NOT_FOUND,
-        "NAME_TAKEN" | "ENDED" | "AMBIGUOUS_ID" => StatusCode::CONFLICT,
+        "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" | "BAD_DIGEST"
+        | "BAD_TENANT" | "BAD_ADDRESS" | "BAD_HOLDERS" | "BAD_CERTIFICATE" | "UNFIT" => StatusCode::BAD_REQUEST,
+        "NOT_TRUSTED" => StatusCode::FORBIDDEN,
+        "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" | "UNKNOWN_NODE" => StatusCode::NOT_FOUND,
+        "NAME_TAKEN" | "ENDED" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK" | "NOT_LISTENING"
+        | "NOT_ADVERTISED" | "TOO_MANY_NODES" => StatusCode::CONFLICT,
         "BAD_IMAGE" | "NOT_VERIFIABLE" | "WRONG_PROOF" => StatusCode::UNPROCESSABLE_ENTITY,
         "BUSY" => StatusCode::TOO_MANY_REQUESTS,
+        "UNREACHABLE" | "SOURCE_LOST" => StatusCode::BAD_GATEWAY,
+        "NO_ANSWER" => StatusCode::GATEWAY_TIMEOUT,
         "EXHAUSTED" | "HOST" | "STOPPING" => StatusCode::SERVICE_UNAVAILABLE,
         "STORE_FULL" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,

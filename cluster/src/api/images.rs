@@ -6,10 +6,11 @@ use axum::extract::State as Shared;
 
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
-use super::machines::unix_ms;
+use super::machines::{residency, unix_ms};
 use super::routes::App;
 use super::wire::{ErrorAnswer, Image, ImagesAnswer, NameRequest, RemovedAnswer, Stored};
-use crate::node::registry::{self, Origin};
+use crate::node::registry::Origin;
+use crate::node::service::ImageView;
 use crate::node::{ImageName, NodeError};
 
 /// What a saved image's name begins with where an id could stand as well.
@@ -36,7 +37,7 @@ pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<ImagesAnswer>,
     get,
     path = "/v1/images/{id}",
     tag = "images",
-    params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
+    params(("id" = String, Path, description = "Full id, its last 4 and more hex digits, or its digest")),
     responses(
         (status = 200, description = "The image", body = Image),
         (status = "4XX", description = "Refused", body = ErrorAnswer)
@@ -51,7 +52,7 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Re
     post,
     path = "/v1/images/{id}/save",
     tag = "images",
-    params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
+    params(("id" = String, Path, description = "Full id, its last 4 and more hex digits, or its digest")),
     request_body = NameRequest,
     responses(
         (status = 200, description = "It is on disk", body = Image),
@@ -66,6 +67,22 @@ pub(crate) async fn save(
 ) -> Result<Json<Image>, ApiError> {
     let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
     Ok(Json(image(&app.act(move |service| service.save(&id, &name)).await?)))
+}
+
+/// Hashes an image in memory, if that has not been done: the digest is its name on other nodes
+#[utoipa::path(
+    post,
+    path = "/v1/images/{id}/digest",
+    tag = "images",
+    params(("id" = String, Path, description = "Full id, its last 4 and more hex digits, or its digest")),
+    responses(
+        (status = 200, description = "The image, with its digest", body = Image),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn digest(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<Image>, ApiError> {
+    Ok(Json(image(&app.act(move |service| service.hashed(&id)).await?)))
 }
 
 /// Loads a saved image, verified
@@ -110,16 +127,19 @@ pub(crate) async fn remove(Shared(app): Shared<App>, PathText(id): PathText) -> 
     Ok(Json(RemovedAnswer { removed }))
 }
 
-pub(super) fn image(image: &registry::Image) -> Image {
+pub(super) fn image(view: &ImageView) -> Image {
+    let image = &view.image;
     let facts = &image.facts;
     let (origin, parent) = match &image.origin {
         Origin::Guest(_) => ("guest", None),
         Origin::Machine(parent) => ("machine", Some(*parent)),
         Origin::Store => ("store", None),
+        Origin::Remote => ("remote", None),
     };
     Image {
         id: facts.id,
         digest: facts.digest.map(|digest| digest.to_string()),
+        tenant: facts.tenant.to_string(),
         memory_bytes: facts.class.memory().bytes(),
         vcpus: facts.class.vcpu_count(),
         depth: facts.depth,
@@ -130,5 +150,6 @@ pub(super) fn image(image: &registry::Image) -> Image {
         parent,
         name: image.name.as_ref().map(ToString::to_string),
         created_unix_ms: unix_ms(image.created),
+        residency: view.residency.as_ref().map(residency),
     }
 }

@@ -1,10 +1,11 @@
 //! Handlers of machines.
 
+use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::State as Shared;
-use types::MemorySize;
+use types::{Digest, ImageId, MemorySize, Tenant};
 use vm::Class;
 
 use super::error::ApiError;
@@ -12,18 +13,20 @@ use super::extract::{JsonBody, PathText, QueryOf};
 use super::images;
 use super::routes::App;
 use super::wire::{
-    BranchRequest, Child, Console, EndedBecause, ErrorAnswer, Failure, ForkAnswer, ForkRequest, ForkSource, Freeze, KillAnswer,
-    KillRequest, Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, Stages, State, Usage,
+    BranchRequest, Child, Console, EndedBecause, ErrorAnswer, Failed, Failure, ForkAnswer, ForkRequest, ForkSource, Freeze,
+    KillAnswer, KillRequest, Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, OtherNode, RemoteSource, Residency,
+    Source, Stages, State, Usage,
 };
-use crate::node::engine::ForkStages;
+use crate::node::engine::{self, ForkStages};
+use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
 use crate::node::service::{ForkFrom, ForkOrder, ForkReport, MachineView};
-use crate::node::{NodeError, Service};
+use crate::node::{NodeAddress, NodeError, Service};
 
 const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
 
-/// Forks children of a guest, an image or a running machine
+/// Forks children of a guest, an image or a running machine, here or on another node
 ///
 /// If the client leaves midway the fork goes on, and its machines are listed.
 #[utoipa::path(
@@ -64,7 +67,7 @@ pub(crate) async fn branch(
     JsonBody(request): JsonBody<BranchRequest>,
 ) -> Result<Json<ForkAnswer>, ApiError> {
     let BranchRequest { count, limit_bytes } = request;
-    let order = ForkOrder { from: ForkFrom::Machine(id), count, limit_bytes, verify: false };
+    let order = ForkOrder { from: ForkFrom::Machine(id), count, limit_bytes, verify: false, tenant: None, on: None };
     Ok(Json(fork_answer(&app.act(move |service| service.fork(&order)).await?)))
 }
 
@@ -88,7 +91,14 @@ pub(crate) async fn list(
         Listed::Running => machine.state == State::Running,
         Listed::Ended => machine.state == State::Ended,
     };
-    let list = move |service: &Service| Ok(service.machines().iter().map(machine).filter(wanted).collect());
+    let list = move |service: &Service| {
+        // Thousands of machines have one image.
+        let mut percents: HashMap<ImageId, Option<u8>> = HashMap::new();
+        let mut percent = |image| *percents.entry(image).or_insert_with(|| Some(service.residency(image)?.settled_percent()));
+        let listed = service.machines();
+        let listed = listed.iter().map(|facts| machine(facts, &mut percent)).filter(wanted);
+        Ok(listed.collect())
+    };
     Ok(Json(MachinesAnswer { machines: app.look(list).await? }))
 }
 
@@ -105,15 +115,17 @@ pub(crate) async fn list(
 )]
 pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<MachineAnswer>, ApiError> {
     let view = app.look(move |service| service.machine(&id)).await?;
-    let MachineView { machine: facts, usage, console, console_dropped_bytes } = view;
+    let MachineView { machine: facts, usage, console, console_dropped_bytes, residency: here } = view;
     let usage = usage.map(|usage| Usage {
         pss_bytes: usage.pss_bytes,
         private_bytes: usage.private_bytes,
         page_table_bytes: usage.page_table_bytes,
         cpu_us: us(usage.cpu),
+        faults: usage.faults,
     });
     let console = Console { tail: String::from_utf8_lossy(&console).into_owned(), dropped_bytes: console_dropped_bytes };
-    Ok(Json(MachineAnswer { machine: machine(&facts), usage, console }))
+    let machine = machine(&facts, |_| here.as_ref().map(engine::Residency::settled_percent));
+    Ok(Json(MachineAnswer { machine, usage, residency: here.as_ref().map(residency), console }))
 }
 
 /// Ends a machine
@@ -157,6 +169,32 @@ pub(super) fn unix_ms(time: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// What of an image is here.
+pub(super) fn residency(of: &engine::Residency) -> Residency {
+    let sources = of.sources.iter().map(|source| Source {
+        address: source.address.to_string(),
+        node: source.node,
+        state: source.state,
+        extents: source.extents,
+        bytes: source.bytes,
+        failures: source.failures,
+    });
+    let failed = |failed: &engine::Ended| Failed { reason: failed.reason.code().to_owned(), detail: failed.detail.clone() };
+    Residency {
+        settled_percent: of.settled_percent(),
+        is_settled: of.is_settled,
+        settled_after_us: of.settled_after.map(us),
+        data_bytes: of.data_bytes,
+        resident_bytes: of.resident_bytes,
+        remote_bytes: of.data_bytes.saturating_sub(of.resident_bytes),
+        faults: of.faults,
+        wire_bytes: of.wire_bytes,
+        children: of.children,
+        sources: sources.collect(),
+        failed: of.failed.as_ref().map(failed),
+    }
+}
+
 async fn kill_these(app: &App, request: KillRequest) -> Result<Json<KillAnswer>, ApiError> {
     let (killed, failures) = app.act(move |service| service.kill(&request.ids, request.all)).await?;
     let failures = failures.into_iter().map(|(id, error)| failure(id, &error)).collect();
@@ -164,7 +202,7 @@ async fn kill_these(app: &App, request: KillRequest) -> Result<Json<KillAnswer>,
 }
 
 fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
-    let ForkRequest { from, count, memory_bytes, vcpus, limit_bytes, verify } = request;
+    let ForkRequest { from, count, memory_bytes, vcpus, limit_bytes, verify, tenant, on } = request;
     let class_is_given = memory_bytes.is_some() || vcpus.is_some();
     let from = match from {
         ForkSource::Guest(guest) => {
@@ -173,16 +211,23 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
             let class = u8::try_from(asked).ok().and_then(|vcpus| Class::new(memory, vcpus).ok());
             ForkFrom::Guest(guest, class.ok_or(NodeError::Vcpus { asked })?)
         }
-        ForkSource::Image(_) | ForkSource::Machine(_) if class_is_given => return Err(NodeError::ClassIsGiven),
+        _ if class_is_given => return Err(NodeError::ClassIsGiven),
         ForkSource::Image(id) => ForkFrom::Image(id),
         ForkSource::Machine(id) => ForkFrom::Machine(id),
+        ForkSource::Remote(RemoteSource { image, holders }) => {
+            let holders = holders.iter().map(|holder| holder.parse::<NodeAddress>()).collect::<Result<_, _>>()?;
+            ForkFrom::Remote { image: image.parse::<Digest>()?, holders }
+        }
     };
-    Ok(ForkOrder { from, count, limit_bytes, verify })
+    let tenant = tenant.map(|tenant| tenant.parse::<Tenant>()).transpose()?;
+    let on = on.map(|on| on.parse::<NodeAddress>()).transpose()?;
+    Ok(ForkOrder { from, count, limit_bytes, verify, tenant, on })
 }
 
 fn fork_answer(report: &ForkReport) -> ForkAnswer {
     ForkAnswer {
         image: images::image(&report.image),
+        on: report.on.map(|on| OtherNode { node: on.node, address: on.address.to_string() }),
         freeze: report.freeze.map(|freeze| Freeze {
             stall_us: us(freeze.stall),
             copy_us: us(freeze.copy),
@@ -195,17 +240,18 @@ fn fork_answer(report: &ForkReport) -> ForkAnswer {
     }
 }
 
-fn child(machine: &registry::Machine) -> Child {
+fn child(child: &ForkedChild) -> Child {
+    let ForkedChild { forked, verified_pages } = child;
     Child {
-        id: machine.forked.id,
-        first_us: us(machine.forked.first),
-        stages_us: stages(&machine.forked.stages),
-        had_shell: machine.forked.had_shell,
-        verified_pages: machine.verified_pages,
+        id: forked.id,
+        first_us: us(forked.first),
+        stages_us: stages(&forked.stages),
+        had_shell: forked.had_shell,
+        verified_pages: *verified_pages,
     }
 }
 
-fn machine(machine: &registry::Machine) -> Machine {
+fn machine(machine: &registry::Machine, settled_percent: impl FnOnce(ImageId) -> Option<u8>) -> Machine {
     let ended = match &machine.state {
         MachineState::Ended { ended, at, .. } => {
             Some(EndedBecause { reason: ended.reason.code().to_owned(), detail: ended.detail.clone(), unix_ms: unix_ms(*at) })
@@ -217,6 +263,7 @@ fn machine(machine: &registry::Machine) -> Machine {
         image: machine.image,
         parent: machine.parent,
         state: if ended.is_some() { State::Ended } else { State::Running },
+        settled_percent: if ended.is_some() { None } else { settled_percent(machine.image) },
         ended,
         created_unix_ms: unix_ms(machine.created),
         first_us: us(machine.forked.first),

@@ -8,8 +8,8 @@ use axum::{Extension, Json};
 use super::error::ApiError;
 use super::routes::{App, openapi_json};
 use super::server::Peer;
-use super::wire::{CountsAnswer, ErrorAnswer, Memory, NodeAnswer, PeerAnswer, Pool};
-use crate::node::metrics as counted;
+use super::wire::{CountsAnswer, ErrorAnswer, Memory, NetworkAnswer, NodeAnswer, PeerAnswer, Pool};
+use crate::node::{Network, Service, metrics as counted};
 
 /// Shows the node
 #[utoipa::path(
@@ -22,13 +22,15 @@ use crate::node::metrics as counted;
     )
 )]
 pub(crate) async fn show(Shared(app): Shared<App>, Extension(peer): Extension<Peer>) -> Result<Json<NodeAnswer>, ApiError> {
-    let (pool, counts, memory) = app.look(|service| Ok((service.pool(), service.counts(), memory()))).await?;
+    let facts = |service: &Service| Ok((service.pool(), service.counts(), memory(), service.network().ok().map(network)));
+    let (pool, counts, memory, network) = app.look(facts).await?;
     Ok(Json(NodeAnswer {
         node: app.node(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         uptime_ms: u64::try_from(app.uptime().as_millis()).unwrap_or(u64::MAX),
         peer: PeerAnswer { uid: peer.uid, gid: peer.gid, pid: peer.pid },
+        network,
         memory,
         pool: pool
             .iter()
@@ -65,6 +67,13 @@ pub(crate) async fn openapi() -> impl IntoResponse {
 pub(crate) async fn metrics(Shared(app): Shared<App>) -> Result<impl IntoResponse, ApiError> {
     let text = app.look(|service| Ok(counted::render(service.counts(), &service.pool()))).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
+}
+
+fn network(network: &Network) -> NetworkAnswer {
+    NetworkAnswer {
+        listening: network.listening.map(|address| address.to_string()),
+        advertise: network.advertise.as_ref().map(ToString::to_string),
+    }
 }
 
 fn memory() -> Memory {

@@ -11,13 +11,15 @@ use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
+use types::NodeId;
 use utoipa::OpenApi;
 use uuid::Uuid;
 
 use super::error::ApiError;
 use super::server::Peer;
-use super::{images, machines, node};
+use super::{images, machines, node, trust};
 use crate::node::calls::Calls;
+use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
 
 /// What handlers share.
@@ -104,6 +106,13 @@ impl App {
         Ok(self.shared.looks.run(move || question(&service)).await?)
     }
 
+    /// Does what another node asks, when it is its turn among the calls of this node's clients.
+    pub async fn order(&self, peer: NodeId, bytes: Vec<u8>) -> Answer {
+        let service = Arc::clone(&self.shared.service);
+        let outcome = self.shared.verbs.run(move || Ok(service.order(peer, &bytes))).await;
+        outcome.unwrap_or_else(|error| Answer::Refused(PeerRefusal::of(&error)))
+    }
+
     /// Refuses calls from now on and waits for those that have begun, at most so long. Whether all have ended.
     pub(crate) async fn stop(&self, deadline: Duration) -> bool {
         let (verbs, looks) = tokio::join!(self.shared.verbs.stop(deadline), self.shared.looks.stop(deadline));
@@ -132,6 +141,10 @@ pub fn router(app: App) -> Router {
         .route("/v1/images/{id}", get(images::show))
         .route("/v1/images/{id}", delete(images::remove))
         .route("/v1/images/{id}/save", post(images::save))
+        .route("/v1/images/{id}/digest", post(images::digest))
+        .route("/v1/trust", get(trust::list).post(trust::add))
+        .route("/v1/trust/own", get(trust::own))
+        .route("/v1/trust/{id}", delete(trust::remove))
         .route("/v1/node", get(node::show))
         .route("/v1/openapi.json", get(node::openapi))
         .route("/metrics", get(node::metrics))
@@ -167,8 +180,13 @@ pub fn openapi_json() -> String {
         images::list,
         images::show,
         images::save,
+        images::digest,
         images::load,
         images::remove,
+        trust::list,
+        trust::own,
+        trust::add,
+        trust::remove,
         node::show,
         node::openapi,
         node::metrics

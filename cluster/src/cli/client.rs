@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::net::UnixStream;
-use types::ExitCode;
+use types::{Digest, ExitCode};
 
 use crate::api::wire::{ErrorAnswer, ErrorBody, Image, MachineAnswer};
 
@@ -76,8 +76,12 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; a refusal if it is neither, or both.
     pub async fn find(&self, id: &str) -> Result<Found, ClientError> {
-        let machine = self.get(&format!("/v1/machines/{}", segment(id))).await;
         let image = self.get(&format!("/v1/images/{}", segment(id))).await;
+        if id.parse::<Digest>().is_ok() {
+            // Machines have none.
+            return Ok(Found::Image(Box::new(image?)));
+        }
+        let machine = self.get(&format!("/v1/machines/{}", segment(id))).await;
         match (machine, image) {
             (Ok(_), Ok(_)) => Err(ClientError::refusal(
                 "AMBIGUOUS_ID",
@@ -157,6 +161,8 @@ impl ClientError {
         match self {
             Self::NoNode { .. } | Self::Lost(_) => ExitCode::Unreachable,
             Self::Refused { status: StatusCode::BAD_REQUEST, .. } => ExitCode::Usage,
+            // Another node is it that cannot be reached.
+            Self::Refused { body, .. } if matches!(body.code.as_str(), "UNREACHABLE" | "NO_ANSWER") => ExitCode::Unreachable,
             Self::Answer { .. } | Self::Refused { .. } => ExitCode::Refused,
         }
     }

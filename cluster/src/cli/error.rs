@@ -1,7 +1,9 @@
 //! Why a verb did not do what it was asked, what that is for people and scripts, and the exit code.
 
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use thiserror::Error;
 use types::ExitCode as Code;
@@ -11,8 +13,8 @@ use super::output::Output;
 use super::paths::PathError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
-use crate::node::DataError;
 use crate::node::engine::{EngineError, ErrorKind};
+use crate::node::{DataError, NodeError, TrustError};
 
 /// Of every verb.
 #[derive(Debug, Error)]
@@ -32,6 +34,51 @@ pub enum CliError {
     /// The node's engine.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The node's place among others.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// Arguments that make no sense together.
+    #[error("{message}")]
+    Usage {
+        /// What is wrong.
+        message: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// A file that the command line names.
+    #[error("{} cannot be read: {source}", file.display())]
+    Input {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The image that was watched will not settle.
+    #[error("image {image} lost what it needs: {reason}: {detail}")]
+    Lost {
+        /// Which, as it was asked for.
+        image: String,
+        /// From the closed list.
+        reason: String,
+        /// The numbers.
+        detail: String,
+    },
+    /// What was watched has ended or was forgotten.
+    #[error("{id} is not there any more")]
+    Gone {
+        /// As it was asked for.
+        id: String,
+    },
+    /// The time that the command line allows has passed.
+    #[error("{id} has not settled within {} ms: {settled_percent} % is here", deadline.as_millis())]
+    Late {
+        /// As it was asked for.
+        id: String,
+        /// What it was given.
+        deadline: Duration,
+        /// How far it got.
+        settled_percent: u8,
+    },
     /// Threads, timers or signals could not be had.
     #[error("the process cannot be set up: {0}")]
     Runtime(io::Error),
@@ -41,6 +88,12 @@ pub enum CliError {
     /// Stdout cannot be written.
     #[error("stdout cannot be written: {0}")]
     Print(io::Error),
+}
+
+impl From<TrustError> for CliError {
+    fn from(error: TrustError) -> Self {
+        Self::Node(error.into())
+    }
 }
 
 impl CliError {
@@ -67,21 +120,37 @@ impl CliError {
             Self::Path(_) => Code::Usage,
             Self::Engine(EngineError { kind: ErrorKind::Host, .. }) => Code::Unreachable,
             Self::Closed => Code::Ok,
-            Self::Data(_) | Self::Socket(_) | Self::Engine(_) | Self::Runtime(_) | Self::Print(_) => Code::Refused,
+            Self::Input { .. } | Self::Usage { .. } => Code::Usage,
+            Self::Data(_) | Self::Socket(_) | Self::Engine(_) | Self::Node(_) | Self::Runtime(_) | Self::Print(_) => {
+                Code::Refused
+            }
+            Self::Lost { .. } | Self::Gone { .. } | Self::Late { .. } => Code::Refused,
         }
     }
 
     /// The same shape as the API's, so that scripts read one.
     fn body(&self) -> ErrorBody {
+        let mut of = None;
         let (code, remedy) = match self {
             Self::Client(error) => return error.body(),
             Self::Path(error) => ("NO_PATH", error.remedy().to_owned()),
             Self::Data(error) => ("DATA_DIRECTORY", error.remedy().to_owned()),
             Self::Socket(error) => ("SOCKET", error.remedy().to_owned()),
             Self::Engine(error) => ("ENGINE", error.remedy.clone()),
+            Self::Node(error) => (error.code(), error.remedy()),
+            Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
+            Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),
+            Self::Lost { reason, .. } => {
+                of = Some(reason.clone());
+                ("LOST", "fork it again from a node that has all of it".to_owned())
+            }
+            Self::Gone { .. } => ("GONE", "`farfork ls --all` says why a machine ended".to_owned()),
+            Self::Late { .. } => {
+                ("DEADLINE_EXCEEDED", "watch it again, it goes on; `farfork show` names its sources".to_owned())
+            }
             Self::Runtime(_) => ("RUNTIME", "look at the limits of processes and descriptors (`farfork doctor`)".to_owned()),
             Self::Closed | Self::Print(_) => ("STDOUT", "make room where stdout leads to".to_owned()),
         };
-        ErrorBody { code: code.to_owned(), message: self.to_string(), remedy, reason: None }
+        ErrorBody { code: code.to_owned(), message: self.to_string(), remedy, reason: of }
     }
 }

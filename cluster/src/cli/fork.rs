@@ -3,43 +3,58 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use types::{Digest, Tenant};
 
 use super::client::{Answer, Found};
 use super::error::CliError;
 use super::output::{short, table, time};
 use super::progress::{Progress, stage_cell, stages};
 use super::{Context, size};
-use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource};
+use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource, OtherNode, RemoteSource};
 use crate::node::engine::Guest;
 use crate::node::service::COUNT_MAX;
-use crate::node::{ShortId, ShortIdError};
+use crate::node::{AddressError, NodeAddress, ShortId, ShortIdError};
 
-/// Fork children of a guest, an image or a running machine
+/// Fork children of a guest, an image or a running machine, here or on another node
 ///
 /// Each child has all of its parent's memory, and none of its own until it writes. A running machine is frozen first, and goes
 /// on. Interrupting the command does not undo what the node has begun.
+///
+/// On another node the children run before their memory is there: it comes as they touch it, and the rest after that
+/// (`farfork watch`). Both nodes must listen for one another (`farfork node --listen`) and trust one another (`farfork trust`).
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   farfork fork --guest probe -n 100 --memory 64MiB --verify   # start a guest, freeze it, fork it
-  farfork fork --from a3d9e37c -n 10                          # of an image, or a running machine
-  farfork fork --from a3d9e37c --limit 16MiB --output json")]
-#[command(group(clap::ArgGroup::new("source").required(true).args(["guest", "from"])))]
+  farfork fork a3d9e37c -n 10                                 # of an image, or a running machine
+  farfork fork a3d9e37c --limit 16MiB --output json
+  farfork fork a3d9e37c -n 8 --on node-b.example:7117         # there, of what is here
+  farfork fork $(farfork --socket /run/b.sock image digest 77f0) -n 8 --from 192.0.2.7:7117   # here, of what is there")]
+#[command(group(clap::ArgGroup::new("source").required(true).multiple(true).args(["guest", "image", "from"])))]
 pub struct Arguments {
+    /// What to fork: the id of a machine or an image, the last 4 and more digits of it, or an image's digest
+    #[arg(value_name = "ID|DIGEST", value_parser = id_or_digest, conflicts_with = "guest")]
+    image: Option<String>,
     /// Start this guest, let it warm up, and freeze it
     #[arg(long, value_enum)]
     guest: Option<Guest>,
-    /// The id of a machine or an image, or the last 4 and more digits of it
-    #[arg(long, value_name = "ID", value_parser = id)]
-    from: Option<String>,
+    /// A node that holds the image of this digest; several may be named. (Or an id, as without --from)
+    #[arg(long, value_name = "HOST:PORT", value_parser = FromWhere::parse, conflicts_with = "guest")]
+    from: Vec<FromWhere>,
+    /// The node that the children are to run on [default: this one]
+    #[arg(long, value_name = "HOST:PORT")]
+    on: Option<NodeAddress>,
+    /// Whose the image is [default: default; of an image that is here, whoever's it is]
+    #[arg(long, value_name = "NAME")]
+    tenant: Option<Tenant>,
     /// How many children
     #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=COUNT_MAX))]
     count: u64,
     /// RAM of the guest, a multiple of 2MiB [default: 64MiB]
-    #[arg(long, value_name = "SIZE", conflicts_with = "from", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", requires = "guest", value_parser = size::parse)]
     memory: Option<u64>,
     /// Virtual CPUs of the guest [default: 1]
-    #[arg(long, value_name = "N", conflicts_with = "from", value_parser = clap::value_parser!(u64).range(1..=8))]
+    #[arg(long, value_name = "N", requires = "guest", value_parser = clap::value_parser!(u64).range(1..=8))]
     vcpus: Option<u64>,
     /// The most memory of its own that each child may have [default: all of its RAM]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -49,14 +64,34 @@ pub struct Arguments {
     verify: bool,
 }
 
+/// What follows `--from`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum FromWhere {
+    Holder(NodeAddress),
+    Id(String),
+}
+
+impl FromWhere {
+    fn parse(text: &str) -> Result<Self, String> {
+        // No id has a colon.
+        if text.contains(':') {
+            return text.parse().map(Self::Holder).map_err(|error: AddressError| format!("{error}: {}", error.remedy()));
+        }
+        id_or_digest(text).map(Self::Id).map_err(|error| error.to_string())
+    }
+}
+
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CliError> {
-    let Arguments { guest, from, count, memory, vcpus, limit, verify } = arguments;
+    let Arguments { image, guest, from, on, tenant, count, memory, vcpus, limit, verify } = arguments;
+    let what = what(image, from, on.is_some())?;
     let progress = Progress::start(format!("forking {count}"));
-    let from = match (guest, from) {
+    let from = match (guest, what) {
         (Some(guest), _) => ForkSource::Guest(guest),
-        (None, from) => source(&from.unwrap_or_default(), context).await?,
+        (None, What::Here(id)) => source(&id, context).await?,
+        (None, What::Elsewhere(remote)) => ForkSource::Remote(remote),
     };
-    let request = ForkRequest { from, count, memory_bytes: memory, vcpus, limit_bytes: limit, verify };
+    let (tenant, on) = (tenant.map(String::from), on.map(String::from));
+    let request = ForkRequest { from, count, memory_bytes: memory, vcpus, limit_bytes: limit, verify, tenant, on };
     let answer = context.client.post("/v1/forks", &request).await?;
     drop(progress);
     finish(&answer, context)
@@ -87,9 +122,49 @@ pub(super) fn finish_partial(none_done: bool, failures: &[Failure]) -> ExitCode 
     }
 }
 
+/// An id, its end or a digest, checked before a node is asked.
+pub(super) fn id_or_digest(text: &str) -> Result<String, ShortIdError> {
+    if text.parse::<Digest>().is_ok() { Ok(text.to_owned()) } else { id(text) }
+}
+
 /// An id or its end, checked before a node is asked.
 pub(super) fn id(text: &str) -> Result<String, ShortIdError> {
     ShortId::parse(text).map(|_| text.to_owned())
+}
+
+enum What {
+    /// By its id or digest.
+    Here(String),
+    Elsewhere(RemoteSource),
+}
+
+/// What `ID`, `--from` and `--on` say together.
+fn what(image: Option<String>, from: Vec<FromWhere>, is_on: bool) -> Result<What, CliError> {
+    let usage = |message: &str, remedy: &str| Err(CliError::Usage { message: message.to_owned(), remedy: remedy.to_owned() });
+    let (mut holders, mut ids) = (Vec::new(), Vec::from_iter(image));
+    for from in from {
+        match from {
+            FromWhere::Holder(address) => holders.push(address.to_string()),
+            FromWhere::Id(id) => ids.push(id),
+        }
+    }
+    let id = match ids.len() {
+        0 if holders.is_empty() => String::new(),
+        0 => return usage("--from says where the image is, but not which it is", "name it by its digest, before the options"),
+        1 => ids.remove(0),
+        _ => return usage("more than one image or machine is named", "name one"),
+    };
+    if holders.is_empty() {
+        return Ok(What::Here(id));
+    }
+    if id.parse::<Digest>().is_err() {
+        let remedy = "name it by what `farfork image digest ID` prints on a node that has it";
+        return usage(&format!("{id} is no digest, and ids mean nothing on other nodes"), remedy);
+    }
+    if is_on {
+        return usage("an image of other nodes is to be forked on yet another node", "run the command on that node");
+    }
+    Ok(What::Elsewhere(RemoteSource { image: id, holders }))
 }
 
 async fn source(id: &str, context: &Context) -> Result<ForkSource, CliError> {
@@ -116,5 +191,10 @@ fn for_people(report: &ForkAnswer) -> String {
     }
     let (children, wall_us) = (report.children.len(), report.wall_us);
     text.push_str(&format!("{children} of image {} in {}\n", short(report.image.id.as_uuid()), time(wall_us)));
+    if let Some(OtherNode { node, address }) = &report.on {
+        text.push_str(&format!("they run on node {node} ({address}); `farfork ls` and `farfork show ID` there show them\n"));
+    } else if report.image.residency.as_ref().is_some_and(|residency| !residency.is_settled) {
+        text.push_str(&format!("its memory is still coming: farfork watch {}\n", short(report.image.id.as_uuid())));
+    }
     text
 }

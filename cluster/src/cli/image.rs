@@ -12,11 +12,14 @@ use super::output::{short, table};
 use super::progress::Progress;
 use super::{Context, size};
 use crate::api::images::NAME_PREFIX;
-use crate::api::wire::{ErrorBody, Image, ImagesAnswer, NameRequest, RemovedAnswer};
+use crate::api::wire::{ErrorBody, Image, ImagesAnswer, NameRequest, RemovedAnswer, Residency};
 use crate::cli::client::ClientError;
 use crate::node::{ImageName, ShortId};
 
-/// List, save, load and remove images
+/// Digits of a digest in a table. All 64 are in `--output json`, and `image digest` prints them.
+const DIGEST_SHOWN: usize = 12;
+
+/// List, hash, save, load and remove images
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -33,6 +36,16 @@ enum Verb {
     /// List images in memory and in the store
     #[command(after_help = "Example:\n  farfork image ls --output json")]
     Ls,
+    /// Print an image's digest, its name on every node; hashes it first if need be
+    #[command(after_help = "\
+Examples:
+  farfork image digest a3d9e37c
+  farfork fork $(ssh node-b farfork image digest a3d9e37c) --from node-b:7117")]
+    Digest {
+        /// Its id, or the last 4 and more digits of it
+        #[arg(value_parser = id)]
+        id: String,
+    },
     /// Save an image in memory under a name
     #[command(after_help = "Example:\n  farfork image save a3d9e37c python-warm")]
     Save {
@@ -68,6 +81,13 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
         Verb::Ls => {
             let answer = context.client.get::<ImagesAnswer>("/v1/images").await?;
             context.output.answer(&answer.raw, || list(&answer.value))?;
+        }
+        Verb::Digest { id } => {
+            let progress = Progress::start(format!("hashing {id}"));
+            let path = format!("/v1/images/{}/digest", segment(&id));
+            let answer = context.client.post::<Image>(&path, &()).await?;
+            drop(progress);
+            context.output.answer(&answer.raw, || format!("{}\n", answer.value.digest.as_deref().unwrap_or("-")))?;
         }
         Verb::Save { id, name } => {
             let path = format!("/v1/images/{}/save", segment(&id));
@@ -132,10 +152,12 @@ fn list(answer: &ImagesAnswer) -> String {
         [
             short(image.id.as_uuid()),
             image.name.clone().unwrap_or_else(|| "-".to_owned()),
+            image.digest.as_ref().map_or_else(|| "-".to_owned(), |digest| digest.chars().take(DIGEST_SHOWN).collect()),
             image.origin.clone(),
             image.depth.to_string(),
             size::bytes(image.memory_bytes),
             size::bytes(image.own_bytes),
+            image.residency.as_ref().map_or_else(|| "-".to_owned(), Residency::in_short),
             size::age(image.created_unix_ms, now),
         ]
     });
@@ -143,9 +165,11 @@ fn list(answer: &ImagesAnswer) -> String {
     let is_loaded = |name: &str| answer.images.iter().any(|image| image.name.as_deref() == Some(name));
     let on_disk = answer.stored.iter().filter(|stored| !is_loaded(&stored.name)).map(|stored| {
         let none = || "-".to_owned();
-        [none(), stored.name.clone(), "saved".to_owned(), none(), none(), size::bytes(stored.file_bytes), none()]
+        let size = size::bytes(stored.file_bytes);
+        [none(), stored.name.clone(), none(), "saved".to_owned(), none(), none(), size, none(), none()]
     });
-    table(["IMAGE", "NAME", "ORIGIN", "DEPTH", "MEMORY", "OWN", "AGE"], &[3, 4, 5, 6], in_memory.chain(on_disk).collect())
+    let head = ["IMAGE", "NAME", "DIGEST", "ORIGIN", "DEPTH", "MEMORY", "OWN", "SETTLED", "AGE"];
+    table(head, &[4, 5, 6, 7, 8], in_memory.chain(on_disk).collect())
 }
 
 #[cfg(test)]

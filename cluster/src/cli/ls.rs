@@ -8,9 +8,11 @@ use clap::Args;
 use super::error::CliError;
 use super::output::{short, table};
 use super::{Context, size};
-use crate::api::wire::{MachinesAnswer, State};
+use crate::api::wire::{MachinesAnswer, State, settled_in_short};
 
 /// List machines, oldest first
+///
+/// SETTLED says whether all memory of a machine's image is on this node, or how much of it in percent.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -43,9 +45,10 @@ fn for_people(answer: &MachinesAnswer) -> String {
             short(machine.image.as_uuid()),
             machine.parent.map_or_else(|| "-".to_owned(), |parent| short(parent.as_uuid())),
             state,
+            settled_in_short(machine.settled_percent),
             size::age(machine.created_unix_ms, now),
             machine.first_us.to_string(),
         ]
     });
-    table(["MACHINE", "IMAGE", "PARENT", "STATE", "AGE", "FIRST us"], &[4, 5], rows.collect())
+    table(["MACHINE", "IMAGE", "PARENT", "STATE", "SETTLED", "AGE", "FIRST us"], &[4, 5, 6], rows.collect())
 }

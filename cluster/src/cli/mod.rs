@@ -1,7 +1,7 @@
 //! The command line: one file per verb. Answers go to stdout, everything else to stderr; `--output json` prints exactly what
 //! the API answers.
 //!
-//! Exit codes: 0 all was done; 2 the command line is wrong; 3 no node can be reached; 4 refused or failed; 5 some of it was
+//! Exit codes: 0 all was done; 2 the command line is wrong; 3 no node, or another node, can be reached; 4 refused or failed; 5 some of it was
 //! done; 130 interrupted.
 
 pub mod branch;
@@ -13,12 +13,15 @@ pub mod fork;
 pub mod image;
 pub mod kill;
 pub mod ls;
+mod network;
 pub mod node;
 pub mod output;
 pub mod paths;
 pub mod progress;
 pub mod show;
 pub mod size;
+pub mod trust;
+pub mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -49,6 +52,7 @@ Examples:
   farfork fork --guest probe -n 100         # 100 machines from one warm guest
   farfork ls                                # what runs
   farfork kill --all
+  farfork fork a3d9e37c -n 8 --on node-b:7117   # on another node, before its memory is there
 
 Exit codes: 0 done, 2 usage, 3 no node reached, 4 refused, 5 partly done";
 
@@ -70,8 +74,10 @@ enum Verb {
     Branch(branch::Arguments),
     Ls(ls::Arguments),
     Show(show::Arguments),
+    Watch(watch::Arguments),
     Kill(kill::Arguments),
     Image(image::Arguments),
+    Trust(trust::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     /// What a node starts this program as, to fork its workers from
@@ -122,8 +128,10 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Branch(arguments) => branch::run(arguments, context).await,
         Verb::Ls(arguments) => ls::run(&arguments, context).await,
         Verb::Show(arguments) => show::run(&arguments, context).await,
+        Verb::Watch(arguments) => watch::run(arguments, context).await,
         Verb::Kill(arguments) => kill::run(arguments, context).await,
         Verb::Image(arguments) => image::run(arguments, context).await,
+        Verb::Trust(arguments) => trust::run(arguments, context).await,
         Verb::Node(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => unreachable!("these ask no node"),
     }
 }

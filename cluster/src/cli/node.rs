@@ -1,8 +1,10 @@
 //! `farfork node`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use rustix::fs::Mode;
@@ -11,21 +13,27 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use super::error::CliError;
-use super::paths;
+use super::network::{self, Joined};
+use super::{paths, size};
 use crate::api::{Access, App, Limits, Socket, serve};
 use crate::node::engine::EngineError;
-use crate::node::{DataDirectory, Engine, Service, kvm};
+use crate::node::{DataDirectory, Engine, NetworkSettings, NodeAddress, Service, kvm};
 
 /// Run a node: what machines live in, and what all other verbs ask
 ///
 /// It logs to stderr; the line `ready` says that it serves. SIGTERM and SIGINT stop it: requests in flight end, then every
 /// machine. A second signal ends it at once. FARFORK_LOG sets what is logged, for example `debug`.
+///
+/// With --listen it also takes part in remote forks: other nodes that it trusts (`farfork trust`) may read its images and fork
+/// here. Without it nothing of it can be reached from outside of this host.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   farfork node
   farfork node --socket /tmp/ff.sock --data /tmp/ff-data --log json
-  farfork node --allow-uid 1000")]
+  farfork node --allow-uid 1000
+  farfork node --listen 192.0.2.7:7117                             # others may fork from and to this node
+  farfork node --listen 0.0.0.0:7117 --advertise node-7.example:7117")]
 pub struct Arguments {
     /// The directory that is this node's alone [default: $XDG_STATE_HOME/farfork; of root: /var/lib/farfork]
     #[arg(long, env = "FARFORK_DATA", value_name = "PATH")]
@@ -33,6 +41,18 @@ pub struct Arguments {
     /// Also serve this user; the socket's mode has to let it in as well
     #[arg(long, value_name = "UID")]
     allow_uid: Vec<u32>,
+    /// Also listen for other nodes, here (UDP)
+    #[arg(long, value_name = "ADDRESS:PORT", help_heading = "Remote forks")]
+    listen: Option<SocketAddr>,
+    /// How other nodes reach this one [default: where it listens]
+    #[arg(long, value_name = "HOST:PORT", requires = "listen", help_heading = "Remote forks")]
+    advertise: Option<NodeAddress>,
+    /// How long a child may wait for memory that another node has, before it is ended with PAGE_SOURCE_LOST
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = size::duration, help_heading = "Remote forks")]
+    page_deadline: Duration,
+    /// The most memory for images that other nodes hold [default: what the host has]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Remote forks")]
+    host_image_memory: Option<u64>,
     /// How to log
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
@@ -59,12 +79,19 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let data = arguments.data.clone().map_or_else(paths::data, Ok)?;
     let data = DataDirectory::open(&data)?;
     let socket = Socket::bind(&socket)?;
-    let service = Service::start(open_engine(arguments, &data)?);
+    let engine = open_engine(arguments, &data)?;
+    let Joined { network, serve: let_others_in } = network::open(arguments.is_fake(), &arguments.network_settings(), &data)?;
+    let listening = network.as_ref().and_then(|network| network.listening);
+    let service = Service::start(engine, network);
     let app = App::new(Arc::clone(&service), data.node(), Limits::default());
     let access = Access::of_this_process(arguments.allow_uid.iter().copied());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
     let served = runtime.block_on(async {
         let stop = Stop::listen()?;
+        let_others_in(app.clone())?;
+        if let Some(listening) = listening {
+            tracing::info!(%listening, "listening for other nodes");
+        }
         tracing::info!(socket = %socket.path().display(), data = %data.path().display(), node = %data.node(), "ready");
         serve(socket, service, app, access, stop.first()).await
     });
@@ -86,6 +113,27 @@ fn open_engine(arguments: &Arguments, data: &DataDirectory) -> Result<Arc<dyn En
 #[cfg(not(feature = "testing"))]
 fn open_engine(_arguments: &Arguments, data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
     kvm::open(data)
+}
+
+impl Arguments {
+    fn network_settings(&self) -> NetworkSettings {
+        NetworkSettings {
+            listen: self.listen,
+            advertise: self.advertise.clone(),
+            page_deadline: self.page_deadline,
+            host_image_bytes: self.host_image_memory,
+        }
+    }
+
+    #[cfg(feature = "testing")]
+    fn is_fake(&self) -> bool {
+        self.fake_engine.is_some()
+    }
+
+    #[cfg(not(feature = "testing"))]
+    fn is_fake(&self) -> bool {
+        false
+    }
 }
 
 fn start_log(log: Log) {

@@ -44,11 +44,40 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
+/// Reads `30s`, `500ms`, `2m`. Not nothing, and at most a day.
+///
+/// # Errors
+/// [`DurationError`].
+pub fn duration(text: &str) -> Result<Duration, DurationError> {
+    const MAX: Duration = Duration::from_secs(86_400);
+    let error = || DurationError { given: shortened(text) };
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| error())?;
+    let unit_ms = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        _ => return Err(error()),
+    };
+    let duration = number.checked_mul(unit_ms).map(Duration::from_millis);
+    duration.filter(|duration| !duration.is_zero() && *duration <= MAX).ok_or_else(error)
+}
+
 /// How long ago that was: `3s`, `12m`, `5h`, `9d`.
 #[must_use]
 pub fn age(unix_ms: u64, now: SystemTime) -> String {
-    let then = UNIX_EPOCH + Duration::from_millis(unix_ms);
-    let seconds = now.duration_since(then).unwrap_or_default().as_secs();
+    in_short(now.duration_since(UNIX_EPOCH + Duration::from_millis(unix_ms)).unwrap_or_default())
+}
+
+/// How long it is until then, as [`age`]; `0s` if that is over.
+#[must_use]
+pub fn left(unix_ms: u64, now: SystemTime) -> String {
+    in_short((UNIX_EPOCH + Duration::from_millis(unix_ms)).duration_since(now).unwrap_or_default())
+}
+
+fn in_short(duration: Duration) -> String {
+    let seconds = duration.as_secs();
     match seconds {
         0..120 => format!("{seconds}s"),
         120..7_200 => format!("{}m", seconds / 60),
@@ -69,6 +98,13 @@ pub enum SizeError {
     Decimal { given: String, meant: String },
     #[error("{given:?} is more than any computer has")]
     TooLarge { given: String },
+}
+
+/// A text that is no duration.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{given:?} is no time; write 500ms, 30s or 2m, up to a day")]
+pub struct DurationError {
+    given: String,
 }
 
 fn shortened(text: &str) -> String {
@@ -104,6 +140,17 @@ mod tests {
     }
 
     #[test]
+    fn durations_have_a_unit_and_an_end() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("1440m"), Ok(Duration::from_secs(86_400)));
+        for bad in ["", "s", "30", "0s", "-1s", "1.5s", "30 s", "1441m", "1h", "99999999999999999999s", "18446744073709551615m"]
+        {
+            assert!(duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn sizes_and_ages_are_short() {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(1023), "1023 B");
@@ -116,5 +163,6 @@ mod tests {
         assert_eq!(age(0, at(86_400)), "24h");
         assert_eq!(age(0, at(864_000)), "10d");
         assert_eq!(age(10_000, at(1)), "0s", "a clock that went back");
+        assert_eq!((left(864_000_000, at(0)), left(0, at(1))), ("10d".to_owned(), "0s".to_owned()));
     }
 }

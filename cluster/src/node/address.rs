@@ -50,6 +50,12 @@ impl FromStr for NodeAddress {
     }
 }
 
+impl From<SocketAddr> for NodeAddress {
+    fn from(address: SocketAddr) -> Self {
+        Self { host: address.ip().to_string(), port: address.port() }
+    }
+}
+
 impl TryFrom<String> for NodeAddress {
     type Error = AddressError;
 

@@ -257,7 +257,7 @@ mod tests {
         assert_eq!(again.node(), first);
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(path.join(IMAGES).metadata().unwrap().permissions().mode() & 0o777, 0o700);
-        assert!(!path.join(NODE_NEW).exists());
+        assert!(!path.join("node.json.new").exists());
     }
 
     #[test]

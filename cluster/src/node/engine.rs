@@ -221,6 +221,18 @@ pub struct Residency {
     pub failed: Option<Ended>,
 }
 
+impl Residency {
+    /// How much of the memory is here, in percent: 100 only once the image is settled.
+    #[must_use]
+    pub fn settled_percent(&self) -> u8 {
+        if self.is_settled {
+            return 100;
+        }
+        let percent = u128::from(self.resident_bytes) * 100 / u128::from(self.data_bytes.max(1));
+        u8::try_from(percent.min(99)).unwrap_or(99)
+    }
+}
+
 /// A node that an image's memory is read from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceFacts {
@@ -250,6 +262,14 @@ pub enum SourceState {
     Quarantined,
     /// It cannot be reached, or no longer lets this node read.
     Gone,
+}
+
+impl SourceState {
+    /// Whether it may still give something.
+    #[must_use]
+    pub fn is_asked(self) -> bool {
+        matches!(self, Self::Good | Self::Suspect)
+    }
 }
 
 /// What a freeze cost.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use thiserror::Error;
+use types::id::{DigestError, TenantError};
 use types::unit::MemorySizeError;
 use types::{MemorySize, NodeId, Reason, Tenant};
 use vm::class::VcpuCountError;
@@ -11,7 +12,7 @@ use vm::class::VcpuCountError;
 use super::address::AddressError;
 use super::engine::{EngineError, ErrorKind};
 use super::name::NameError;
-use super::peers::{HOLDERS_MAX, PeerError};
+use super::peers::{HOLDERS_MAX, MessageError, PeerError};
 use super::short_id::ShortIdError;
 use super::trust::TrustError;
 
@@ -37,6 +38,10 @@ pub enum NodeError {
     Name(#[from] NameError),
     #[error(transparent)]
     Id(#[from] ShortIdError),
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+    #[error(transparent)]
+    Tenant(#[from] TenantError),
     #[error("no machine {id}")]
     UnknownMachine { id: String },
     #[error("no image {id}")]
@@ -65,6 +70,8 @@ pub enum NodeError {
     NotTrusted { node: NodeId, tenant: Tenant },
     #[error("nobody waits any more: the order's {} ms have passed", deadline.as_millis())]
     Late { deadline: Duration },
+    #[error(transparent)]
+    Message(#[from] MessageError),
     #[error(transparent)]
     Trust(#[from] TrustError),
     #[error(transparent)]
@@ -98,10 +105,13 @@ impl NodeError {
             Self::NotAdvertised { .. } => "NOT_ADVERTISED",
             Self::NotTrusted { .. } => "NOT_TRUSTED",
             Self::Late { .. } => "DEADLINE_EXCEEDED",
+            Self::Message(_) => "BAD_MESSAGE",
             Self::Trust(error) => error.code(),
             Self::Peer(error) => error.code(),
             Self::Name(_) => "BAD_NAME",
             Self::Id(_) => "BAD_ID",
+            Self::Digest(_) => "BAD_DIGEST",
+            Self::Tenant(_) => "BAD_TENANT",
             Self::UnknownMachine { .. } => "UNKNOWN_MACHINE",
             Self::UnknownImage { .. } => "UNKNOWN_IMAGE",
             Self::Ambiguous { .. } => "AMBIGUOUS_ID",
@@ -121,6 +131,7 @@ impl NodeError {
             Self::Engine(error) => return error.remedy.clone(),
             Self::Trust(error) => return error.remedy(),
             Self::Peer(error) => return error.remedy(),
+            Self::Message(error) => error.remedy(),
             Self::Address(error) => error.remedy(),
             Self::Holders { .. } => "name the nodes that hold the image, as HOST:PORT",
             Self::RemoteElsewhere => "ask that node itself, or fork it here first",
@@ -141,6 +152,8 @@ impl NodeError {
             Self::IdsAndAll => "name ids or say all, not both",
             Self::Name(error) => error.remedy(),
             Self::Id(error) => error.remedy(),
+            Self::Digest(_) => "`farfork image digest` prints the digest of an image, on a node that has it",
+            Self::Tenant(_) => "leave it out for the tenant called default, or write it as you did on the other node",
             Self::UnknownMachine { .. } => "`farfork ls --all` lists machines",
             Self::UnknownImage { .. } => "`farfork image ls` lists images; a saved one is loaded with `farfork image load`",
             Self::Ambiguous { .. } => "give more digits from the end of the id",

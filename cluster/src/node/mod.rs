@@ -16,6 +16,8 @@ pub mod engine;
 pub mod error;
 #[cfg(feature = "testing")]
 pub mod fake;
+#[cfg(feature = "testing")]
+pub mod fake_network;
 mod files;
 pub mod kvm;
 pub mod metrics;

@@ -16,15 +16,10 @@ pub struct NetworkSettings {
     pub listen: Option<SocketAddr>,
     /// How others reach it. `None`: where it listens.
     pub advertise: Option<NodeAddress>,
-    /// How long a child waits for a page before it is ended.
+    /// How long a child waits for a page before it is ended; not zero.
     pub page_deadline: Duration,
     /// The most memory in bytes for images that others hold. `None`: as much as the host has.
     pub host_image_bytes: Option<u64>,
-}
-
-impl NetworkSettings {
-    /// What [`NetworkSettings::page_deadline`] is unless told otherwise.
-    pub const PAGE_DEADLINE: Duration = Duration::from_secs(30);
 }
 
 /// The parts that know other nodes.

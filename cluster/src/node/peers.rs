@@ -9,10 +9,11 @@ use thiserror::Error;
 use types::{Digest, MachineId, NodeId, Tenant};
 
 use super::engine::Forked;
+use super::error::NodeError;
 
 /// The most bytes of an encoded [`Order`].
 pub const ORDER_BYTES_MAX: usize = 64 << 10;
-/// The most bytes of an encoded [`Answer`]: 10,000 children take about 1 MiB.
+/// The most bytes of an encoded [`Answer`]: 10,000 failures take less than 4 MB, as many children about 1 MB.
 pub const ANSWER_BYTES_MAX: usize = 4 << 20;
 /// The most holders that one order names.
 pub const HOLDERS_MAX: usize = 16;
@@ -86,6 +87,21 @@ pub struct PeerRefusal {
     pub remedy: String,
 }
 
+impl PeerRefusal {
+    /// The most bytes of each of its texts, so that 10,000 of them are one answer.
+    const TEXT_BYTES_MAX: usize = 160;
+
+    /// To be told to another node.
+    #[must_use]
+    pub fn of(error: &NodeError) -> Self {
+        let short = |mut text: String| {
+            text.truncate(text.floor_char_boundary(Self::TEXT_BYTES_MAX));
+            text
+        };
+        Self { code: error.code().to_owned(), message: short(error.to_string()), remedy: short(error.remedy()) }
+    }
+}
+
 /// What one node asks of another. The list grows only at its end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
@@ -131,6 +147,17 @@ impl Answer {
     /// [`MessageError`].
     pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
         decode(bytes, ANSWER_BYTES_MAX)
+    }
+
+    /// What it is to the node that asked the one at `address` to fork.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`].
+    pub fn report(self, address: SocketAddr) -> Result<PeerForkReport, PeerError> {
+        match self {
+            Self::Forked(report) => Ok(report),
+            Self::Refused(refusal) => Err(PeerError::Refused { address, refusal }),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use types::{ImageId, MachineId, Reason};
+use types::{Digest, ImageId, MachineId, Reason};
 use uuid::Uuid;
 
 use super::engine::{Ended, Forked, Guest, ImageFacts};
@@ -98,6 +98,8 @@ pub enum Origin {
     Machine(MachineId),
     /// It was loaded from the store.
     Store,
+    /// Other nodes hold it, or did when it was opened.
+    Remote,
 }
 
 /// How many there are.
@@ -223,9 +225,16 @@ impl Registry {
         self.lock().machines.values().cloned().collect()
     }
 
-    /// An image is there.
-    pub fn add_image(&self, image: Image) {
-        self.lock().images.insert(image.facts.id, image);
+    /// An image is there. Returns what is known of it: of one that was there before, that.
+    pub fn add_image(&self, image: Image) -> Image {
+        self.lock().images.entry(image.facts.id).or_insert(image).clone()
+    }
+
+    /// An image has been hashed.
+    pub fn hashed_image(&self, id: ImageId, digest: Digest) {
+        if let Some(image) = self.lock().images.get_mut(&id) {
+            image.facts.digest = Some(digest);
+        }
     }
 
     /// An image has been saved.
@@ -248,12 +257,16 @@ impl Registry {
         }
     }
 
-    /// One image by its id or the end of it.
+    /// One image by its id, the end of it, or its digest. If several have the digest it is the oldest.
     ///
     /// # Errors
     /// [`NodeError`] if there is none or several.
     pub fn image(&self, given: &str) -> Result<Image, NodeError> {
         let inner = self.lock();
+        if let Ok(digest) = given.parse::<Digest>() {
+            let image = inner.images.values().find(|image| image.facts.digest == Some(digest));
+            return image.cloned().ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() });
+        }
         let id = resolve(given, &inner.images, ImageId::as_uuid, ImageId::from_uuid)?;
         let image = id.and_then(|id| inner.images.get(&id));
         image.cloned().ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })

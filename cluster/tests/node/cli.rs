@@ -47,6 +47,7 @@ fn the_journey_of_the_manual() {
 #[test]
 fn a_command_line_that_is_wrong_exits_with_2_and_asks_nobody() {
     let long = "x".repeat(300);
+    let digest = "a".repeat(64);
     let wrong: &[&[&str]] = &[
         &[],
         &["fly"],
@@ -82,6 +83,31 @@ fn a_command_line_that_is_wrong_exits_with_2_and_asks_nobody() {
         &["ls", "--output", "xml"],
         &["completions", "tcsh"],
         &["node", "--allow-uid", "root"],
+        &["node", "--listen", "7117"],
+        &["node", "--listen", "node-b:7117"],
+        &["node", "--advertise", "node-b:7117"],
+        &["node", "--listen", "0.0.0.0:7117", "--advertise", "node-b"],
+        &["node", "--page-deadline", "0s"],
+        &["node", "--page-deadline", "30"],
+        &["node", "--host-image-memory", "1GB"],
+        &["fork", "abcd", "--guest", "probe"],
+        &["fork", "abcd", "--from", "abcd"],
+        &["fork", "abcd", "--from", "192.0.2.7:7117"],
+        &["fork", "--from", "192.0.2.7:7117"],
+        &["fork", &digest, "--from", "192.0.2.7"],
+        &["fork", &digest, "--from", "192.0.2.7:0"],
+        &["fork", &digest, "--from", "192.0.2.7:1", "--on", "192.0.2.8:1"],
+        &["fork", &digest.to_uppercase(), "--from", "192.0.2.7:1"],
+        &["fork", "abcd", "--on", "2001:db8::7:7117"],
+        &["fork", "abcd", "--on", "192.0.2.7:7117", "--tenant", "A"],
+        &["watch"],
+        &["watch", "abcd", "--timeout", "60"],
+        &["image", "digest", "xyz"],
+        &["trust"],
+        &["trust", "add"],
+        &["trust", "add", "/nonexistent.pem"],
+        &["trust", "add", "/nonexistent.pem", "--tenant", "-a"],
+        &["trust", "rm", "abc"],
         &["ls", "--socket", ""],
     ];
     for arguments in wrong {
@@ -106,6 +132,12 @@ fn without_a_node_every_verb_exits_with_3_and_says_how_to_start_one() {
         &["image", "load", "a"],
         &["image", "rm", "abcd"],
         &["image", "rm", "warm"],
+        &["image", "digest", "abcd"],
+        &["fork", "abcd", "--on", "192.0.2.7:7117"],
+        &["watch", "abcd"],
+        &["trust", "show"],
+        &["trust", "ls"],
+        &["trust", "rm", "abcd"],
     ];
     for arguments in verbs {
         let said = alone(arguments);
@@ -198,14 +230,17 @@ fn json_is_what_the_api_answers() {
 
 #[test]
 fn every_help_has_an_example() {
-    let verbs = ["node", "fork", "branch", "ls", "show", "kill", "image", "doctor", "completions"];
+    let verbs = ["node", "fork", "branch", "ls", "show", "watch", "kill", "image", "trust", "doctor", "completions"];
     for verb in verbs {
         let said = alone(&[verb, "--help"]);
         assert_eq!(said.code, Some(0));
         assert!(said.out.contains("Example") && said.out.contains(&format!("farfork {verb}")), "{said:?}");
     }
-    for verb in ["ls", "save", "load", "rm"] {
+    for verb in ["ls", "digest", "save", "load", "rm"] {
         assert!(alone(&["image", verb, "--help"]).out.contains(&format!("farfork image {verb}")));
+    }
+    for verb in ["show", "add", "ls", "rm"] {
+        assert!(alone(&["trust", verb, "--help"]).out.contains(&format!("farfork trust {verb}")));
     }
 }
 

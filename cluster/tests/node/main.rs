@@ -11,4 +11,6 @@ mod limits;
 mod openapi;
 mod peers;
 mod real;
+mod remote;
 mod support;
+mod trust;

@@ -159,7 +159,7 @@ impl InProcess {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let options: FakeOptions = fake.parse().unwrap();
         let engine: Arc<dyn Engine> = Arc::new(FakeEngine::new(options));
-        let service = Service::start(engine);
+        let service = Service::start(engine, None);
         let app = App::new(Arc::clone(&service), uuid::Uuid::nil(), limits);
         let bound = Socket::bind(&socket).unwrap();
         runtime.spawn(serve(bound, service, app, Access::of_this_process([]), std::future::pending()));

@@ -1,6 +1,12 @@
 //! What goes over the wire. Requests refuse fields that they do not know; answers may gain fields, so readers skip those that
 //! they do not know. Times are milliseconds since 1970, durations microseconds, sizes bytes.
 
+mod remote;
+
+pub use remote::{
+    Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
+    settled_in_short,
+};
 use serde::{Deserialize, Serialize};
 use types::{ImageId, MachineId};
 use utoipa::{IntoParams, ToSchema};
@@ -30,6 +36,12 @@ pub struct ForkRequest {
     /// Whether each child has to prove its memory and identity.
     #[serde(default)]
     pub verify: bool,
+    /// Whose the image is. Of one that is made or opened for this: `default` unless given. Of another it is only checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// The node that the children are to run on, as `host:port`; this one unless given. Not with `remote`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on: Option<String>,
 }
 
 /// What a fork starts from. Ids are full, or their last 4 and more hex digits.
@@ -38,10 +50,12 @@ pub struct ForkRequest {
 pub enum ForkSource {
     /// A guest that is part of farfork: it is started, warmed up and frozen first.
     Guest(Guest),
-    /// An image in memory.
+    /// An image in memory, by its id or its digest.
     Image(String),
     /// A running machine: it is frozen first, and goes on.
     Machine(String),
+    /// An image that other nodes hold: its children run before its memory is here.
+    Remote(RemoteSource),
 }
 
 /// How to branch a machine.
@@ -62,6 +76,8 @@ pub struct BranchRequest {
 pub struct ForkAnswer {
     /// What the children were forked from.
     pub image: Image,
+    /// The node that the children run on, if it is another one. They are not among this node's machines.
+    pub on: Option<OtherNode>,
     /// What it cost the parent, if a machine was frozen.
     pub freeze: Option<Freeze>,
     /// Children that run.
@@ -135,8 +151,10 @@ pub struct Image {
     /// Its id on this node.
     #[schema(value_type = String, format = "uuid")]
     pub id: ImageId,
-    /// Its name everywhere, once it has been saved or loaded: BLAKE3 in hex.
+    /// Its name everywhere, once it has been hashed: BLAKE3 in hex.
     pub digest: Option<String>,
+    /// Whose it is.
+    pub tenant: String,
     /// RAM of its children.
     pub memory_bytes: u64,
     /// Virtual CPUs of its children.
@@ -149,15 +167,17 @@ pub struct Image {
     pub stored_bytes: u64,
     /// Whether its children can prove their memory.
     pub verifiable: bool,
-    /// Where it comes from: guest, machine or store.
+    /// Where it comes from: guest, machine, store, or remote for one that other nodes hold.
     pub origin: String,
     /// The machine that it was frozen from.
     #[schema(value_type = Option<String>, format = "uuid")]
     pub parent: Option<MachineId>,
     /// Its name in the store.
     pub name: Option<String>,
-    /// When it was made or loaded.
+    /// When it was made, loaded or opened.
     pub created_unix_ms: u64,
+    /// What of it is here, if that can be had.
+    pub residency: Option<Residency>,
 }
 
 /// Images in memory and in the store.
@@ -222,6 +242,8 @@ pub struct Machine {
     pub verified_pages: Option<u64>,
     /// The most memory of its own that it may have, if it was given a limit.
     pub limit_bytes: Option<u64>,
+    /// How much of its image is here, in percent, if it runs: 100 only once the image is settled.
+    pub settled_percent: Option<u8>,
 }
 
 /// Whether a machine runs.
@@ -283,6 +305,8 @@ pub struct MachineAnswer {
     pub machine: Machine,
     /// What it costs now, if it runs.
     pub usage: Option<Usage>,
+    /// What of its image is here, if it runs.
+    pub residency: Option<Residency>,
     /// The last that it printed.
     pub console: Console,
 }
@@ -298,6 +322,8 @@ pub struct Usage {
     pub page_table_bytes: u64,
     /// CPU time so far.
     pub cpu_us: u64,
+    /// Times that it touched memory of its image that was not here, so far.
+    pub faults: u64,
 }
 
 /// What a machine printed on its serial port.
@@ -345,6 +371,8 @@ pub struct NodeAnswer {
     pub uptime_ms: u64,
     /// Who asks, as the kernel says.
     pub peer: PeerAnswer,
+    /// Its place among other nodes, if it has one.
+    pub network: Option<NetworkAnswer>,
     /// The host's memory.
     pub memory: Memory,
     /// Shells that wait, by class.

@@ -1,22 +1,30 @@
 //! The verbs of a node: check what was asked, let the engine do it, write it down. They block; [`calls`](super::calls) runs
 //! them to their end wherever the client is by then.
+//!
+//! | file | verbs |
+//! |---|---|
+//! | this one | of machines and images that are there |
+//! | [`fork`] | fork, here and on other nodes |
+//! | [`remote`] | what other nodes ask for; certificates |
+
+pub mod fork;
+pub mod remote;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use types::{ImageId, MachineId, Reason};
-use uuid::Uuid;
-use vm::Class;
+use types::{Digest, ImageId, MachineId, Reason};
 
-use super::engine::{
-    Ended, Engine, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, ImageFacts, PoolFacts, Usage,
-};
+pub use fork::{ForkFrom, ForkOrder, ForkReport};
+
+use super::engine::{Ended, Engine, EngineError, ErrorKind, ImageFacts, PoolFacts, Residency, Usage};
 use super::error::NodeError;
 use super::metrics;
 use super::name::ImageName;
+use super::network::Network;
 use super::registry::{Counts, Image, Machine, MachineState, Origin, Registry};
 
 /// The most children of one call, and the most ids in one.
@@ -26,51 +34,13 @@ const ENDED_CONSOLE_BYTES: usize = 4096;
 /// How soon the reaper notices that the node stops.
 const REAPER_LOOKS_UP_EVERY: Duration = Duration::from_millis(100);
 
-/// The verbs, over an engine.
+/// The verbs, over an engine, and over other nodes if there are any.
 pub struct Service {
     engine: Arc<dyn Engine>,
+    network: Option<Network>,
     registry: Registry,
     reaper: Mutex<Option<JoinHandle<()>>>,
     stopping: AtomicBool,
-}
-
-/// What to fork, and how.
-#[derive(Clone, Debug)]
-pub struct ForkOrder {
-    /// From what.
-    pub from: ForkFrom,
-    /// How many children.
-    pub count: u64,
-    /// The most memory of its own in bytes that each may have.
-    pub limit_bytes: Option<u64>,
-    /// Whether each has to prove its memory and identity.
-    pub verify: bool,
-}
-
-/// What a fork starts from. Ids are as the client gave them.
-#[derive(Clone, Debug)]
-pub enum ForkFrom {
-    /// A guest of ours is started and frozen first.
-    Guest(Guest, Class),
-    /// An image in memory.
-    Image(String),
-    /// A running machine, which is frozen first and goes on.
-    Machine(String),
-}
-
-/// What a fork has done.
-#[derive(Clone, Debug)]
-pub struct ForkReport {
-    /// What the children were forked from.
-    pub image: Image,
-    /// What it cost the parent, if a machine was frozen.
-    pub freeze: Option<FreezeFacts>,
-    /// Children that run.
-    pub children: Vec<Machine>,
-    /// Children that do not.
-    pub failures: Vec<(MachineId, NodeError)>,
-    /// From the call to its answer.
-    pub wall: Duration,
 }
 
 /// A machine with what it costs and prints.
@@ -84,6 +54,17 @@ pub struct MachineView {
     pub console: Vec<u8>,
     /// Bytes printed before that.
     pub console_dropped_bytes: u64,
+    /// What of its image is here, if it runs.
+    pub residency: Option<Residency>,
+}
+
+/// An image with what of it is here.
+#[derive(Clone, Debug)]
+pub struct ImageView {
+    /// The image.
+    pub image: Image,
+    /// What of it is here, if that can be had.
+    pub residency: Option<Residency>,
 }
 
 /// What was done of several things, and what was not, with the reason.
@@ -93,15 +74,16 @@ pub type Outcome<D, I> = (Vec<D>, Vec<(I, NodeError)>);
 pub type Killed = Outcome<MachineId, String>;
 
 /// Images in memory, and names in the store with the size of each file in bytes.
-pub type Images = (Vec<Image>, Vec<(ImageName, u64)>);
+pub type Images = (Vec<ImageView>, Vec<(ImageName, u64)>);
 
 impl Service {
-    /// Takes the engine over and starts to listen to it.
+    /// Takes the engine over and starts to listen to it. Without a network everything that concerns other nodes is refused.
     #[must_use]
-    pub fn start(engine: Arc<dyn Engine>) -> Arc<Self> {
+    pub fn start(engine: Arc<dyn Engine>, network: Option<Network>) -> Arc<Self> {
         let heard = engine.ended();
         let service = Arc::new(Self {
             engine,
+            network,
             registry: Registry::default(),
             reaper: Mutex::new(None),
             stopping: AtomicBool::new(false),
@@ -111,35 +93,6 @@ impl Service {
         let reaper = reaper.expect("a process that starts can have a thread");
         *service.reaper.lock().unwrap_or_else(PoisonError::into_inner) = Some(reaper);
         service
-    }
-
-    /// Forks children of a guest, an image or a machine.
-    ///
-    /// # Errors
-    /// [`NodeError`] if nothing was forked; nothing is left behind then.
-    pub fn fork(&self, order: &ForkOrder) -> Result<ForkReport, NodeError> {
-        let began = Instant::now();
-        check_count(order.count)?;
-        if order.limit_bytes == Some(0) {
-            return Err(NodeError::Limit);
-        }
-        let (image, freeze) = self.origin_of(&order.from)?;
-        // An image that was made for this fork goes if the fork comes to nothing.
-        let made_here = !matches!(order.from, ForkFrom::Image(_));
-        let forked = if order.verify && !image.facts.verifiable {
-            Err(NodeError::NotVerifiable { id: image.facts.id.to_string() })
-        } else {
-            self.children(&image, order)
-        };
-        match forked {
-            Ok((children, failures)) => Ok(ForkReport { image, freeze, children, failures, wall: began.elapsed() }),
-            Err(error) => {
-                if made_here {
-                    self.forget_image(image.facts.id).unwrap_or_else(|error| tracing::warn!(%error, "an image stays"));
-                }
-                Err(error)
-            }
-        }
     }
 
     /// Ends machines, named or all.
@@ -188,13 +141,15 @@ impl Service {
         let id = machine.forked.id;
         if let MachineState::Ended { console, .. } = &machine.state {
             let console = console.to_vec();
-            return Ok(MachineView { machine, usage: None, console, console_dropped_bytes: 0 });
+            return Ok(MachineView { machine, usage: None, console, console_dropped_bytes: 0, residency: None });
         }
         // It may end between two of these calls: then what is known is shown.
         let usage = self.engine.usage(id);
         let usage = usage.inspect_err(|error| tracing::debug!(machine = %id, %error, "usage is not known")).ok();
         let (console, console_dropped_bytes) = self.engine.console(id).unwrap_or_default();
-        Ok(MachineView { machine: self.registry.machine(&id.to_string())?, usage, console, console_dropped_bytes })
+        let residency = self.residency(machine.image);
+        let machine = self.registry.machine(&id.to_string())?;
+        Ok(MachineView { machine, usage, console, console_dropped_bytes, residency })
     }
 
     /// Images in memory and in the store.
@@ -202,35 +157,53 @@ impl Service {
     /// # Errors
     /// [`NodeError::Engine`] if the store cannot be read.
     pub fn images(&self) -> Result<Images, NodeError> {
-        Ok((self.registry.images(), self.engine.stored()?))
+        let images = self.registry.images().into_iter().map(|image| self.view(image)).collect();
+        Ok((images, self.engine.stored()?))
     }
 
-    /// One image in memory.
+    /// One image in memory, by its id, the end of it, or its digest.
     ///
     /// # Errors
     /// [`NodeError`] if there is none or several.
-    pub fn image(&self, given: &str) -> Result<Image, NodeError> {
-        self.registry.image(given)
+    pub fn image(&self, given: &str) -> Result<ImageView, NodeError> {
+        Ok(self.view(self.registry.image(given)?))
+    }
+
+    /// As [`Service::image`], of which the digest is known from now on.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several, or it cannot be hashed.
+    pub fn hashed(&self, given: &str) -> Result<ImageView, NodeError> {
+        let id = self.registry.image(given)?.facts.id;
+        self.digest_of(id)?;
+        self.image(&id.to_string())
+    }
+
+    /// What of an image is here, also of one that was forgotten and still has children. `None` if that cannot be had.
+    #[must_use]
+    pub fn residency(&self, image: ImageId) -> Option<Residency> {
+        let residency = self.engine.residency(image);
+        residency.inspect_err(|error| tracing::debug!(%image, %error, "residency is not known")).ok()
     }
 
     /// Saves an image in memory under a name.
     ///
     /// # Errors
     /// [`NodeError`]; the store is as it was.
-    pub fn save(&self, given: &str, name: &ImageName) -> Result<Image, NodeError> {
+    pub fn save(&self, given: &str, name: &ImageName) -> Result<ImageView, NodeError> {
         let id = self.registry.image(given)?.facts.id;
         let facts = self.engine.save(id, name, &mut log_progress("save", name))?;
         self.registry.saved_image(facts, name.clone());
-        self.registry.image(&id.to_string())
+        self.image(&id.to_string())
     }
 
     /// Loads a saved image.
     ///
     /// # Errors
     /// [`NodeError`]; nothing is loaded.
-    pub fn load(&self, name: &ImageName) -> Result<Image, NodeError> {
+    pub fn load(&self, name: &ImageName) -> Result<ImageView, NodeError> {
         let facts = self.engine.load(name, &mut log_progress("load", name))?;
-        Ok(self.note_image(facts, Origin::Store, Some(name.clone())))
+        Ok(self.view(self.note_image(facts, Origin::Store, Some(name.clone()))))
     }
 
     /// Forgets an image in memory.
@@ -277,101 +250,27 @@ impl Service {
         self.engine.stop();
     }
 
-    fn origin_of(&self, from: &ForkFrom) -> Result<(Image, Option<FreezeFacts>), NodeError> {
-        match from {
-            ForkFrom::Guest(guest, class) => {
-                let facts = self.engine.prepare(*guest, *class, &types::Tenant::default_tenant())?;
-                Ok((self.note_image(facts, Origin::Guest(*guest), None), None))
-            }
-            ForkFrom::Image(given) => Ok((self.registry.image(given)?, None)),
-            ForkFrom::Machine(given) => {
-                let id = self.registry.running_machine(given)?;
-                let (facts, freeze) = self.engine.freeze(id)?;
-                metrics::frozen(&freeze);
-                Ok((self.note_image(facts, Origin::Machine(id), None), Some(freeze)))
-            }
-        }
+    fn view(&self, image: Image) -> ImageView {
+        ImageView { residency: self.residency(image.facts.id), image }
+    }
+
+    /// Hashes an image if need be.
+    fn digest_of(&self, image: ImageId) -> Result<Digest, NodeError> {
+        let digest = self.engine.digest(image)?;
+        self.registry.hashed_image(image, digest);
+        Ok(digest)
     }
 
     fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<ImageName>) -> Image {
         let image = Image { facts, origin, name, created: SystemTime::now() };
         tracing::info!(image = %image.facts.id, origin = ?image.origin, "image");
-        self.registry.add_image(image.clone());
-        image
+        self.registry.add_image(image)
     }
 
     fn forget_image(&self, id: ImageId) -> Result<(), NodeError> {
         self.engine.forget(id)?;
         self.registry.remove_image(id);
         Ok(())
-    }
-
-    /// Children that run and those that do not; an error if none does.
-    fn children(&self, image: &Image, order: &ForkOrder) -> Result<Outcome<Machine, MachineId>, NodeError> {
-        let ids: Vec<MachineId> = (0..order.count).map(|_| MachineId::from_uuid(Uuid::now_v7())).collect();
-        self.registry.starting(&ids);
-        let _starting = OnDrop(|| self.registry.not_starting(&ids));
-        let outcomes = self.engine.fork(image.facts.id, &ids, ForkOptions { limit_bytes: order.limit_bytes });
-        assert_eq!(outcomes.len(), ids.len(), "the engine answers for each id");
-        let (mut running, mut failures) = (Vec::new(), Vec::new());
-        for (id, outcome) in ids.iter().zip(outcomes) {
-            match outcome {
-                Ok(forked) => {
-                    assert_eq!(forked.id, *id, "the engine answers in the order of the ids");
-                    self.note_child(forked, image, order);
-                    running.push(*id);
-                }
-                Err(error) => failures.push((*id, NodeError::Engine(error))),
-            }
-        }
-        if order.verify {
-            running = self.verified(running, &mut failures);
-        }
-        tracing::info!(image = %image.facts.id, children = running.len(), failures = failures.len(), "fork");
-        let (running, failures) = first_if_none(running, failures)?;
-        let children = running.iter().filter_map(|id| self.registry.machine(&id.to_string()).ok()).collect();
-        Ok((children, failures))
-    }
-
-    fn note_child(&self, forked: Forked, image: &Image, order: &ForkOrder) {
-        metrics::forked(&forked);
-        let id = forked.id;
-        let early_end = self.registry.started(Machine {
-            forked,
-            image: image.facts.id,
-            parent: if let Origin::Machine(parent) = image.origin { Some(parent) } else { None },
-            created: SystemTime::now(),
-            limit_bytes: order.limit_bytes,
-            verified_pages: None,
-            state: MachineState::Running,
-        });
-        if let Some(ended) = early_end
-            && self.registry.says_ended(id, &ended)
-        {
-            self.reap_claimed(id, ended);
-        }
-    }
-
-    /// Lets each child prove itself. One that cannot is ended: it must not be mistaken for a good one.
-    fn verified(&self, ids: Vec<MachineId>, failures: &mut Vec<(MachineId, NodeError)>) -> Vec<MachineId> {
-        let proofs = in_parallel(&ids, |id| self.engine.verify(*id));
-        let mut good = Vec::with_capacity(ids.len());
-        for (id, proof) in ids.into_iter().zip(proofs) {
-            match proof {
-                Ok(proof) => {
-                    self.registry.verified(id, proof.pages);
-                    good.push(id);
-                }
-                Err(error) => {
-                    tracing::error!(machine = %id, %error, "proof");
-                    if let Err(error) = self.registry.claim(&id.to_string()).and_then(|id| self.end_claimed(id)) {
-                        tracing::warn!(machine = %id, %error, "not ended after its proof failed");
-                    }
-                    failures.push((id, NodeError::Engine(error)));
-                }
-            }
-        }
-        good
     }
 
     /// Ends a machine that this caller has claimed, because somebody asked.
