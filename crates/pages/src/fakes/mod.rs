@@ -4,4 +4,4 @@ mod lie;
 mod store;
 
 pub use lie::Lie;
-pub use store::{Ask, Gate, MemoryImage, MemoryStore};
+pub use store::{Ask, Gate, MemoryImage, MemoryStore, OpenGate};

@@ -1,0 +1,178 @@
+//! What honest nodes do with each other.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use pages::fakes::{MemoryImage, OpenGate};
+use pages::identity::Peer;
+use pages::server::Orders;
+use pages::wire::{Content, EXTENT_BYTES, Hints, Refusal, RefusalCode, Urgency};
+use pages::{LinkError, Role};
+use types::manifest::{WorkingSetRun, decode_hash_page};
+use types::{Digest, ExtentIndex, Head, Tenant};
+
+use crate::common::{Holder, LeaseGate, PATIENCE, Reader, code, fetch, id, identity, request};
+
+fn image() -> MemoryImage {
+    MemoryImage::patterned(Tenant::default_tenant(), 64)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_gets_every_extent_as_it_is_and_no_bytes_of_zeros() {
+    let image = image();
+    let holder = Holder::of(LeaseGate::new(), [image.clone()]);
+    let (_reader, link) = holder.reader(&["default"]);
+    let opened = link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+    assert!(opened.is_complete);
+    let head = Head::decode(&opened.head, image.digest()).unwrap();
+    let digests = decode_hash_page(&opened.hash_pages[0], 64, head.regions[0].hash_pages[0]).unwrap();
+    let page = link.hash_page(&opened.lease, image.digest(), 0, 0, PATIENCE).await.unwrap();
+    assert_eq!(page, opened.hash_pages[0]);
+    for may_compress in [false, true] {
+        for (first, urgency) in (0..64).step_by(16).zip([Urgency::Demand, Urgency::Replay, Urgency::Stream].into_iter().cycle())
+        {
+            let mut request = request(&opened.lease, image.digest(), (first..first + 16).rev());
+            (request.may_compress, request.urgency) = (may_compress, urgency);
+            let (answers, end) = fetch(&link, &request).await;
+            end.unwrap();
+            assert!(answers.iter().map(|answer| &answer.id).eq(request.extents.as_slice()), "in the order asked for");
+            for answer in answers {
+                let extent = answer.id.extent;
+                let expected = image.extent(extent).map_or(Content::Zero, |data| Content::Data(data.clone()));
+                assert_eq!(answer.content, expected, "{extent}");
+                match answer.content {
+                    Content::Data(data) => assert_eq!(Digest::of(&data), digests[extent.0 as usize]),
+                    _ => assert!(answer.wire_bytes < 64, "{} bytes for a zero extent", answer.wire_bytes),
+                }
+                let compresses = may_compress && extent.0 % 4 == 1;
+                assert_eq!(answer.wire_bytes < EXTENT_BYTES / 2, compresses || extent.0 % 4 == 0, "{extent}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_are_renewed_and_given_back_and_advice_is_taken() {
+    let image = image();
+    let gate = LeaseGate::new();
+    let holder = Holder::of(gate.clone(), [image.clone()]);
+    let (_reader, link) = holder.reader(&["default"]);
+    let opened = link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+    gate.advance(Duration::from_secs(50));
+    let renewed = link.renew(&opened.lease, PATIENCE).await.unwrap();
+    gate.advance(Duration::from_secs(50));
+    let runs = Hints::first_of([WorkingSetRun { region: 0, start: ExtentIndex(5), count: 3 }]);
+    link.hints(&renewed.lease, image.digest(), runs.clone(), PATIENCE).await.unwrap();
+    assert_eq!(holder.store.hints_received(), [(image.digest(), runs)]);
+    assert!(gate.leases.lock().unwrap().holds_on(image.digest()));
+    link.release(&renewed.lease, PATIENCE).await.unwrap();
+    assert!(!gate.leases.lock().unwrap().holds_on(image.digest()));
+    assert_eq!(code(link.renew(&renewed.lease, PATIENCE).await), RefusalCode::Replayed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_holder_does_not_have_is_said() {
+    let image = image();
+    let holder = Holder::of(LeaseGate::new(), [image.clone()]);
+    let (_reader, link) = holder.reader(&["default"]);
+    let other = Digest::of(b"other");
+    assert_eq!(code(link.open(&Tenant::default_tenant(), other, PATIENCE).await), RefusalCode::UnknownImage);
+    holder.store.lose(id(2));
+    let opened = link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+    assert!(!opened.is_complete);
+    let (answers, end) = fetch(&link, &request(&opened.lease, image.digest(), 2..4)).await;
+    end.unwrap();
+    assert_eq!(answers[0].content, Content::Absent);
+    assert!(matches!(answers[1].content, Content::Data(_)));
+}
+
+/// Reverses what it is told, and refuses voters.
+struct Reverser;
+
+impl Orders for Reverser {
+    fn order(&self, peer: Peer, body: Bytes) -> BoxFuture<'_, Result<Bytes, Refusal>> {
+        Box::pin(async move {
+            match peer.role {
+                Role::Learner => Ok(body.iter().rev().copied().collect()),
+                Role::Voter => Err(Refusal::new(RefusalCode::Failed, "no \u{1b}[31mvoters")),
+            }
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn orders_are_taken_and_refused() {
+    let holder = Holder::with(LeaseGate::new(), [], Arc::new(Reverser), pages::endpoint::Limits::default());
+    let (_reader, link) = holder.reader(&[]);
+    assert_eq!(link.order(b"fork", PATIENCE).await.unwrap(), "krof");
+    let longest = vec![7; 64 << 10];
+    assert_eq!(link.order(&longest, PATIENCE).await.unwrap(), longest);
+    assert!(matches!(link.order(&[0; (64 << 10) + 1], PATIENCE).await, Err(LinkError::Order(_))));
+    let voter = Reader::of(pages::Identity::generate(identity().node(), Role::Voter).unwrap());
+    holder.meet(&voter, &[]);
+    let refusal = voter.link(&holder).order(b"fork", PATIENCE).await.unwrap_err();
+    let LinkError::Refused(refusal) = refusal else { panic!("{refusal}") };
+    assert_eq!(refusal.to_string(), "FAILED: no ?[31mvoters");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_connects_again_to_a_holder_that_was_away() {
+    let image = image();
+    let holder = Holder::of(OpenGate, [image.clone()]);
+    let (reader, link) = holder.reader(&["default"]);
+    let nobody = reader.client.link("127.0.0.1:9".parse().unwrap(), None);
+    let short = Duration::from_millis(200);
+    let unreachable = nobody.open(&Tenant::default_tenant(), image.digest(), short).await.unwrap_err();
+    assert!(matches!(unreachable, LinkError::TimedOut { .. } | LinkError::Unreachable { .. }), "{unreachable}");
+
+    let first = link.connect(PATIENCE).await.unwrap();
+    assert_eq!(first.node, holder.identity.node());
+    let address = holder.server.address();
+    let Holder { identity, trust, store, server } = holder;
+    server.stop(PATIENCE).await;
+    let setup = || pages::server::Setup {
+        listen: address,
+        identity: &identity,
+        trust: trust.clone(),
+        store: Arc::clone(&store) as _,
+        orders: Arc::new(pages::server::NoOrders),
+        tuning: pages::endpoint::Tuning::default(),
+        limits: pages::endpoint::Limits::default(),
+    };
+    // The port is free when the last task of the old server has ended.
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let _server = loop {
+        match pages::Server::start(setup()) {
+            Err(error) if std::time::Instant::now() > deadline => panic!("{error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Ok(server) => break server,
+        }
+    };
+    link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+}
+
+/// As the pager does: one thread, nothing that needs `Send`.
+#[test]
+fn a_client_works_in_a_current_thread_runtime() {
+    let image = image();
+    let serving = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let entered = serving.enter();
+    let holder = Holder::of(LeaseGate::new(), [image.clone()]);
+    drop(entered);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let got = std::rc::Rc::new(std::cell::Cell::new(0));
+    let counting = std::rc::Rc::clone(&got);
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        let (_reader, link) = holder.reader(&["default"]);
+        let opened = link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+        let task = tokio::task::spawn_local(async move {
+            let request = request(&opened.lease, image.digest(), 0..16);
+            link.extents(&request, PATIENCE, |_| counting.set(counting.get() + 1)).await
+        });
+        task.await.unwrap().unwrap();
+    });
+    assert_eq!(got.get(), 16);
+}
