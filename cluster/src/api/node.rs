@@ -65,7 +65,7 @@ pub(crate) async fn openapi() -> impl IntoResponse {
     responses((status = 200, description = "Metrics", content_type = "text/plain"))
 )]
 pub(crate) async fn metrics(Shared(app): Shared<App>) -> Result<impl IntoResponse, ApiError> {
-    let text = app.look(|service| Ok(counted::render(service.counts(), &service.pool()))).await?;
+    let text = app.look(|service| Ok(counted::render(service.counts(), service.host_images(), &service.pool()))).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
 }
 

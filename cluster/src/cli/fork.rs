@@ -51,10 +51,10 @@ pub struct Arguments {
     #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=COUNT_MAX))]
     count: u64,
     /// RAM of the guest, a multiple of 2MiB [default: 64MiB]
-    #[arg(long, value_name = "SIZE", requires = "guest", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["image", "from"], value_parser = size::parse)]
     memory: Option<u64>,
     /// Virtual CPUs of the guest [default: 1]
-    #[arg(long, value_name = "N", requires = "guest", value_parser = clap::value_parser!(u64).range(1..=8))]
+    #[arg(long, value_name = "N", conflicts_with_all = ["image", "from"], value_parser = clap::value_parser!(u64).range(1..=8))]
     vcpus: Option<u64>,
     /// The most memory of its own that each child may have [default: all of its RAM]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]

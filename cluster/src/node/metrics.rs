@@ -10,6 +10,7 @@ use types::Reason;
 
 use super::engine::{Forked, FreezeFacts, PoolFacts};
 use super::registry::Counts;
+use super::service::HostImages;
 
 const FORK_STAGE: &str = "farfork_fork_stage_seconds";
 const FORK_FIRST: &str = "farfork_fork_first_seconds";
@@ -24,10 +25,21 @@ const CONNECTIONS: &str = "farfork_api_connections";
 const MACHINES: &str = "farfork_machines";
 const IMAGES: &str = "farfork_images";
 const SHELLS: &str = "farfork_shells";
+const FAULT: &str = "farfork_fault_seconds";
+const PAGE_BYTES: &str = "farfork_page_bytes_total";
+const READ_LEASES: &str = "farfork_read_leases";
+const HOST_IMAGES: &str = "farfork_host_images";
+const QUARANTINES: &str = "farfork_quarantines_total";
+const POISONED: &str = "farfork_poisoned_images_total";
+const HEDGES: &str = "farfork_hedges_total";
 
 /// Seconds. From a stage of a few microseconds to a shell that was built on the way.
 const STAGE_BUCKETS: &[f64] =
     &[5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7.5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.25, 1.0];
+
+/// Seconds. From waking a child whose page was there by then to the deadline of a page.
+const FAULT_BUCKETS: &[f64] =
+    &[5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7.5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.25, 1.0, 5.0, 30.0];
 
 /// Sets the recorder up, once. To be called before anything is counted.
 pub fn install() {
@@ -36,10 +48,13 @@ pub fn install() {
 
 /// All of it as Prometheus text.
 #[must_use]
-pub fn render(counts: Counts, pool: &[PoolFacts]) -> String {
+pub fn render(counts: Counts, host_images: HostImages, pool: &[PoolFacts]) -> String {
     gauge!(MACHINES, "state" => "running").set(as_f64(counts.running));
     gauge!(MACHINES, "state" => "ended").set(as_f64(counts.ended));
     gauge!(IMAGES).set(as_f64(counts.images));
+    gauge!(HOST_IMAGES, "state" => "arriving").set(as_f64(host_images.arriving));
+    gauge!(HOST_IMAGES, "state" => "settled").set(as_f64(host_images.settled));
+    gauge!(HOST_IMAGES, "state" => "failed").set(as_f64(host_images.failed));
     let sum = |of: fn(&PoolFacts) -> u32| f64::from(pool.iter().map(of).sum::<u32>());
     gauge!(SHELLS, "state" => "ready").set(sum(|facts| facts.ready));
     gauge!(SHELLS, "state" => "building").set(sum(|facts| facts.building));
@@ -100,20 +115,116 @@ pub(crate) fn connections(now: usize) {
     gauge!(CONNECTIONS).set(as_f64(now));
 }
 
+/// How the time of one fault on memory that another node has was spent, in this order.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FaultStages {
+    /// From the touch, as far as it can be told, until the pager had read it.
+    pub uffd_read: Duration,
+    /// Until its extent was asked for.
+    pub queue: Duration,
+    /// Until the extent was there.
+    pub wire: Duration,
+    /// Until its bytes were found to be the image's.
+    pub verify: Duration,
+    /// Until its pages were in place.
+    pub publish: Duration,
+    /// Until the child was told.
+    pub wake: Duration,
+}
+
+/// A fault was answered.
+pub fn fault(stages: &FaultStages) {
+    let FaultStages { uffd_read, queue, wire, verify, publish, wake } = *stages;
+    let total = uffd_read + queue + wire + verify + publish + wake;
+    let named = [
+        ("uffd_read", uffd_read),
+        ("queue", queue),
+        ("wire", wire),
+        ("verify", verify),
+        ("publish", publish),
+        ("wake", wake),
+        ("total", total),
+    ];
+    for (stage, spent) in named {
+        histogram!(FAULT, "stage" => stage).record(spent);
+    }
+}
+
+/// What became of bytes of memory that an image has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageBytes {
+    /// Fetched, since a child waited for them.
+    Demand,
+    /// Fetched ahead, since children touched them before.
+    Replay,
+    /// Fetched in the background.
+    Stream,
+    /// Given to another node.
+    Served,
+    /// Zero, and so never sent.
+    Zero,
+    /// Found in another image on this node, and so not fetched.
+    Local,
+}
+
+impl PageBytes {
+    const ALL: [Self; 6] = [Self::Demand, Self::Replay, Self::Stream, Self::Served, Self::Zero, Self::Local];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Demand => "demand",
+            Self::Replay => "replay",
+            Self::Stream => "stream",
+            Self::Served => "served",
+            Self::Zero => "zero",
+            Self::Local => "local",
+        }
+    }
+}
+
+/// So many bytes; of those that were sent, as they were sent.
+pub fn page_bytes(kind: PageBytes, bytes: u64) {
+    counter!(PAGE_BYTES, "kind" => kind.name()).increment(bytes);
+}
+
+/// How many read leases there are now: granted to other nodes, and held from other nodes.
+pub fn read_leases(granted: usize, held: usize) {
+    gauge!(READ_LEASES, "state" => "granted").set(as_f64(granted));
+    gauge!(READ_LEASES, "state" => "held").set(as_f64(held));
+}
+
+/// A source sent bytes that did not verify, and is not asked again.
+pub fn quarantined() {
+    counter!(QUARANTINES).increment(1);
+}
+
+/// Bytes of unknown origin were found in a host image.
+pub fn poisoned() {
+    counter!(POISONED).increment(1);
+}
+
+/// An extent was asked for a second time, elsewhere, since the first answer took too long.
+pub fn hedged() {
+    counter!(HEDGES).increment(1);
+}
+
 /// How often [`upkeep`] is due.
 pub const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 fn handle() -> &'static PrometheusHandle {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     HANDLE.get_or_init(|| {
-        let handle = [FORK_STAGE, FORK_FIRST, FREEZE_STALL]
+        let buckets =
+            [(FORK_STAGE, STAGE_BUCKETS), (FORK_FIRST, STAGE_BUCKETS), (FREEZE_STALL, STAGE_BUCKETS), (FAULT, FAULT_BUCKETS)];
+        let handle = buckets
             .into_iter()
-            .try_fold(PrometheusBuilder::new(), |builder, name| {
-                builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), STAGE_BUCKETS)
+            .try_fold(PrometheusBuilder::new(), |builder, (name, buckets)| {
+                builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
             })
             .and_then(PrometheusBuilder::install_recorder)
             .expect("the buckets are not empty, and this is the only recorder of the process");
         describe();
+        start_at_zero();
         handle
     })
 }
@@ -135,9 +246,60 @@ fn describe() {
     describe_gauge!(MACHINES, "Machines that run, and that ended and are remembered");
     describe_gauge!(IMAGES, "Images in memory");
     describe_gauge!(SHELLS, "Shells of all classes: ready, being built, wanted");
+    describe_histogram!(
+        FAULT,
+        "Time of a fault on memory of another node that one stage took, and in total; a fault that was given up is not in it"
+    );
+    describe_counter!(
+        PAGE_BYTES,
+        "Bytes of images' memory: fetched (demand, replay, stream), served, zero, found here (local)"
+    );
+    describe_gauge!(READ_LEASES, "Read leases: granted to other nodes, held from other nodes");
+    describe_gauge!(HOST_IMAGES, "Images that were opened from other nodes: arriving, settled, failed");
+    describe_counter!(QUARANTINES, "Sources that sent bytes that did not verify");
+    describe_counter!(POISONED, "Host images in which bytes of unknown origin were found");
+    describe_counter!(HEDGES, "Extents that were asked for elsewhere too, since the first answer took too long");
+}
+
+/// What has not happened yet is 0: a rate over something that appears out of nothing would miss the first.
+fn start_at_zero() {
+    [QUARANTINES, POISONED, HEDGES].into_iter().for_each(|name| counter!(name).increment(0));
+    PageBytes::ALL.into_iter().for_each(|kind| page_bytes(kind, 0));
+    read_leases(0, 0);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of things in memory, far below 2^52")]
 fn as_f64(count: usize) -> f64 {
     count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stages_of_a_fault_add_up_to_its_total() {
+        let ms = Duration::from_millis;
+        install();
+        fault(&FaultStages { uffd_read: ms(1), queue: ms(2), wire: ms(4), verify: ms(8), publish: ms(16), wake: ms(32) });
+        assert!((sum("total") - 0.063).abs() < 1e-9 && (sum("wake") - 0.032).abs() < 1e-9);
+        page_bytes(PageBytes::Served, 7);
+        read_leases(3, 2);
+        let text = handle().render();
+        for expected in [
+            "farfork_page_bytes_total{kind=\"served\"} 7",
+            "farfork_page_bytes_total{kind=\"zero\"} 0",
+            "farfork_read_leases{state=\"granted\"} 3",
+            "farfork_quarantines_total 0",
+            "farfork_fault_seconds_bucket{stage=\"wire\",le=\"0.005\"} 1",
+        ] {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
+    }
+
+    fn sum(stage: &str) -> f64 {
+        let text = handle().render();
+        let line = format!("{FAULT}_sum{{stage=\"{stage}\"}} ");
+        text.lines().find_map(|text| text.strip_prefix(&line)).map_or(0.0, |sum| sum.parse().unwrap())
+    }
 }

@@ -238,3 +238,59 @@ fn decode<T: for<'de> Deserialize<'de>>(bytes: &[u8], max: usize) -> Result<T, M
         Err(error) => Err(MessageError::Malformed { detail: error.to_string() }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn order() -> Order {
+        Order::Fork(PeerForkOrder {
+            image: Digest::of(b"of a test"),
+            tenant: Tenant::default_tenant(),
+            count: 10_000,
+            limit_bytes: Some(1 << 20),
+            verify: true,
+            holders: vec![(Ipv6Addr::LOCALHOST, 7117).into(); HOLDERS_MAX],
+            deadline: Duration::from_secs(60),
+        })
+    }
+
+    #[test]
+    fn messages_are_read_as_they_were_written() {
+        let order = order();
+        assert_eq!(Order::decode(&order.encode()), Ok(order));
+        let refusal = PeerRefusal { code: "X".repeat(32), message: "m".repeat(160), remedy: "r".repeat(160) };
+        let id = MachineId::from_uuid(Uuid::max());
+        let failures = vec![PeerFailure { id, refusal: refusal.clone() }; 10_000];
+        let node = NodeId::from_uuid(Uuid::max());
+        let largest = Answer::Forked(PeerForkReport { node, children: Vec::new(), failures });
+        assert_eq!(Answer::decode(&largest.encode()), Ok(largest), "as large as an answer can be");
+        let refused = Answer::Refused(refusal);
+        assert_eq!(Answer::decode(&refused.encode()), Ok(refused));
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused() {
+        let good = order().encode();
+        for length in 0..good.len() {
+            assert!(matches!(Order::decode(&good[..length]), Err(MessageError::Malformed { .. })), "{length} bytes");
+        }
+        assert_eq!(Order::decode(&[&good[..], b"x"].concat()), Err(MessageError::Trailing { bytes: 1 }));
+        assert!(matches!(Order::decode(&vec![0; ORDER_BYTES_MAX + 1]), Err(MessageError::TooLong { .. })));
+        assert!(matches!(Answer::decode(&vec![0; ANSWER_BYTES_MAX + 1]), Err(MessageError::TooLong { .. })));
+        // A report that announces as many children as there are numbers, and has none.
+        let boasting = [&[1, 16][..], &[0; 16], &[0xFF; 9], &[1]].concat();
+        assert!(matches!(Answer::decode(&boasting), Err(MessageError::Malformed { .. })));
+    }
+
+    #[test]
+    fn texts_for_other_nodes_have_an_end() {
+        let error = NodeError::UnknownImage { id: "ä".repeat(10_000) };
+        let refusal = PeerRefusal::of(&error);
+        assert!(refusal.message.len() <= 160 && refusal.message.starts_with("no image ää"), "{refusal:?}");
+    }
+}

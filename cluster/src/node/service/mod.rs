@@ -67,6 +67,17 @@ pub struct ImageView {
     pub residency: Option<Residency>,
 }
 
+/// How many images were opened from other nodes, by where they are in their life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostImages {
+    /// Some of their memory is elsewhere.
+    pub arriving: usize,
+    /// All of it is here.
+    pub settled: usize,
+    /// Some of it cannot be had any more.
+    pub failed: usize,
+}
+
 /// What was done of several things, and what was not, with the reason.
 pub type Outcome<D, I> = (Vec<D>, Vec<(I, NodeError)>);
 
@@ -236,6 +247,21 @@ impl Service {
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.registry.counts()
+    }
+
+    /// How many images were opened from other nodes.
+    #[must_use]
+    pub fn host_images(&self) -> HostImages {
+        let mut counts = HostImages::default();
+        let opened = self.registry.images().into_iter().filter(|image| image.origin == Origin::Remote);
+        for residency in opened.filter_map(|image| self.residency(image.facts.id)) {
+            match (residency.failed.is_some(), residency.is_settled) {
+                (true, _) => counts.failed += 1,
+                (false, true) => counts.settled += 1,
+                (false, false) => counts.arriving += 1,
+            }
+        }
+        counts
     }
 
     /// Ends every machine. To be called once, when no other verb runs any more.
