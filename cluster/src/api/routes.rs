@@ -34,6 +34,9 @@ struct Shared {
     verbs: Calls,
     /// Calls that only look, which a crowd of forks must not hold up.
     looks: Calls,
+    /// Calls of other nodes. None of them waits for another node's line, as verbs do: two nodes that ask one another do not wait
+    /// in a circle.
+    orders: Calls,
     limits: Limits,
     node: Uuid,
     started: Instant,
@@ -78,7 +81,7 @@ impl App {
     pub fn new(service: Arc<Service>, node: Uuid, limits: Limits) -> Self {
         metrics::install();
         let line = || Calls::new(limits.calls_max, limits.queued_max);
-        let shared = Shared { service, verbs: line(), looks: line(), limits, node, started: Instant::now() };
+        let shared = Shared { service, verbs: line(), looks: line(), orders: line(), limits, node, started: Instant::now() };
         Self { shared: Arc::new(shared) }
     }
 
@@ -106,17 +109,18 @@ impl App {
         Ok(self.shared.looks.run(move || question(&service)).await?)
     }
 
-    /// Does what another node asks, when it is its turn among the calls of this node's clients.
+    /// Does what another node asks, when it is its turn, to its end.
     pub async fn order(&self, peer: NodeId, bytes: Vec<u8>) -> Answer {
         let service = Arc::clone(&self.shared.service);
-        let outcome = self.shared.verbs.run(move || Ok(service.order(peer, &bytes))).await;
+        let outcome = self.shared.orders.run(move || Ok(service.order(peer, &bytes))).await;
         outcome.unwrap_or_else(|error| Answer::Refused(PeerRefusal::of(&error)))
     }
 
     /// Refuses calls from now on and waits for those that have begun, at most so long. Whether all have ended.
     pub(crate) async fn stop(&self, deadline: Duration) -> bool {
-        let (verbs, looks) = tokio::join!(self.shared.verbs.stop(deadline), self.shared.looks.stop(deadline));
-        verbs && looks
+        let Shared { verbs, looks, orders, .. } = &*self.shared;
+        let ended = tokio::join!(verbs.stop(deadline), looks.stop(deadline), orders.stop(deadline));
+        ended == (true, true, true)
     }
 
     pub(crate) fn node(&self) -> Uuid {

@@ -9,7 +9,7 @@ use thiserror::Error;
 use types::ExitCode as Code;
 
 use super::client::ClientError;
-use super::output::Output;
+use super::output::{Output, printable};
 use super::paths::PathError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
@@ -105,7 +105,7 @@ impl CliError {
         }
         let body = self.body();
         match output {
-            Output::Table => eprintln!("error: {}\n  try: {}", body.message, body.remedy),
+            Output::Table => eprintln!("{}", printable(&format!("error: {}\n  try: {}", body.message, body.remedy))),
             Output::Json => {
                 let answer = ErrorAnswer { error: body };
                 eprintln!("{}", serde_json::to_string(&answer).unwrap_or_else(|_| self.to_string()));

@@ -7,7 +7,7 @@ use types::{Digest, Tenant};
 
 use super::client::{Answer, Found};
 use super::error::CliError;
-use super::output::{short, table, time};
+use super::output::{printable, short, table, time};
 use super::progress::{Progress, stage_cell, stages};
 use super::{Context, size};
 use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource, OtherNode, RemoteSource};
@@ -110,7 +110,7 @@ pub(super) fn finish_partial(none_done: bool, failures: &[Failure]) -> ExitCode 
     /// More of them say nothing new.
     const SHOWN_MAX: usize = 10;
     for failure in failures.iter().take(SHOWN_MAX) {
-        eprintln!("error: {}: {}\n  try: {}", failure.id, failure.message, failure.remedy);
+        eprintln!("{}", printable(&format!("error: {}: {}\n  try: {}", failure.id, failure.message, failure.remedy)));
     }
     if failures.len() > SHOWN_MAX {
         eprintln!("error: and {} more", failures.len() - SHOWN_MAX);

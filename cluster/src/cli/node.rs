@@ -79,10 +79,9 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let data = arguments.data.clone().map_or_else(paths::data, Ok)?;
     let data = DataDirectory::open(&data)?;
     let socket = Socket::bind(&socket)?;
-    let engine = open_engine(arguments, &data)?;
     let Joined { network, serve: let_others_in } = network::open(arguments.is_fake(), &arguments.network_settings(), &data)?;
     let listening = network.as_ref().and_then(|network| network.listening);
-    let service = Service::start(engine, network);
+    let service = Service::start(open_engine(arguments, &data)?, network);
     let app = App::new(Arc::clone(&service), data.node(), Limits::default());
     let access = Access::of_this_process(arguments.allow_uid.iter().copied());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;

@@ -29,7 +29,7 @@ impl Output {
                 print(raw)?;
                 print(b"\n")
             }
-            Self::Table => print(for_people().as_bytes()),
+            Self::Table => print(printable(&for_people()).as_bytes()),
         }
     }
 }
@@ -44,6 +44,11 @@ pub fn print(bytes: &[u8]) -> Result<(), CliError> {
         io::ErrorKind::BrokenPipe => CliError::Closed,
         _ => CliError::Print(error),
     })
+}
+
+/// What guests print and other nodes say must not command the terminal of whoever looks at it.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{FFFD}' } else { c }).collect()
 }
 
 /// A table without lines; the columns of `numbers` are aligned to the right.
@@ -77,4 +82,14 @@ pub(crate) fn time(us: u64) -> String {
 /// The short form of an id for a table.
 pub(crate) fn short(id: &Uuid) -> String {
     ShortId::of(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_commands_the_terminal() {
+        assert_eq!(printable("ok\n\u{1b}[2Jgone\r\u{9b}K\n"), "ok\n\u{FFFD}[2Jgone\u{FFFD}\u{FFFD}K\n");
+    }
 }

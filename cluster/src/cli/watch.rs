@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::client::{Client, Found, segment};
 use super::error::CliError;
 use super::fork::id_or_digest;
-use super::output::{Output, print};
+use super::output::{Output, print, printable};
 use super::{Context, size};
 use crate::api::wire::{Image, MachineAnswer, Residency};
 
@@ -118,7 +118,7 @@ impl Display {
             }
             (bar, Output::Table) => {
                 bar.iter().for_each(ProgressBar::finish_and_clear);
-                print(line(residency).as_bytes())
+                print(printable(&line(residency)).as_bytes())
             }
         }
     }

@@ -205,6 +205,42 @@ fn a_fork_for_which_nobody_waits_any_more_leaves_no_machine() {
     }
 }
 
+#[test]
+fn what_another_node_says_is_looked_at() {
+    use farfork::node::peers::{Answer, PeerForkReport, PeerRefusal};
+    let node = Node::start_with("", &["--listen", "127.0.0.1:0"]);
+    let image = image_of(&node, &[]);
+    let fork = |answer: &[u8]| {
+        let on = liar(answer.to_vec());
+        node.cli(&["fork", &image, "-n", "2", "--on", &on])
+    };
+    let text = "\u{1b}[2Jgone".to_owned();
+    let refusal = PeerRefusal { code: "REFUSED".to_owned(), message: text.clone(), remedy: text };
+    let said = fork(&Answer::Refused(refusal).encode());
+    assert!(said.code == Some(4) && said.err.contains("\u{FFFD}[2Jgone") && !said.err.contains('\u{1b}'), "{said:?}");
+    let none = PeerForkReport { node: types::NodeId::from_uuid(uuid::Uuid::nil()), children: Vec::new(), failures: Vec::new() };
+    for answer in [Answer::Forked(none).encode(), b"garbage".to_vec(), Vec::new(), vec![1; 5 << 20]] {
+        let said = fork(&answer);
+        assert!(said.code == Some(3) && said.err.contains("children may run there"), "{said:?}");
+    }
+    assert_eq!(node.http("GET", "/v1/node", b"").status, 200);
+}
+
+/// Answers whoever asks first with these bytes.
+fn liar(answer: Vec<u8>) -> String {
+    use std::io::{Read, Write};
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut asked = Vec::new();
+        let _ = stream.read_to_end(&mut asked);
+        // It may have heard enough before the end.
+        let _ = stream.write_all(&answer);
+    });
+    address
+}
+
 /// Sends bytes as a node of this id would.
 fn ask(node: &Node, id: uuid::Uuid, bytes: &[u8]) -> farfork::node::peers::Answer {
     use std::io::{Read, Write};
