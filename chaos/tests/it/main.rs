@@ -1,0 +1,6 @@
+//! What must hold of the faults that other tests rely on.
+#![forbid(unsafe_code)]
+
+mod network;
+mod relay;
+mod support;
