@@ -79,15 +79,7 @@ impl Carrier {
         epoll::add(&poller, &stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN)?;
         epoll::add(&poller, &timer, epoll::EventData::new_u64(TIMER), epoll::EventFlags::IN)?;
         epoll::add(&poller, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
-        let link = Link {
-            has_many_addresses: listener.address()?.ip().is_unspecified(),
-            listener,
-            upstream,
-            flows: Flows::new(seed, upstream),
-            waiting: Waiting::default(),
-            to_upstream: Bucket::default(),
-            to_client: Bucket::default(),
-        };
+        let link = Link::new(listener, upstream, seed)?;
         Ok(Self { shared, poller, timer, stop, timer_due: None, link })
     }
 
@@ -111,14 +103,8 @@ impl Carrier {
                     return;
                 }
                 let mut shared = lock(&self.shared);
-                // What is due goes first: what comes now must not overtake it.
                 let now = clock(ClockId::Monotonic);
-                self.link.deliver_due(&mut shared, now);
-                match number {
-                    TIMER => {}
-                    LISTENER => self.link.take_from_clients(&mut shared, &mut inbox, now, &self.poller),
-                    flow => self.link.take_from_upstream(&mut shared, &mut inbox, now, flow),
-                }
+                self.link.handle(number, &mut shared, &mut inbox, now, &self.poller);
                 shared.counters.processor_time = clock(ClockId::ThreadCPUTime);
             }
             self.link.deliver_due(&mut lock(&self.shared), clock(ClockId::Monotonic));
@@ -142,6 +128,29 @@ impl Carrier {
 }
 
 impl Link {
+    fn new(listener: Socket, upstream: SocketAddr, seed: u64) -> io::Result<Self> {
+        Ok(Self {
+            has_many_addresses: listener.address()?.ip().is_unspecified(),
+            listener,
+            upstream,
+            flows: Flows::new(seed, upstream),
+            waiting: Waiting::default(),
+            to_upstream: Bucket::default(),
+            to_client: Bucket::default(),
+        })
+    }
+
+    /// Does what the poller says there is to do.
+    fn handle(&mut self, number: u64, shared: &mut Shared, inbox: &mut Inbox, now: Duration, poller: &OwnedFd) {
+        // What is due goes first: what comes now must not overtake it.
+        self.deliver_due(shared, now);
+        match number {
+            TIMER => {}
+            LISTENER => self.take_from_clients(shared, inbox, now, poller),
+            flow => self.take_from_upstream(shared, inbox, now, flow),
+        }
+    }
+
     fn deliver_due(&mut self, shared: &mut Shared, now: Duration) {
         while let Some(parcel) = self.waiting.pop(now) {
             self.send(shared, parcel.label, &parcel.bytes);
@@ -283,4 +292,38 @@ impl Shared {
 
 fn clock(id: ClockId) -> Duration {
     Duration::try_from(clock_gettime(id)).expect("time since the start is not negative")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, UdpSocket};
+
+    use super::*;
+    use crate::relay::Rate;
+
+    /// Also when the queue has run empty since, so that what comes goes straight on.
+    #[test]
+    fn what_is_due_is_not_overtaken_by_what_comes() {
+        let any = (Ipv4Addr::LOCALHOST, 0);
+        let (server, client) = (UdpSocket::bind(any).unwrap(), UdpSocket::bind(any).unwrap());
+        server.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let poller = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let mut link = Link::new(Socket::bind(any.into()).unwrap(), server.local_addr().unwrap(), 0).unwrap();
+        let rate = Rate { bytes_per_second: 3, burst_bytes: 0, queue_bytes: 100 };
+        let to_upstream = Impairment { rate: Some(rate), ..Impairment::default() };
+        let (to_client, counters) = (Impairment::default(), Counters::default());
+        let mut shared = Shared { to_upstream, to_client, counters };
+        let mut inbox = Inbox::new();
+        for (second, text) in [(10, "one"), (10, "two"), (20, "six")] {
+            client.send_to(text.as_bytes(), link.listener.address().unwrap()).unwrap();
+            if second == 20 {
+                shared.to_upstream.rate = None;
+            }
+            link.handle(LISTENER, &mut shared, &mut inbox, Duration::from_secs(second), &poller);
+        }
+        let mut room = [0; 8];
+        let came = [(); 3].map(|()| server.recv(&mut room).map(|length| room[..length].to_vec()).unwrap());
+        assert_eq!(came, [b"one", b"two", b"six"].map(|text| text.to_vec()));
+        assert_eq!((shared.counters.to_upstream.delivered, shared.counters.to_upstream.in_flight()), (3, 0));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::impairment::Direction;
 
@@ -20,7 +20,8 @@ pub struct Counters {
     /// Datagrams that came to a flow's socket from elsewhere than the server, or for which no flow could be made. They have no
     /// fate, and are in no other count.
     pub strays: u64,
-    /// Processor time of the relay's thread.
+    /// Processor time of the relay's thread; in JSON, in seconds.
+    #[serde(rename = "processor_seconds", serialize_with = "as_seconds")]
     pub processor_time: Duration,
 }
 
@@ -77,4 +78,8 @@ impl Tally {
         let ended = self.delivered + self.blocked + self.lost + self.overflowed + self.refused;
         (self.received + self.duplicated).saturating_sub(ended)
     }
+}
+
+fn as_seconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
 }

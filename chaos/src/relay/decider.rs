@@ -150,6 +150,22 @@ mod tests {
         held("replays of 200 fates", rounds);
     }
 
+    #[test]
+    fn no_two_of_neighbouring_seeds_and_flows_share_their_fates() {
+        let impairment = Impairment { loss: Probability::new(0.5).unwrap(), ..Impairment::default() };
+        let base = seed();
+        let mut seen = std::collections::HashSet::new();
+        for seed in 0..16 {
+            for flow in 0..16 {
+                for direction in [Direction::ToUpstream, Direction::ToClient] {
+                    let fates = fates(base.wrapping_add(seed), flow, direction, &impairment, 128);
+                    let lost: Vec<bool> = fates.iter().map(|fate| *fate == Fate::Lost).collect();
+                    assert!(seen.insert(lost), "seed {seed} more, flow {flow}, {direction:?}");
+                }
+            }
+        }
+    }
+
     /// Two runs that differ in one impairment differ in what it does, and in nothing else, for good.
     #[test]
     fn one_impairment_does_not_shift_the_others() {

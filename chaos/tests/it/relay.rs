@@ -191,17 +191,6 @@ fn a_rate_lets_its_burst_through_at_once_then_holds_and_drops_what_does_not_fit(
     assert_balanced(&line.relay.stop());
 }
 
-/// Also at the instant at which the queue runs empty, when what comes may go straight on.
-#[test]
-fn what_waits_for_a_rate_is_not_overtaken() {
-    let rate = Rate { bytes_per_second: 4_000_000, burst_bytes: 0, queue_bytes: 1 << 20 };
-    let line = Line::new(|config| config.to_upstream.rate = Some(rate));
-    let rounds = count(3000, 100_000);
-    let (came, _) = line.send_numbered(rounds);
-    assert_eq!(came, (0..rounds).map(numbered).collect::<Vec<_>>());
-    held("datagrams in order through a queue that runs empty", rounds);
-}
-
 #[test]
 fn a_block_holds_one_way_until_it_is_lifted() {
     let line = Line::new(|config| config.to_client = Impairment::blocked());
