@@ -5,9 +5,6 @@ use std::process::{Command, Stdio};
 use super::NetworkError;
 use super::names::Name;
 
-/// Its main program.
-pub(super) const IP: &str = "ip";
-
 /// One of its programs, and where it works.
 pub(super) struct Tool {
     program: &'static str,
@@ -17,12 +14,12 @@ pub(super) struct Tool {
 impl Tool {
     /// `ip netns`.
     pub(super) fn netns() -> Self {
-        Self { program: IP, leading: vec!["netns".into()] }
+        Self { program: "ip", leading: vec!["netns".into()] }
     }
 
     /// `ip` within a namespace.
     pub(super) fn ip(namespace: &Name) -> Self {
-        Self { program: IP, leading: vec!["-netns".into(), namespace.to_string()] }
+        Self { program: "ip", leading: vec!["-netns".into(), namespace.to_string()] }
     }
 
     /// `tc` within a namespace.

@@ -14,7 +14,7 @@
 //! ```
 //!
 //! All of it is in namespaces of its own, so this machine's interfaces, addresses and routes are neither used nor touched, and
-//! every network can have the same addresses. It takes root and the program `ip`; without them hosts are addresses of the
+//! every network can have the same addresses. It takes root and the programs of iproute2; without them hosts are addresses of the
 //! loopback that share everything, and [`Network::is_isolated`] says so.
 //!
 //! A network takes away what it made when it is dropped, also while a panic unwinds. What a killed process has left is swept
@@ -249,14 +249,16 @@ impl Host {
         thread::scope(|scope| scope.spawn(in_host).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// A command that starts `program` in this host. Its process is the program's own, for signals and waits.
+    /// A command that starts `program` in this host. Its process is the program's own, for signals and waits, and all but its
+    /// network is this machine's.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         match &self.namespace {
             None => Command::new(program),
             Some(namespace) => {
-                let mut command = Command::new(iproute::IP);
-                command.args(["netns", "exec", namespace.name.as_str(), program]);
+                // Not `ip netns exec`: that mounts /sys anew, and so takes the control groups away that nodes need.
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", namespace.name.path().display())).args(["--", program]);
                 command
             }
         }

@@ -76,6 +76,9 @@ fn work_and_programs_run_in_their_host() {
     let of_host = host.run_in(|| std::fs::read_link("/proc/thread-self/ns/net").unwrap());
     let of_child = format!("/proc/{}/ns/net", child.id());
     wait_for(|| (std::fs::read_link(&of_child).unwrap() == of_host).then_some(()));
+    // It sees this machine's files, control groups among them.
+    let mounts = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).unwrap();
+    assert_eq!(mounts(&child.id().to_string()), mounts("self"));
     child.kill().unwrap();
     assert!(!child.wait().unwrap().success());
 }
