@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod network;
+mod quic;
 mod relay;
 mod support;
