@@ -14,6 +14,7 @@ use super::paths::PathError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
 use crate::node::engine::{EngineError, ErrorKind};
+use crate::node::quic::JoinError;
 use crate::node::{DataError, NodeError, TrustError};
 
 /// Of every verb.
@@ -34,6 +35,9 @@ pub enum CliError {
     /// The node's engine.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The node's certificate, or its port.
+    #[error(transparent)]
+    Join(#[from] JoinError),
     /// The node's place among others.
     #[error(transparent)]
     Node(#[from] NodeError),
@@ -121,9 +125,13 @@ impl CliError {
             Self::Engine(EngineError { kind: ErrorKind::Host, .. }) => Code::Unreachable,
             Self::Closed => Code::Ok,
             Self::Input { .. } | Self::Usage { .. } => Code::Usage,
-            Self::Data(_) | Self::Socket(_) | Self::Engine(_) | Self::Node(_) | Self::Runtime(_) | Self::Print(_) => {
-                Code::Refused
-            }
+            Self::Data(_)
+            | Self::Socket(_)
+            | Self::Engine(_)
+            | Self::Join(_)
+            | Self::Node(_)
+            | Self::Runtime(_)
+            | Self::Print(_) => Code::Refused,
             Self::Lost { .. } | Self::Gone { .. } | Self::Late { .. } => Code::Refused,
         }
     }
@@ -137,6 +145,7 @@ impl CliError {
             Self::Data(error) => ("DATA_DIRECTORY", error.remedy().to_owned()),
             Self::Socket(error) => ("SOCKET", error.remedy().to_owned()),
             Self::Engine(error) => ("ENGINE", error.remedy.clone()),
+            Self::Join(error) => ("NETWORK", error.remedy()),
             Self::Node(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),

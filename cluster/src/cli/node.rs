@@ -13,11 +13,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use super::error::CliError;
-use super::network::{self, Joined};
+use super::network::{self, Parts};
 use super::{paths, size};
 use crate::api::{Access, App, Limits, Socket, serve};
-use crate::node::engine::EngineError;
-use crate::node::{DataDirectory, Engine, NetworkSettings, NodeAddress, Service, kvm};
+use crate::node::{DataDirectory, NetworkSettings, NodeAddress, Service};
 
 /// Run a node: what machines live in, and what all other verbs ask
 ///
@@ -53,13 +52,19 @@ pub struct Arguments {
     /// The most memory for images that other nodes hold [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Remote forks")]
     host_image_memory: Option<u64>,
+    /// Fetch only what children touch: images never settle
+    #[arg(long, hide = true)]
+    no_stream: bool,
+    /// Do not fetch ahead what children touched first elsewhere
+    #[arg(long, hide = true)]
+    no_replay: bool,
     /// How to log
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
     /// Run without KVM, on an engine that only pretends
     #[cfg(feature = "testing")]
     #[arg(long, hide = true, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "")]
-    fake_engine: Option<crate::node::fake::FakeOptions>,
+    pub(super) fake_engine: Option<crate::node::fake::FakeOptions>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -79,20 +84,25 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let data = arguments.data.clone().map_or_else(paths::data, Ok)?;
     let data = DataDirectory::open(&data)?;
     let socket = Socket::bind(&socket)?;
-    let Joined { network, serve: let_others_in } = network::open(arguments.is_fake(), &arguments.network_settings(), &data)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
+    let Parts { engine, network, serve: let_others_in } = {
+        let _within = runtime.enter();
+        network::open(arguments, &data)?
+    };
     let listening = network.as_ref().and_then(|network| network.listening);
-    let service = Service::start(open_engine(arguments, &data)?, network);
+    let service = Service::start(engine, network);
     let app = App::new(Arc::clone(&service), data.node(), Limits::default());
     let access = Access::of_this_process(arguments.allow_uid.iter().copied());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
     let served = runtime.block_on(async {
         let stop = Stop::listen()?;
-        let_others_in(app.clone())?;
+        let others = let_others_in(app.clone())?;
         if let Some(listening) = listening {
             tracing::info!(%listening, "listening for other nodes");
         }
         tracing::info!(socket = %socket.path().display(), data = %data.path().display(), node = %data.node(), "ready");
-        serve(socket, service, app, access, stop.first()).await
+        let served = serve(socket, service, app, access, stop.first()).await;
+        others.stop().await;
+        served
     });
     // A call that hangs must not keep the process.
     runtime.shutdown_background();
@@ -101,37 +111,16 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     Ok(types::ExitCode::Ok.into())
 }
 
-#[cfg(feature = "testing")]
-fn open_engine(arguments: &Arguments, data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
-    match &arguments.fake_engine {
-        Some(options) => Ok(Arc::new(crate::node::fake::FakeEngine::new(options.clone()))),
-        None => kvm::open(data),
-    }
-}
-
-#[cfg(not(feature = "testing"))]
-fn open_engine(_arguments: &Arguments, data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
-    kvm::open(data)
-}
-
 impl Arguments {
-    fn network_settings(&self) -> NetworkSettings {
+    pub(super) fn network_settings(&self) -> NetworkSettings {
         NetworkSettings {
             listen: self.listen,
             advertise: self.advertise.clone(),
             page_deadline: self.page_deadline,
             host_image_bytes: self.host_image_memory,
+            streams: !self.no_stream,
+            replays: !self.no_replay,
         }
-    }
-
-    #[cfg(feature = "testing")]
-    fn is_fake(&self) -> bool {
-        self.fake_engine.is_some()
-    }
-
-    #[cfg(not(feature = "testing"))]
-    fn is_fake(&self) -> bool {
-        false
     }
 }
 

@@ -20,6 +20,10 @@ pub struct NetworkSettings {
     pub page_deadline: Duration,
     /// The most memory in bytes for images that others hold. `None`: as much as the host has.
     pub host_image_bytes: Option<u64>,
+    /// Whether what no child has touched is fetched too, so that images settle.
+    pub streams: bool,
+    /// Whether what children touched first elsewhere is fetched ahead.
+    pub replays: bool,
 }
 
 /// The parts that know other nodes.

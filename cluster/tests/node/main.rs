@@ -12,5 +12,6 @@ mod openapi;
 mod peers;
 mod real;
 mod remote;
+mod remote;
 mod support;
 mod trust;

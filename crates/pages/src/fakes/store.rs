@@ -267,6 +267,7 @@ impl ImageStore for MemoryStore {
                 hints: Hints::default(),
                 is_complete: self.state().absent.is_empty(),
                 hash_pages: Opened::pages_ahead(image.hash_pages.iter().cloned()),
+                about: Blob::new(Vec::new()).expect("short"),
             })
         });
         Box::pin(std::future::ready(opened))

@@ -46,6 +46,8 @@ pub const HINTS_MAX: usize = 512;
 pub const HASH_PAGE_SIZE_MAX: usize = 32 << 10;
 /// The most bytes of hash pages that come with a head.
 pub const HASH_PAGES_AHEAD_MAX: usize = 64 << 10;
+/// The most bytes of what a holder says of an image besides its head.
+pub const ABOUT_SIZE_MAX: usize = 256;
 /// The most hash pages that come with a head.
 pub const HASH_PAGES_AHEAD_COUNT_MAX: usize = 64;
 /// The most bytes of an order.
@@ -226,6 +228,8 @@ pub struct Opened {
     pub is_complete: bool,
     /// The first hash pages, region by region, at most [`HASH_PAGES_AHEAD_MAX`] bytes: a small image needs no more.
     pub hash_pages: List<HashPageBytes, HASH_PAGES_AHEAD_COUNT_MAX>,
+    /// What its holder says of the image besides: opaque here, and advice.
+    pub about: Blob<ABOUT_SIZE_MAX>,
 }
 
 impl Opened {

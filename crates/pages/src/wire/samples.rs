@@ -53,6 +53,7 @@ pub fn answers() -> Vec<(&'static str, Bytes)> {
         hints: hints(),
         is_complete: true,
         hash_pages: Opened::pages_ahead([hash_page(), hash_page()]),
+        about: super::Blob::new(&b"about"[..]).expect("short"),
     };
     let renewed = Renewed { lease: lease(), lease_for: Duration::from_millis(59_500) };
     let refused = |code| Answer::Refused(Refusal::new(code, "sample"));

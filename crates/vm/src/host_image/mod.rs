@@ -108,6 +108,15 @@ pub struct Resident {
     pub children: usize,
 }
 
+/// How long publishing an extent took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Published {
+    /// Hashing it.
+    pub verify: Duration,
+    /// Placing its pages.
+    pub place: Duration,
+}
+
 impl HostImage {
     /// A host image of which nothing is here but its head, and the image that can be forked at once.
     ///
@@ -243,7 +252,8 @@ impl HostImage {
     ///
     /// # Errors
     /// [`PublishError`]; what was placed before it is right.
-    pub fn publish(&self, region: usize, extent: ExtentIndex, bytes: &[u8]) -> Result<(), PublishError> {
+    pub fn publish(&self, region: usize, extent: ExtentIndex, bytes: &[u8]) -> Result<Published, PublishError> {
+        let began = Instant::now();
         let of = self.regions.get(region).filter(|of| (extent.0 as usize) < of.extent_count());
         let of = of.ok_or(PublishError::Outside { region, extent })?;
         let expected = self.digest_of(region, extent).ok_or(PublishError::NoDigest { region, extent })?;
@@ -257,14 +267,16 @@ impl HostImage {
         if !is_verified {
             return Err(PublishError::Wrong { region, extent, expected, actual });
         }
-        self.place(region, of, extent, bytes)
+        let verify = began.elapsed();
+        self.place(region, of, extent, bytes)?;
+        Ok(Published { verify, place: began.elapsed() - verify })
     }
 
     /// [`HostImage::publish`] of an extent that is all zeros, by its digest.
     ///
     /// # Errors
     /// As there.
-    pub fn publish_zeros(&self, region: usize, extent: ExtentIndex) -> Result<(), PublishError> {
+    pub fn publish_zeros(&self, region: usize, extent: ExtentIndex) -> Result<Published, PublishError> {
         static ZEROS: [u8; EXTENT_LEN] = [0; EXTENT_LEN];
         self.publish(region, extent, &ZEROS)
     }
@@ -322,7 +334,7 @@ impl HostImage {
     ///
     /// # Errors
     /// If the kernel does not take a page back.
-    pub fn evict(&self, region: usize, extents: Range<u32>) -> io::Result<Vec<ExtentIndex>> {
+    pub fn evict(&self, region: usize, extents: &[u32]) -> io::Result<Vec<ExtentIndex>> {
         let aliases = self.lock_aliases();
         if aliases.is_none() || self.failed.get().is_some() {
             return Ok(Vec::new());
@@ -337,7 +349,7 @@ impl HostImage {
         }
         let of = &self.regions[region];
         let mut evicted = Vec::new();
-        for extent in extents.map(ExtentIndex) {
+        for extent in extents.iter().copied().map(ExtentIndex) {
             if !of.presence.has(extent) || private.iter().any(|range| range.contains(&extent.0)) {
                 continue;
             }

@@ -152,6 +152,12 @@ impl Image {
         }
     }
 
+    /// The host image on which it rests, if its memory came from elsewhere.
+    #[must_use]
+    pub fn host_image(&self) -> Option<&Arc<HostImage>> {
+        self.host_image.as_ref()
+    }
+
     /// The host image on which it rests, while that is not settled.
     #[must_use]
     pub fn unsettled(&self) -> Option<&Arc<HostImage>> {

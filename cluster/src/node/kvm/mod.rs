@@ -1,5 +1,8 @@
 //! The engine on KVM: a pool of jailed workers, the images in memory, and the store of saved ones.
 
+mod errors;
+mod remote;
+
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -12,8 +15,7 @@ use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use types::{Digest, ImageId, MachineId, PageIndex, Tenant};
 use uuid::Uuid;
-use vm::image::load::LoadErrorKind;
-use vm::image::{Image, LoadError, SaveError};
+use vm::image::Image;
 use vm::jail::cgroup::Groups;
 use vm::pool::{Jailed, PoolError, Settings};
 use vm::probe::{self, Command};
@@ -25,6 +27,14 @@ use super::engine::{
     PoolFacts, Proof, Residency, Usage,
 };
 use super::name::ImageName;
+use super::network::NetworkSettings;
+use super::offer::Store;
+use super::pager::Pager;
+use super::quic::Credentials;
+use errors::{
+    of_ended, of_load, of_pool, of_save, of_store, unknown_image, unknown_machine, unknown_name, wrong_proof,
+};
+use remote::Hasher;
 
 /// What a saved image's file is called after its name.
 const SUFFIX: &str = ".img";
@@ -33,11 +43,15 @@ const EPOCH: u64 = 1;
 /// Memory that forks leave to the rest of the host.
 const RESERVE_BYTES: u64 = 256 << 20;
 
-/// Opens the engine of this host, with its store in `data`. This program is its own zygote.
+/// Opens the engine of this host, with its store in `data`, and what it offers to other nodes. This program is its own zygote.
 ///
 /// # Errors
 /// [`EngineError`] of kind [`ErrorKind::Host`] if this host cannot run machines.
-pub fn open(data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
+pub fn open(
+    data: &DataDirectory,
+    network: &NetworkSettings,
+    credentials: &Credentials,
+) -> Result<(Arc<dyn Engine>, Arc<Store>), EngineError> {
     let host_error = |message: String, remedy: &str| EngineError { kind: ErrorKind::Host, message, remedy: remedy.to_owned() };
     let host = Host::open().map_err(|error| host_error(error.to_string(), error.remedy()))?;
     let mut settings = Settings::new("/proc/self/exe", [OsString::from("zygote")]);
@@ -55,15 +69,22 @@ pub fn open(data: &DataDirectory) -> Result<Arc<dyn Engine>, EngineError> {
     let store = data.images().try_clone_to_owned();
     let store = store.map_err(|error| host_error(format!("duplicating a descriptor failed: {error}"), "raise ulimit -n"))?;
     let pool = Pool::open(host, settings).map_err(|error| EngineError { kind: ErrorKind::Host, ..of_pool(error) })?;
-    Ok(Arc::new(KvmEngine { pool, store, saving: Mutex::new(()), state: Arc::default() }))
+    let (pool, state) = (Arc::new(pool), Arc::<Mutex<State>>::default());
+    let (pager, offers) = remote::start(network, credentials, &pool, &state)?;
+    let hasher = network.listen.map(|_| Hasher::start()).transpose()?;
+    let saving = Mutex::new(());
+    Ok((Arc::new(KvmEngine { pool, store, saving, state, pager, hasher }), offers))
 }
 
 struct KvmEngine {
-    pool: Pool,
+    pool: Arc<Pool>,
     store: OwnedFd,
     /// One save at a time: a name that is free stays free until it is taken.
     saving: Mutex<()>,
     state: Arc<Mutex<State>>,
+    pager: Pager,
+    /// Where others may ask for images: they do so by their digests.
+    hasher: Option<Hasher>,
 }
 
 #[derive(Default)]
@@ -121,6 +142,9 @@ impl KvmEngine {
 
     fn keep(&self, known: KnownImage) -> Result<ImageFacts, EngineError> {
         let facts = facts(&known)?;
+        if let Some(hasher) = &self.hasher {
+            hasher.hash(&known.image);
+        }
         self.lock().images.insert(facts.id, known);
         Ok(facts)
     }
@@ -161,31 +185,17 @@ impl Engine for KvmEngine {
     }
 
     fn open(&self, order: &OpenOrder) -> Result<ImageFacts, EngineError> {
-        let state = self.lock();
-        let is_it = |known: &&KnownImage| known.image.digest() == Some(order.image) && known.tenant == order.tenant;
-        if let Some(known) = state.images.values().find(is_it) {
-            return facts(known);
-        }
-        Err(EngineError {
-            kind: ErrorKind::Refused,
-            message: format!("image {} is not here, and this engine reads none from other nodes", order.image),
-            remedy: "save it where it is, and load it here".to_owned(),
-        })
+        self.open_remote(order)
     }
 
     fn digest(&self, image: ImageId) -> Result<Digest, EngineError> {
-        self.known(image)?.image.digest().ok_or_else(|| EngineError {
-            kind: ErrorKind::BadImage,
-            message: format!("image {image} has not been hashed"),
-            remedy: "save it, which hashes it (farfork image save)".to_owned(),
-        })
+        let image = self.known(image)?.image;
+        image.manifest(|_, _| {}).map_err(|error| of_save(&error))?;
+        Ok(image.digest().expect("an image with a manifest has a digest"))
     }
 
     fn residency(&self, image: ImageId) -> Result<Residency, EngineError> {
-        let data_bytes = facts(&self.known(image)?)?.stored_bytes;
-        let is_child = |machine: &&Machine| matches!(machine, Machine::Running(running) if running.image == image);
-        let children = u32::try_from(self.lock().machines.values().filter(is_child).count()).unwrap_or(u32::MAX);
-        Ok(Residency { data_bytes, resident_bytes: data_bytes, is_settled: true, children, ..Residency::default() })
+        self.residency_of(image)
     }
 
     fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>> {
@@ -266,7 +276,7 @@ impl Engine for KvmEngine {
             remedy: "ask again: it may just have ended".to_owned(),
         })?;
         let vm::pool::Memory { pss_bytes, private_bytes, page_table_bytes, cpu } = memory;
-        Ok(Usage { pss_bytes, private_bytes, page_table_bytes, cpu, faults: 0 })
+        Ok(Usage { pss_bytes, private_bytes, page_table_bytes, cpu, faults: jailed.faults() })
     }
 
     fn console(&self, machine: MachineId) -> Result<(Vec<u8>, u64), EngineError> {
@@ -384,6 +394,7 @@ impl Engine for KvmEngine {
     fn stop(&self) {
         self.lock().machines.clear();
         self.pool.stop();
+        self.pager.stop();
         self.lock().images.clear();
     }
 }
@@ -421,69 +432,4 @@ fn open_stored(store: &OwnedFd, name: &ImageName) -> Result<OwnedFd, Errno> {
 /// The engine below counts extents.
 fn progress_in_bytes(progress: &mut dyn FnMut(u64, u64)) -> impl FnMut(u64, u64) {
     |done, total| progress(done * types::EXTENT_SIZE, total * types::EXTENT_SIZE)
-}
-
-fn of_ended(ended: vm::Ended) -> Ended {
-    Ended { reason: ended.reason, detail: ended.detail }
-}
-
-fn of_pool(error: PoolError) -> EngineError {
-    let kind = match &error {
-        PoolError::Ended(ended) => ErrorKind::Ended(ended.reason),
-        PoolError::Stopping => ErrorKind::Stopping,
-        PoolError::Limit { .. } => ErrorKind::Unfit,
-        _ => match error.errno().map(Errno::from_raw_os_error) {
-            Some(Errno::NOMEM | Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::AGAIN) => ErrorKind::Exhausted,
-            _ => ErrorKind::Internal,
-        },
-    };
-    EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
-}
-
-fn of_store(step: &str, error: Errno) -> EngineError {
-    let message = format!("{step} failed: {error}");
-    EngineError { kind: ErrorKind::Store, message, remedy: "check the disk that holds the node's data directory".to_owned() }
-}
-
-fn of_save(error: &SaveError) -> EngineError {
-    let kind = match error {
-        SaveError::Full { .. } => ErrorKind::StoreFull,
-        SaveError::Io { .. } => ErrorKind::Store,
-        SaveError::Memory { .. } => ErrorKind::Exhausted,
-        _ => ErrorKind::BadImage,
-    };
-    EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
-}
-
-fn of_load(error: &LoadError, name: &ImageName) -> EngineError {
-    let kind = match error.kind.as_ref() {
-        LoadErrorKind::Open(source) if source.kind() == std::io::ErrorKind::NotFound => return unknown_name(name),
-        LoadErrorKind::Open(_) | LoadErrorKind::Read(_) => ErrorKind::Store,
-        LoadErrorKind::Memory(_) | LoadErrorKind::NoRoom { .. } => ErrorKind::Exhausted,
-        _ => ErrorKind::BadImage,
-    };
-    EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
-}
-
-fn wrong_proof(message: String) -> EngineError {
-    EngineError {
-        kind: ErrorKind::WrongProof,
-        message,
-        remedy: "report this: a child is not what it was forked from".to_owned(),
-    }
-}
-
-fn unknown_machine(machine: MachineId) -> EngineError {
-    let message = format!("there is no machine {machine} on this node");
-    EngineError { kind: ErrorKind::UnknownMachine, message, remedy: "farfork ls lists them".to_owned() }
-}
-
-fn unknown_image(image: ImageId) -> EngineError {
-    let message = format!("there is no image {image} on this node");
-    EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
-}
-
-fn unknown_name(name: &ImageName) -> EngineError {
-    let message = format!("the store has no image called {name}");
-    EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
 }

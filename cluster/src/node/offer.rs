@@ -1,0 +1,329 @@
+//! What this node gives to others: its images, under read leases, extent by extent.
+//!
+//! ```text
+//! open ──▶ may this peer read this tenant? ──▶ image, hashed ──▶ lease
+//! any other request ──▶ lease: of this peer, image, tenant, term, range ──▶ bytes
+//! ```
+//!
+//! An image stays as long as a lease on it lives, whatever becomes of it here. Of an image that is still arriving here, what is
+//! asked for with a demand or a replay is fetched in turn; so a chain of hosts works as one that has everything.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use control::lease::{Ask, Granted, LeaseKey, LeaseRefusal, Leases, Limits};
+use futures_util::future::BoxFuture;
+use pages::server::{Extent, ImageStore};
+use pages::wire::{Blob, ExtentId, HashPageBytes, Hints, LeaseToken, Opened, Refusal, RefusalCode, Renewed, Urgency};
+use pages::{Peer, Trust};
+use serde::{Deserialize, Serialize};
+use types::manifest::{HASH_PAGE_DIGESTS, WorkingSetRun, encode_hash_page};
+use types::{Digest, Manifest, NodeId, Tenant};
+use vm::host_image::EXTENT_LEN;
+use vm::image::manifest::Content;
+use vm::image::{Image, SaveError};
+
+use super::metrics::{self, PageBytes};
+use super::pager::Handle;
+
+/// How long an image that has just been opened here may take to learn its digests, before a reader is told to come again.
+const DIGESTS_PATIENCE: Duration = Duration::from_secs(2);
+const DIGESTS_ROUND: Duration = Duration::from_millis(5);
+/// How long a reader waits for what has to be fetched in turn, before it is told that it is absent. It asks again.
+const PULL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Of how many images is remembered what children touched first.
+const HINTS_MAX: usize = 1024;
+
+/// What a holder says of an image besides its head. Advice: nothing of it is proven.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct About {
+    /// How many pages from the first page of work hold the probe's pattern, if a guest of ours wrote it.
+    pub(crate) pattern_pages: Option<u64>,
+}
+
+impl About {
+    fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("plain data")
+    }
+
+    /// What a holder said, or nothing.
+    pub(crate) fn decode(bytes: &[u8]) -> Self {
+        postcard::from_bytes(bytes).unwrap_or_default()
+    }
+}
+
+/// An image that may be given away.
+#[derive(Clone)]
+pub(crate) struct Offered {
+    pub(crate) tenant: Tenant,
+    pub(crate) image: Arc<Image>,
+    pub(crate) about: About,
+}
+
+/// Where images are found by their digest.
+pub(crate) trait Catalogue: Send + Sync {
+    /// The image of a tenant, if it is here and was hashed.
+    fn find(&self, tenant: &Tenant, image: Digest) -> Option<Offered>;
+}
+
+/// See the module.
+pub struct Store {
+    catalogue: Arc<dyn Catalogue>,
+    trust: Trust,
+    /// Fetches in turn; set when there is one.
+    pager: OnceLock<Handle>,
+    began: Instant,
+    state: Mutex<State>,
+}
+
+struct State {
+    leases: Leases,
+    /// What leases are on.
+    held: HashMap<Digest, Vec<Held>>,
+    hints: HashMap<Digest, Vec<WorkingSetRun>>,
+}
+
+#[derive(Clone)]
+struct Held {
+    offered: Offered,
+    manifest: Arc<Manifest>,
+}
+
+impl Store {
+    /// A store whose leases are signed with a key that is used nowhere else.
+    pub(crate) fn new(catalogue: Arc<dyn Catalogue>, trust: Trust, key: LeaseKey) -> Arc<Self> {
+        let leases = Leases::new(key, Limits::default());
+        let state = State { leases, held: HashMap::new(), hints: HashMap::new() };
+        let (pager, began) = (OnceLock::new(), Instant::now());
+        Arc::new(Self { catalogue, trust, pager, began, state: Mutex::new(state) })
+    }
+
+    /// What is absent here is fetched by this pager, when somebody else needs it.
+    pub(crate) fn fetch_by(&self, pager: Handle) {
+        self.pager.get_or_init(|| pager);
+    }
+
+    /// Takes every lease of a node back: it is trusted no longer, or otherwise.
+    pub(crate) fn revoke(&self, node: NodeId) {
+        self.lock().leases.revoke_node(node);
+    }
+
+    /// Lets go of images on which no lease is left. Says how many leases there are.
+    pub(crate) fn sweep(&self) -> usize {
+        let mut state = self.lock();
+        state.leases.expire(self.began.elapsed());
+        let State { leases, held, hints } = &mut *state;
+        held.retain(|digest, _| leases.holds_on(*digest));
+        if hints.len() > HINTS_MAX {
+            // Of images that may be long gone.
+            hints.retain(|digest, _| held.contains_key(digest));
+        }
+        leases.len()
+    }
+
+    /// Whether a lease gives these extents of an image; what is held for it.
+    fn allowed(
+        &self,
+        peer: &Peer,
+        lease: &LeaseToken,
+        image: Digest,
+        extents: Option<(u8, Range<u32>)>,
+    ) -> Result<Held, Refusal> {
+        let state = self.lock();
+        let held = state.held.get(&image).map_or(&[][..], Vec::as_slice);
+        let tenants: Vec<Tenant> = held.iter().map(|held| held.offered.tenant.clone()).collect();
+        let regions: Vec<u32> = held.first().map_or_else(Vec::new, |held| {
+            held.manifest.head().regions.iter().map(|region| region.map.extent_count()).collect()
+        });
+        let ask = Ask { reader: peer.node, image, tenants: &tenants, regions: &regions, extents };
+        state.leases.check(self.began.elapsed(), lease, &ask).map_err(refusal)?;
+        held.first().cloned().ok_or_else(|| unknown(image))
+    }
+
+    async fn open(&self, peer: &Peer, tenant: &Tenant, image: Digest) -> Result<Opened, Refusal> {
+        if !self.trust.may_read(peer, tenant) {
+            return Err(Refusal::new(RefusalCode::OtherTenant, format!("node {} may not read images of {tenant}", peer.node)));
+        }
+        let offered = self.catalogue.find(tenant, image).ok_or_else(|| unknown(image))?;
+        let manifest = manifest(&offered.image).await?;
+        let head = manifest.head().encode().map_err(|error| Refusal::new(RefusalCode::Failed, error))?;
+        let hash_pages = (0..manifest.head().regions.len()).flat_map(|region| {
+            let pages = manifest.extent_digests(region).chunks(HASH_PAGE_DIGESTS as usize);
+            pages.map(|page| Blob::new(encode_hash_page(page)).expect("a page has at most 1,024 digests"))
+        });
+        let hash_pages = Opened::pages_ahead(hash_pages);
+        let about = Blob::new(offered.about.encode()).expect("short");
+        let is_complete = offered.image.unsettled().is_none();
+        let mut state = self.lock();
+        let now = self.began.elapsed();
+        let Granted { token, lasts } = state.leases.grant(now, peer.node, tenant.clone(), image).map_err(refusal)?;
+        let held = state.held.entry(image).or_default();
+        if !held.iter().any(|held| held.offered.tenant == *tenant) {
+            held.push(Held { offered, manifest });
+        }
+        let hints = state.hints.get(&image).cloned().unwrap_or_default();
+        Ok(Opened {
+            lease: Blob::new(token).expect("as long as a token may be"),
+            lease_for: lasts,
+            head: Blob::new(head).expect("as long as a head may be"),
+            hints: Hints::first_of(hints),
+            is_complete,
+            hash_pages,
+            about,
+        })
+    }
+
+    async fn extent(
+        &self,
+        peer: &Peer,
+        lease: &LeaseToken,
+        image: Digest,
+        id: ExtentId,
+        urgency: Urgency,
+    ) -> Result<Extent, Refusal> {
+        let ask = || self.allowed(peer, lease, image, Some((id.region, id.extent.0..id.extent.0.saturating_add(1))));
+        let Held { offered, manifest } = ask()?;
+        let region = usize::from(id.region);
+        if manifest.extent_digests(region)[id.extent.0 as usize] == Digest::ZERO_CONTENT {
+            return Ok(Extent::Zero);
+        }
+        let read = || -> Result<Extent, Refusal> {
+            let mut bytes = Box::new([0; EXTENT_LEN]);
+            let read = offered.image.read_extent(region, id.extent, &mut bytes);
+            Ok(match read.map_err(|error| Refusal::new(RefusalCode::Failed, error))? {
+                Content::Zero => Extent::Zero,
+                Content::Data => Extent::Data(Bytes::from(Vec::from(bytes as Box<[u8]>))),
+                Content::Absent => Extent::Absent,
+            })
+        };
+        let mut extent = read()?;
+        if let (Extent::Absent, Urgency::Demand | Urgency::Replay, Some(pager), Some(host_image)) =
+            (&extent, urgency, self.pager.get(), offered.image.unsettled())
+        {
+            let key = (offered.tenant.clone(), host_image.digest());
+            let pull = pager.pull(key, id.region, id.extent);
+            // An error: it takes longer. The reader is told that it is absent, and asks again.
+            tokio::time::timeout(PULL_PATIENCE, pull).await.unwrap_or_default();
+            // The lease may have ended meanwhile.
+            ask()?;
+            extent = read()?;
+        }
+        if matches!(extent, Extent::Data(_)) {
+            metrics::page_bytes(PageBytes::Served, EXTENT_LEN as u64);
+        }
+        Ok(extent)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ImageStore for Store {
+    fn open<'a>(&'a self, peer: &'a Peer, tenant: &'a Tenant, image: Digest) -> BoxFuture<'a, Result<Opened, Refusal>> {
+        Box::pin(self.open(peer, tenant, image))
+    }
+
+    fn renew(&self, peer: &Peer, lease: &LeaseToken) -> Result<Renewed, Refusal> {
+        let Granted { token, lasts } = self.lock().leases.renew(self.began.elapsed(), lease, peer.node).map_err(refusal)?;
+        Ok(Renewed { lease: Blob::new(token).expect("as long as a token may be"), lease_for: lasts })
+    }
+
+    fn release(&self, peer: &Peer, lease: &LeaseToken) -> Result<(), Refusal> {
+        self.lock().leases.release(self.began.elapsed(), lease, peer.node).map_err(refusal)
+    }
+
+    fn hash_page<'a>(
+        &'a self,
+        peer: &'a Peer,
+        lease: &'a LeaseToken,
+        image: Digest,
+        region: u8,
+        page: u32,
+    ) -> BoxFuture<'a, Result<HashPageBytes, Refusal>> {
+        let first = page.saturating_mul(HASH_PAGE_DIGESTS);
+        let answer = self.allowed(peer, lease, image, Some((region, first..first.saturating_add(1)))).and_then(|held| {
+            let digests = held.manifest.extent_digests(usize::from(region)).chunks(HASH_PAGE_DIGESTS as usize);
+            let bytes = digests.into_iter().nth(page as usize).map(encode_hash_page);
+            let bytes = bytes.ok_or_else(|| Refusal::new(RefusalCode::OutOfRange, format!("no hash page {page}")))?;
+            Ok(Blob::new(bytes).expect("a page has at most 1,024 digests"))
+        });
+        Box::pin(std::future::ready(answer))
+    }
+
+    fn extent<'a>(
+        &'a self,
+        peer: &'a Peer,
+        lease: &'a LeaseToken,
+        image: Digest,
+        id: ExtentId,
+        urgency: Urgency,
+    ) -> BoxFuture<'a, Result<Extent, Refusal>> {
+        Box::pin(self.extent(peer, lease, image, id, urgency))
+    }
+
+    /// The longest record is kept: a host on which children did more, or did it before the rest had been streamed, knows more.
+    fn hints(&self, peer: &Peer, lease: &LeaseToken, image: Digest, runs: Hints) -> Result<(), Refusal> {
+        let held = self.allowed(peer, lease, image, None)?;
+        let regions = &held.manifest.head().regions;
+        let is_within = |run: &WorkingSetRun| {
+            let extents = regions.get(usize::from(run.region)).map_or(0, |region| region.map.extent_count());
+            run.start.0.checked_add(run.count).is_some_and(|end| end <= extents)
+        };
+        let runs = runs.into_vec();
+        if !runs.iter().all(is_within) {
+            return Err(Refusal::new(RefusalCode::OutOfRange, "hints beyond the image"));
+        }
+        let count = |runs: &[WorkingSetRun]| runs.iter().map(|run| u64::from(run.count)).sum::<u64>();
+        let mut state = self.lock();
+        let known = state.hints.entry(image).or_default();
+        if count(&runs) > count(known) {
+            *known = runs;
+        }
+        Ok(())
+    }
+}
+
+/// The manifest of an image, which takes time for one that was not hashed yet.
+async fn manifest(image: &Arc<Image>) -> Result<Arc<Manifest>, Refusal> {
+    let deadline = tokio::time::Instant::now() + DIGESTS_PATIENCE;
+    loop {
+        let image = Arc::clone(image);
+        let made = tokio::task::spawn_blocking(move || image.manifest(|_, _| {})).await;
+        match made {
+            Ok(Ok(manifest)) => return Ok(manifest),
+            Ok(Err(SaveError::Unsettled)) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(DIGESTS_ROUND).await;
+            }
+            Ok(Err(SaveError::Unsettled)) => {
+                return Err(Refusal::new(RefusalCode::Busy, "the image has just been opened here, and is not known yet"));
+            }
+            Ok(Err(error)) => return Err(Refusal::new(RefusalCode::Failed, error)),
+            Err(error) => return Err(Refusal::new(RefusalCode::Failed, error)),
+        }
+    }
+}
+
+fn unknown(image: Digest) -> Refusal {
+    Refusal::new(RefusalCode::UnknownImage, format!("image {image}"))
+}
+
+fn refusal(refused: LeaseRefusal) -> Refusal {
+    let code = match refused {
+        LeaseRefusal::NoLease => RefusalCode::NoLease,
+        LeaseRefusal::Forged => RefusalCode::Forged,
+        LeaseRefusal::Expired => RefusalCode::Expired,
+        LeaseRefusal::OtherNode => RefusalCode::OtherNode,
+        LeaseRefusal::OtherTenant => RefusalCode::OtherTenant,
+        LeaseRefusal::OtherImage => RefusalCode::OtherImage,
+        LeaseRefusal::Replayed => RefusalCode::Replayed,
+        LeaseRefusal::Revoked => RefusalCode::Revoked,
+        LeaseRefusal::OutOfRange => RefusalCode::OutOfRange,
+        LeaseRefusal::TooMany { .. } => RefusalCode::Busy,
+    };
+    Refusal::new(code, refused)
+}

@@ -1,0 +1,567 @@
+//! One image being fetched: carries out what its [`Transfer`] says, and tells it what came of it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pages::client::{ExtentAnswer, LinkError};
+use pages::transfer::{Arrival, Command, Config, ExtentId, Region, RequestId, SourceId, Transfer, Urgency, Waiter};
+use pages::wire::{Content, ExtentsRequest, Wanted};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::AbortHandle;
+use types::{EXTENT_SIZE, ExtentIndex, Reason};
+use vm::host_image::{PublishError, Published, SettleError};
+use vm::image::Image;
+use vm::{HostImage, Watched};
+
+use super::super::metrics::{self, FaultStages, PageBytes};
+use super::super::offer::About;
+use super::source::Source;
+use super::{Key, Opened, Progress, Shared};
+
+/// Before settling is tried again that failed for lack of something.
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
+/// How many extents that children touched first are remembered.
+const TOUCHED_MAX: usize = 4096;
+
+/// See the module.
+pub(super) struct Fetch {
+    pub(super) key: Key,
+    pub(super) host_image: Arc<HostImage>,
+    pub(super) image: Arc<Image>,
+    pub(super) shared: Rc<Shared>,
+    pub(super) state: RefCell<State>,
+    /// Something may be due sooner than before.
+    timer: Notify,
+    /// A hash page has come.
+    pub(super) learned: Notify,
+    about: About,
+    opened_at: Duration,
+    settled_after: Cell<Option<Duration>>,
+    tasks: RefCell<Vec<AbortHandle>>,
+}
+
+pub(super) struct State {
+    pub(super) transfer: Transfer,
+    pub(super) sources: BTreeMap<SourceId, Source>,
+    waiters: HashMap<Waiter, Waiting>,
+    next_waiter: u64,
+    requests: HashMap<RequestId, AbortHandle>,
+    /// What children touched that was not here, in that order.
+    pub(super) touched: Vec<ExtentId>,
+    touched_before: HashSet<ExtentId>,
+    /// Extents that are the same as one of an image that is here.
+    pub(super) elsewhere: HashMap<ExtentId, (Arc<Image>, usize, ExtentIndex)>,
+    /// What was published and may be evicted, oldest first.
+    pub(super) published: VecDeque<ExtentId>,
+    /// How far the answers to faults have come.
+    answering: HashMap<ExtentId, Answering>,
+    pub(super) wire_bytes: u64,
+}
+
+/// A fault that is being answered, with the times of what was done so far.
+struct Answering {
+    stages: FaultStages,
+    /// When the last of those ended.
+    since: Duration,
+    was_sent: bool,
+}
+
+/// Who waits for an extent.
+enum Waiting {
+    Child(Arc<Watched>, AbortHandle),
+    /// Another node, through this one's server.
+    Pull(oneshot::Sender<()>),
+    /// A branch that is being completed looks at the host image itself.
+    Nobody,
+}
+
+impl Fetch {
+    pub(super) fn new(
+        shared: &Rc<Shared>,
+        key: Key,
+        (host_image, image): (Arc<HostImage>, Arc<Image>),
+        about: About,
+    ) -> Rc<Self> {
+        let regions: Vec<Region> = host_image
+            .head()
+            .regions
+            .iter()
+            .enumerate()
+            .map(|(number, region)| {
+                let absent = host_image.data_extents(number).collect();
+                Region { extents: region.map.extent_count(), absent }
+            })
+            .collect();
+        let config = Config { deadline: shared.settings.deadline, ..Config::default() };
+        let seed = u64::from_le_bytes(key.1.as_bytes()[..8].try_into().expect("a digest has 32 bytes"));
+        let transfer = Transfer::new(config, &regions, seed).expect("the default with another deadline is consistent");
+        let state = State {
+            transfer,
+            sources: BTreeMap::new(),
+            waiters: HashMap::new(),
+            next_waiter: 0,
+            requests: HashMap::new(),
+            touched: Vec::new(),
+            touched_before: HashSet::new(),
+            elsewhere: HashMap::new(),
+            published: VecDeque::new(),
+            answering: HashMap::new(),
+            wire_bytes: 0,
+        };
+        let fetch = Rc::new(Self {
+            key,
+            host_image,
+            image,
+            shared: Rc::clone(shared),
+            state: RefCell::new(state),
+            timer: Notify::new(),
+            learned: Notify::new(),
+            about,
+            opened_at: shared.now(),
+            settled_after: Cell::new(None),
+            tasks: RefCell::default(),
+        });
+        let keep_time = Rc::clone(&fetch);
+        fetch.spawn(async move { keep_time.keep_time().await });
+        fetch
+    }
+
+    /// A task that ends with the fetch.
+    pub(super) fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) -> AbortHandle {
+        let handle = tokio::task::spawn_local(task).abort_handle();
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(handle.clone());
+        handle
+    }
+
+    pub(super) fn opened(&self) -> Opened {
+        Opened { image: Arc::clone(&self.image), about: self.about.clone() }
+    }
+
+    /// Whether children can still be forked from it.
+    pub(super) fn is_good(&self) -> bool {
+        self.host_image.failed().is_none()
+    }
+
+    pub(super) fn add_holders(self: &Rc<Self>, holders: &[SocketAddr]) {
+        for address in holders {
+            let is_known = self.state.borrow().sources.values().any(|source| source.link.address() == *address);
+            if !is_known && !self.host_image.is_settled() {
+                self.add_source(self.shared.client.link(*address, None), None);
+            }
+        }
+    }
+
+    /// Reads and answers the faults of a child from now on.
+    pub(super) fn watch(self: &Rc<Self>, child: Arc<Watched>) {
+        let waiter = self.next_waiter();
+        let task = self.spawn(super::child::serve(Rc::clone(self), Arc::clone(&child), waiter));
+        self.state.borrow_mut().waiters.insert(waiter, Waiting::Child(child, task));
+    }
+
+    pub(super) fn forget(&self, child: &Arc<Watched>) {
+        let mut state = self.state.borrow_mut();
+        let is_it = |waiting: &Waiting| matches!(waiting, Waiting::Child(other, _) if Arc::ptr_eq(other, child));
+        let waiter = state.waiters.iter().find(|(_, waiting)| is_it(waiting)).map(|(waiter, _)| *waiter);
+        if let Some(waiter) = waiter {
+            if let Some(Waiting::Child(_, task)) = state.waiters.remove(&waiter) {
+                task.abort();
+            }
+            let now = self.shared.now();
+            state.transfer.forget_waiter(now, waiter);
+        }
+    }
+
+    /// A child has touched what may not be here.
+    pub(super) fn fault(
+        self: &Rc<Self>,
+        waiter: Waiter,
+        child: &Watched,
+        id: ExtentId,
+        (ready_at, read_at): (Duration, Duration),
+    ) {
+        let region = usize::from(id.region);
+        if self.host_image.has(region, id.extent) || self.supply(id) {
+            child.wake(region, id.extent);
+            return;
+        }
+        {
+            let mut state = self.state.borrow_mut();
+            if state.touched.len() < TOUCHED_MAX && state.touched_before.insert(id) {
+                state.touched.push(id);
+            }
+            let stages = FaultStages { uffd_read: read_at.saturating_sub(ready_at), ..FaultStages::default() };
+            state.answering.entry(id).or_insert(Answering { stages, since: read_at, was_sent: false });
+            state.transfer.demand(read_at, id, waiter);
+        }
+    }
+
+    /// These are needed soon, though no child waits.
+    pub(super) fn want(self: &Rc<Self>, region: u8, extents: Range<u32>) {
+        for extent in extents.map(ExtentIndex) {
+            self.demand(ExtentId { region, extent }, Waiting::Nobody);
+        }
+    }
+
+    /// Another node needs this one.
+    pub(super) fn pull(self: &Rc<Self>, region: u8, extent: ExtentIndex, reply: oneshot::Sender<()>) {
+        self.demand(ExtentId { region, extent }, Waiting::Pull(reply));
+    }
+
+    fn demand(self: &Rc<Self>, id: ExtentId, waiting: Waiting) {
+        if self.host_image.has(usize::from(id.region), id.extent) || self.supply(id) {
+            return answer(waiting);
+        }
+        let waiter = self.next_waiter();
+        let mut state = self.state.borrow_mut();
+        state.waiters.insert(waiter, waiting);
+        let now = self.shared.now();
+        state.transfer.demand(now, id, waiter);
+        drop(state);
+        self.pump();
+    }
+
+    /// Publishes what is zero, or is here as part of another image. Says whether it was.
+    pub(super) fn supply(self: &Rc<Self>, id: ExtentId) -> bool {
+        let region = usize::from(id.region);
+        let (published, kind) = if self.host_image.digest_of(region, id.extent) == Some(types::Digest::ZERO_CONTENT) {
+            (self.host_image.publish_zeros(region, id.extent), PageBytes::Zero)
+        } else {
+            let found = self.state.borrow().elsewhere.get(&id).cloned();
+            let Some((image, there, extent)) = found else { return false };
+            let mut bytes = Box::new([0; vm::host_image::EXTENT_LEN]);
+            match image.read_extent(there, extent, &mut bytes) {
+                Ok(vm::image::manifest::Content::Data) => {}
+                // Evicted there, or worse: it is fetched then.
+                _ => return false,
+            }
+            (self.host_image.publish(region, id.extent, &bytes[..]), PageBytes::Local)
+        };
+        if let Err(error) = &published {
+            tracing::debug!(%error, "not supplied from this host");
+            return false;
+        }
+        metrics::page_bytes(kind, EXTENT_SIZE);
+        let mut state = self.state.borrow_mut();
+        state.published.push_back(id);
+        let now = self.shared.now();
+        state.transfer.published_otherwise(now, id);
+        true
+    }
+
+    /// Does what the transfer says, until it has nothing to say.
+    pub(super) fn pump(self: &Rc<Self>) {
+        loop {
+            let command = self.state.borrow_mut().transfer.poll();
+            let Some(command) = command else { break };
+            tracing::trace!(image = %self.key.1, %command);
+            match command {
+                Command::Send { request, source, extents, urgency } => self.send(request, source, extents, urgency),
+                Command::Cancel { request } => {
+                    if let Some(task) = self.state.borrow_mut().requests.remove(&request) {
+                        task.abort();
+                    }
+                }
+                Command::Wake { extent, waiters } => self.wake(extent, &waiters),
+                Command::GiveUp { extent, waiters, waited } => self.give_up(extent, &waiters, waited),
+                Command::Quarantine { source, extent } => self.quarantine(source, extent),
+                Command::Settled => self.settle(),
+            }
+        }
+        self.timer.notify_one();
+    }
+
+    async fn keep_time(self: Rc<Self>) {
+        loop {
+            let due = self.state.borrow().transfer.next_timeout();
+            let due = due.map(|due| self.shared.began + due);
+            let timer = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = timer => {
+                    let now = self.shared.now();
+                    self.state.borrow_mut().transfer.tick(now);
+                    self.pump();
+                }
+                () = self.timer.notified() => {}
+            }
+        }
+    }
+
+    fn send(self: &Rc<Self>, request: RequestId, source: SourceId, extents: Vec<ExtentId>, urgency: Urgency) {
+        let asked = {
+            let state = self.state.borrow();
+            let source = state.sources.get(&source);
+            source.and_then(|source| Some((source.link.clone(), source.lease.clone()?, source.may_compress())))
+        };
+        let wanted = Wanted::new(extents.iter().map(|id| super::source::wire_id(*id)).collect());
+        let (Some((link, lease, may_compress)), Ok(wanted)) = (asked, wanted) else {
+            let now = self.shared.now();
+            return self.state.borrow_mut().transfer.ended(now, request);
+        };
+        let urgency = super::source::wire_urgency(urgency);
+        let order = ExtentsRequest { lease, image: self.key.1, urgency, extents: wanted, may_compress };
+        if urgency == pages::wire::Urgency::Demand {
+            let mut state = self.state.borrow_mut();
+            for id in &extents {
+                match state.answering.get_mut(id) {
+                    Some(answering) if answering.was_sent => metrics::hedged(),
+                    Some(answering) => {
+                        let now = self.shared.now();
+                        answering.stages.queue = now.saturating_sub(answering.since);
+                        (answering.since, answering.was_sent) = (now, true);
+                    }
+                    None => {}
+                }
+            }
+        }
+        let this = Rc::clone(self);
+        let within = self.shared.settings.deadline;
+        let task = self.spawn(async move {
+            let unknown = RefCell::new(Vec::new());
+            let each = |answer: ExtentAnswer| {
+                if let Some(answer) = this.arrived(request, urgency, answer) {
+                    unknown.borrow_mut().push(answer);
+                }
+            };
+            let ended = link.extents(&order, within, each).await;
+            // Faster than the digests that say whether they are right.
+            for answer in unknown.into_inner() {
+                this.learn_digest(answer.id.region, answer.id.extent).await;
+                drop(this.arrived(request, urgency, answer));
+            }
+            this.ended(request, source, ended);
+        });
+        self.state.borrow_mut().requests.insert(request, task);
+    }
+
+    /// Takes an answer; gives it back if it cannot be verified yet.
+    fn arrived(
+        self: &Rc<Self>,
+        request: RequestId,
+        urgency: pages::wire::Urgency,
+        answer: ExtentAnswer,
+    ) -> Option<ExtentAnswer> {
+        let id = super::source::transfer_id(answer.id);
+        let began = self.shared.now();
+        let published = match &answer.content {
+            Content::Absent => Ok(None),
+            Content::Zero => self.publish(id, None).map(Some),
+            Content::Data(bytes) => self.publish(id, Some(bytes)).map(Some),
+        };
+        let wire_bytes = u32::try_from(answer.wire_bytes).unwrap_or(u32::MAX);
+        let arrival = match published {
+            Ok(Some(published)) => {
+                if let Some(answering) = self.state.borrow_mut().answering.get_mut(&id) {
+                    answering.stages.wire = began.saturating_sub(answering.since);
+                    (answering.stages.verify, answering.stages.publish) = (published.verify, published.place);
+                    answering.since = self.shared.now();
+                }
+                metrics::page_bytes(page_bytes(urgency), u64::from(wire_bytes));
+                Arrival::Published { wire_bytes }
+            }
+            Ok(None) => Arrival::Absent,
+            Err(PublishError::NoDigest { .. }) => return Some(answer),
+            Err(error @ PublishError::Wrong { .. }) => {
+                tracing::warn!(image = %self.key.1, %error, "a holder sent what is not the image's");
+                Arrival::Wrong
+            }
+            Err(error) => {
+                tracing::warn!(image = %self.key.1, %error, "not published");
+                Arrival::Absent
+            }
+        };
+        {
+            let mut state = self.state.borrow_mut();
+            state.wire_bytes += u64::from(wire_bytes);
+            let now = self.shared.now();
+            if state.transfer.arrived(now, request, id, arrival) == pages::transfer::Taken::Stale {
+                tracing::debug!(image = %self.key.1, %id, "an answer that nobody waits for any more");
+            }
+            if matches!(arrival, Arrival::Published { .. }) {
+                state.published.push_back(id);
+            }
+        }
+        self.keep_budget();
+        self.pump();
+        None
+    }
+
+    fn publish(&self, id: ExtentId, bytes: Option<&[u8]>) -> Result<Published, PublishError> {
+        let region = usize::from(id.region);
+        let publish = || match bytes {
+            Some(bytes) => self.host_image.publish(region, id.extent, bytes),
+            None => self.host_image.publish_zeros(region, id.extent),
+        };
+        match publish() {
+            Err(PublishError::NoMemory { .. }) if self.make_room() => publish(),
+            published => published,
+        }
+    }
+
+    fn ended(self: &Rc<Self>, request: RequestId, source: SourceId, ended: Result<(), LinkError>) {
+        if let Err(error) = &ended {
+            tracing::debug!(image = %self.key.1, %request, %error, "a request failed");
+            self.source_failed(source, error);
+        }
+        let mut state = self.state.borrow_mut();
+        state.requests.remove(&request);
+        let now = self.shared.now();
+        state.transfer.ended(now, request);
+        drop(state);
+        self.pump();
+    }
+
+    fn wake(&self, id: ExtentId, waiters: &[Waiter]) {
+        let mut state = self.state.borrow_mut();
+        let answering = state.answering.remove(&id);
+        for waiter in waiters {
+            if let Some(Waiting::Child(child, _)) = state.waiters.get(waiter) {
+                child.wake(usize::from(id.region), id.extent);
+            } else if let Some(waiting) = state.waiters.remove(waiter) {
+                answer(waiting);
+            }
+        }
+        if let Some(Answering { mut stages, since, was_sent: true }) = answering {
+            stages.wake = self.shared.now().saturating_sub(since);
+            metrics::fault(&stages);
+        }
+    }
+
+    fn give_up(&self, id: ExtentId, waiters: &[Waiter], waited: Duration) {
+        let mut state = self.state.borrow_mut();
+        state.answering.remove(&id);
+        let sources: Vec<String> = state.sources.values().map(ToString::to_string).collect();
+        let detail = format!(
+            "extent {} of region {} of image {} did not come within {waited:.1?}; asked: {}",
+            id.extent,
+            id.region,
+            self.key.1,
+            sources.join(", ")
+        );
+        for waiter in waiters {
+            match state.waiters.get(waiter) {
+                Some(Waiting::Child(child, _)) => {
+                    tracing::warn!(machine = %child.machine(), detail, "a page could not be had");
+                    child.end(vm::Ended { reason: Reason::PageSourceLost, detail: detail.clone() });
+                }
+                // Whoever waits finds out that it has not come.
+                Some(_) => drop(state.waiters.remove(waiter)),
+                None => {}
+            }
+        }
+    }
+
+    fn quarantine(&self, source: SourceId, id: ExtentId) {
+        metrics::quarantined();
+        if let Some(source) = self.state.borrow_mut().sources.get_mut(&source) {
+            tracing::error!(image = %self.key.1, %source, extent = %id, "quarantined");
+            source.quarantine();
+        }
+    }
+
+    /// Everything is here.
+    fn settle(self: &Rc<Self>) {
+        let this = Rc::clone(self);
+        self.spawn(async move {
+            let host_image = Arc::clone(&this.host_image);
+            // It reads all of it.
+            let settled = tokio::task::spawn_blocking(move || host_image.settle()).await;
+            match settled {
+                Ok(Ok(())) => this.has_settled(),
+                Ok(Err(SettleError::Absent { .. })) | Err(_) => {
+                    let now = this.shared.now();
+                    this.state.borrow_mut().transfer.stream(now, this.shared.settings.streams);
+                    this.pump();
+                }
+                Ok(Err(error @ SettleError::Poisoned(_))) => {
+                    tracing::error!(image = %this.key.1, %error, "an image is poisoned");
+                }
+                Ok(Err(error @ SettleError::Step { .. })) => {
+                    tracing::warn!(image = %this.key.1, %error, "an image cannot settle yet");
+                    tokio::time::sleep(SETTLE_PAUSE).await;
+                    this.settle();
+                }
+            }
+        });
+    }
+
+    fn has_settled(&self) {
+        let after = self.shared.now().saturating_sub(self.opened_at);
+        self.settled_after.set(Some(after));
+        tracing::info!(image = %self.key.1, seconds = after.as_secs_f64(), "settled");
+        self.release_sources();
+        self.end_tasks();
+    }
+
+    /// Whether anybody has the image, a branch of it, or a child.
+    pub(super) fn is_needed(&self) -> bool {
+        // The fetch has one of each, and the image one of the host image.
+        Arc::strong_count(&self.image) > 1 || Arc::strong_count(&self.host_image) > 2
+    }
+
+    /// Ends what is under way. Says `false`: it is over.
+    pub(super) fn close(&self) -> bool {
+        self.release_sources();
+        self.end_tasks();
+        if !self.host_image.is_settled() {
+            let detail = "its image was closed before all of it was here".to_owned();
+            self.host_image.fail(vm::Ended { reason: Reason::PageSourceLost, detail });
+        }
+        false
+    }
+
+    fn end_tasks(&self) {
+        self.tasks.borrow_mut().drain(..).for_each(|task| task.abort());
+        let mut state = self.state.borrow_mut();
+        state.waiters.drain().for_each(|(_, waiting)| answer(waiting));
+        state.requests.clear();
+        state.published = VecDeque::new();
+        state.elsewhere = HashMap::new();
+    }
+
+    pub(super) fn progress(&self) -> Progress {
+        let state = self.state.borrow();
+        let stats: BTreeMap<_, _> = state.transfer.sources().collect();
+        let sources = state.sources.iter().map(|(id, source)| source.facts(stats.get(id))).collect();
+        Progress { settled_after: self.settled_after.get(), wire_bytes: state.wire_bytes, sources }
+    }
+
+    fn next_waiter(&self) -> Waiter {
+        let mut state = self.state.borrow_mut();
+        state.next_waiter += 1;
+        Waiter(state.next_waiter)
+    }
+}
+
+impl Shared {
+    /// Time since the pager began.
+    pub(super) fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+}
+
+fn page_bytes(urgency: pages::wire::Urgency) -> PageBytes {
+    match urgency {
+        pages::wire::Urgency::Demand => PageBytes::Demand,
+        pages::wire::Urgency::Replay => PageBytes::Replay,
+        pages::wire::Urgency::Stream => PageBytes::Stream,
+    }
+}
+
+fn answer(waiting: Waiting) {
+    if let Waiting::Pull(reply) = waiting {
+        // Whoever asked may be gone.
+        reply.send(()).unwrap_or_default();
+    }
+}

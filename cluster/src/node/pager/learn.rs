@@ -1,0 +1,222 @@
+//! What a fetch learns of its image before it can settle: the digests of all extents, which of them are zero or here already as
+//! part of other images, and what children touch first, which it tells the holders.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pages::transfer::ExtentId;
+use pages::wire::{Hints, Opened};
+use types::manifest::{HASH_PAGE_DIGESTS, WorkingSetRun};
+use types::{Digest, ExtentIndex};
+use vm::image::Image;
+
+use super::fetch::Fetch;
+
+/// Hash pages that are asked for at once.
+const AT_ONCE: usize = 8;
+/// Before a hash page is asked for again.
+const PAUSE: Duration = Duration::from_millis(50);
+/// When holders are told what children have touched, after the image was opened.
+const TELL_AFTER: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(10), Duration::from_secs(60)];
+
+impl Fetch {
+    /// Begins what goes on beside the faults of children.
+    pub(super) fn begin(self: &Rc<Self>, hints: &[WorkingSetRun]) {
+        if self.shared.settings.replays {
+            let recorded = self.host_image.head().working_set.iter().chain(hints);
+            let extents: Vec<ExtentId> = recorded
+                .flat_map(|run| {
+                    let extents = run.start.0..run.start.0.saturating_add(run.count);
+                    extents.map(|extent| ExtentId { region: run.region, extent: ExtentIndex(extent) })
+                })
+                .collect();
+            let now = self.shared.now();
+            self.state.borrow_mut().transfer.replay(now, extents);
+        }
+        let (learning, telling) = (Rc::clone(self), Rc::clone(self));
+        self.spawn(async move { learning.learn().await });
+        let before = hints.to_vec();
+        self.spawn(async move { telling.tell(before).await });
+        self.pump();
+    }
+
+    /// Takes the hash pages that came with a head; what is not right is asked for again.
+    pub(super) fn take_hash_pages(&self, opened: &Opened) {
+        let missing: Vec<_> = self.host_image.missing_hash_pages().collect();
+        let mut given = opened.hash_pages.clone().into_vec().into_iter();
+        let first: Vec<_> = given.by_ref().collect();
+        let mut by_digest: HashMap<Digest, _> = first.iter().map(|page| (Digest::of(page), page)).collect();
+        for (region, page, expected) in missing {
+            if let Some(bytes) = by_digest.remove(&expected) {
+                self.host_image.add_hash_page(region, page, bytes).unwrap_or_else(|error| {
+                    tracing::debug!(%error, "a hash page that came with a head");
+                });
+            }
+        }
+        self.learned.notify_waiters();
+    }
+
+    /// Waits until the digest of an extent is known.
+    pub(super) async fn learn_digest(self: &Rc<Self>, region: u8, extent: ExtentIndex) {
+        let region = usize::from(region);
+        let page = (extent.0 / HASH_PAGE_DIGESTS) as usize;
+        while self.host_image.digest_of(region, extent).is_none() {
+            let learned = self.learned.notified();
+            // Not in its turn: somebody waits.
+            tokio::select! { () = self.ask_for_hash_page(region, page) => {}, () = learned => {} }
+        }
+    }
+
+    async fn learn(self: Rc<Self>) {
+        loop {
+            let missing: Vec<_> = self.host_image.missing_hash_pages().take(AT_ONCE).collect();
+            if missing.is_empty() {
+                break;
+            }
+            let asked = missing.into_iter().map(|(region, page, _)| self.ask_for_hash_page(region, page));
+            futures_util::future::join_all(asked).await;
+        }
+        self.find_elsewhere().await;
+        self.supply_all().await;
+        let now = self.shared.now();
+        self.state.borrow_mut().transfer.stream(now, self.shared.settings.streams);
+        self.pump();
+    }
+
+    /// Asks one source after the other for a hash page, once around.
+    async fn ask_for_hash_page(&self, region: usize, page: usize) {
+        let sources: Vec<_> = {
+            let state = self.state.borrow();
+            let good = state.sources.iter().filter_map(|(id, source)| Some((*id, source.link.clone(), source.lease.clone()?)));
+            good.collect()
+        };
+        for (id, link, lease) in sources {
+            let (number, index) = (u8::try_from(region), u32::try_from(page));
+            let (Ok(number), Ok(index)) = (number, index) else { return };
+            let within = self.shared.settings.deadline;
+            match link.hash_page(&lease, self.key.1, number, index, within).await {
+                Ok(bytes) => match self.host_image.add_hash_page(region, page, &bytes) {
+                    Ok(()) => return self.learned.notify_waiters(),
+                    Err(error) => {
+                        tracing::warn!(image = %self.key.1, source = %link.address(), %error, "a holder sent what is not the image's");
+                        self.distrust(id);
+                    }
+                },
+                Err(error) => tracing::debug!(image = %self.key.1, source = %link.address(), %error, "no hash page"),
+            }
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+
+    /// A source lied about a digest.
+    fn distrust(&self, id: pages::transfer::SourceId) {
+        super::super::metrics::quarantined();
+        let now = self.shared.now();
+        let mut state = self.state.borrow_mut();
+        state.transfer.remove_source(now, id);
+        if let Some(source) = state.sources.get_mut(&id) {
+            source.quarantine();
+        }
+    }
+
+    /// Finds extents that are the same as one of an image of the same tenant that is here.
+    async fn find_elsewhere(&self) {
+        let others: Vec<Arc<Image>> = self.shared.library.images(&self.key.0);
+        let (own, host_image) = (self.image.id(), Arc::clone(&self.host_image));
+        let found = tokio::task::spawn_blocking(move || {
+            let mut wanted: HashMap<Digest, Vec<ExtentId>> = HashMap::new();
+            for region in 0..host_image.head().regions.len() {
+                for extent in host_image.data_extents(region).flatten().map(ExtentIndex) {
+                    if let Some(digest) = host_image.digest_of(region, extent).filter(|digest| *digest != Digest::ZERO_CONTENT) {
+                        let region = u8::try_from(region).expect("a head has at most 8 regions");
+                        wanted.entry(digest).or_default().push(ExtentId { region, extent });
+                    }
+                }
+            }
+            let mut found = HashMap::new();
+            for image in others.into_iter().filter(|image| image.id() != own) {
+                // Its digests are known, so this takes no time.
+                let Ok(manifest) = image.manifest(|_, _| {}) else { continue };
+                for region in 0..manifest.head().regions.len() {
+                    for (extent, digest) in (0u32..).zip(manifest.extent_digests(region)) {
+                        for id in wanted.remove(digest).into_iter().flatten() {
+                            found.insert(id, (Arc::clone(&image), region, ExtentIndex(extent)));
+                        }
+                    }
+                }
+            }
+            found
+        });
+        if let Ok(found) = found.await {
+            self.state.borrow_mut().elsewhere = found;
+        }
+    }
+
+    /// Publishes all that need not be fetched, while no child waits for what must be.
+    async fn supply_all(self: &Rc<Self>) {
+        for region in 0..self.host_image.head().regions.len() {
+            let Ok(number) = u8::try_from(region) else { return };
+            let extents: Vec<u32> = self.host_image.data_extents(region).flatten().collect();
+            for extent in extents.into_iter().map(ExtentIndex) {
+                if !self.host_image.has(region, extent) && self.supply(ExtentId { region: number, extent }) {
+                    self.keep_budget();
+                    self.pump();
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        // What was found elsewhere is here now; what could not be read is fetched.
+        self.state.borrow_mut().elsewhere = HashMap::new();
+    }
+
+    /// Tells the holders now and then what children have touched first, so that the next host fetches that ahead.
+    async fn tell(self: Rc<Self>, before: Vec<WorkingSetRun>) {
+        let mut told = 0;
+        for after in TELL_AFTER {
+            tokio::time::sleep(after).await;
+            let (touched, readers) = {
+                let state = self.state.borrow();
+                let readers = state.sources.values().filter_map(|source| Some((source.link.clone(), source.lease.clone()?)));
+                (state.touched.clone(), readers.collect::<Vec<_>>())
+            };
+            if touched.len() == told {
+                continue;
+            }
+            told = touched.len();
+            let runs = Hints::first_of(before.iter().copied().chain(runs(&touched)));
+            for (link, lease) in readers {
+                let within = self.shared.settings.deadline;
+                if let Err(error) = link.hints(&lease, self.key.1, runs.clone(), within).await {
+                    tracing::debug!(image = %self.key.1, source = %link.address(), %error, "not told what was touched");
+                }
+            }
+        }
+    }
+}
+
+/// Extents in their order as runs: neighbours that came one after the other are one.
+fn runs(extents: &[ExtentId]) -> Vec<WorkingSetRun> {
+    let mut runs: Vec<WorkingSetRun> = Vec::new();
+    for id in extents {
+        match runs.last_mut() {
+            Some(run) if run.region == id.region && run.start.0 + run.count == id.extent.0 => run.count += 1,
+            _ => runs.push(WorkingSetRun { region: id.region, start: id.extent, count: 1 }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_touched_is_told_in_its_order() {
+        let id = |extent| ExtentId { region: 0, extent: ExtentIndex(extent) };
+        let run = |start, count| WorkingSetRun { region: 0, start: ExtentIndex(start), count };
+        assert_eq!(runs(&[id(7), id(8), id(3), id(9), id(10)]), [run(7, 2), run(3, 1), run(9, 2)]);
+        assert_eq!(runs(&[]), []);
+    }
+}
