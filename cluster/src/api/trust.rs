@@ -42,7 +42,7 @@ pub(crate) async fn own(Shared(app): Shared<App>) -> Result<Json<Certificate>, A
 
 /// Trusts the node of a certificate
 ///
-/// It is let in at once, without a restart. What was known of that node before is replaced.
+/// It is let in at once, without a restart. Tenants replace those that were given with the same certificate before.
 #[utoipa::path(
     post,
     path = "/v1/trust",
@@ -50,7 +50,7 @@ pub(crate) async fn own(Shared(app): Shared<App>) -> Result<Json<Certificate>, A
     request_body = TrustRequest,
     responses(
         (status = 200, description = "It is trusted", body = TrustedNode),
-        (status = "4XX", description = "Refused; 400 BAD_CERTIFICATE if it is none, or this node's own", body = ErrorAnswer),
+        (status = "4XX", description = "Refused; 409 OTHER_CERTIFICATE if the node is trusted with another one", body = ErrorAnswer),
         (status = "5XX", description = "Failed; everything is as it was", body = ErrorAnswer)
     )
 )]

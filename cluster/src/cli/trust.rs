@@ -40,7 +40,8 @@ enum Verb {
     Show,
     /// Trust the node of a certificate, from now on
     ///
-    /// It may read images of these tenants here, and have them forked here. What was said of this node before is replaced.
+    /// It may read images of these tenants here, and have them forked here. Added again, it gets these tenants instead of those
+    /// before. A node that is trusted with another certificate has to be removed first.
     #[command(after_help = "\
 Examples:
   farfork trust add node-a.pem

@@ -112,14 +112,14 @@ impl Certificates for FakeCertificates {
     }
 
     fn parse(&self, pem: &str) -> Result<Certificate, CertificateError> {
-        let line = pem.split_once(BEGIN).and_then(|(_, rest)| rest.split_once(END));
-        let mut words = line.map_or("", |(line, _)| line).split_whitespace();
+        let line = pem.strip_prefix(BEGIN).and_then(|rest| rest.strip_suffix(END));
+        let mut words = line.unwrap_or_default().split_whitespace();
         let node = words.next().and_then(|node| Uuid::try_parse(node).ok());
         let seconds = words.next().and_then(|seconds| seconds.parse().ok());
         match (node, seconds) {
             (Some(node), Some(seconds)) => Ok(certificate(NodeId::from_uuid(node), UNIX_EPOCH + Duration::from_secs(seconds))),
             _ => Err(CertificateError {
-                message: "there is no certificate in it".to_owned(),
+                message: "the certificate says nothing of a node".to_owned(),
                 remedy: "give what `farfork trust show` prints on the other node".to_owned(),
             }),
         }

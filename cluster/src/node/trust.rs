@@ -28,6 +28,8 @@ use super::short_id::{ShortId, ShortIdError};
 const SUFFIX: &str = ".pem";
 /// What the first line of a file begins with. Readers of PEM skip lines before the certificate.
 const TENANTS: &str = "farfork-tenants: ";
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----\n";
+const END: &str = "\n-----END CERTIFICATE-----\n";
 /// A certificate, and its tenants in front.
 const FILE_BYTES_MAX: usize = TrustStore::PEM_BYTES_MAX + TrustStore::TENANTS_MAX * 64 + TENANTS.len() + 1;
 
@@ -36,13 +38,14 @@ pub trait Certificates: Send + Sync + 'static {
     /// This node's own.
     fn own(&self) -> Certificate;
 
-    /// Reads one certificate of another node in PEM. Lines before its `BEGIN` are skipped.
+    /// Reads the certificate of another node from one block of PEM, which becomes its [`Certificate::pem`].
     ///
     /// # Errors
     /// [`CertificateError`] if it is none, or not a node's.
     fn parse(&self, pem: &str) -> Result<Certificate, CertificateError>;
 
-    /// From now on a node with this very certificate is let in, for these tenants. If it was before, the tenants are new.
+    /// From now on a node with this very certificate is let in, for these tenants instead of those before, if there were any.
+    /// No node has two certificates.
     fn accept(&self, trusted: &Trusted);
 
     /// From now on this certificate is turned away, and connections that showed it are closed.
@@ -134,7 +137,7 @@ impl TrustStore {
         self.certificates.own()
     }
 
-    /// Trusts the node of a certificate from now on. What was known of that node before is replaced.
+    /// Trusts the node of a certificate from now on. The tenants replace those that were given with the same certificate before.
     ///
     /// # Errors
     /// [`TrustError`]; everything is as it was.
@@ -145,7 +148,7 @@ impl TrustStore {
         if tenants.is_empty() || tenants.len() > Self::TENANTS_MAX {
             return Err(TrustError::Tenants { count: tenants.len() });
         }
-        let certificate = self.certificates.parse(pem)?;
+        let certificate = self.certificates.parse(block(pem)?)?;
         let node = certificate.node;
         if node == self.own().node {
             return Err(TrustError::Own);
@@ -155,16 +158,15 @@ impl TrustStore {
         }
         let new = Trusted { certificate, tenants };
         let mut trusted = self.lock();
-        if trusted.len() >= Self::NODES_MAX && !trusted.contains_key(&node) {
-            return Err(TrustError::TooMany);
+        match trusted.get(&node).map(|known| known.certificate.fingerprint) {
+            // Anybody can write a certificate that claims to be this node's.
+            Some(known) if known != new.certificate.fingerprint => return Err(TrustError::HasAnother { node, known }),
+            None if trusted.len() >= Self::NODES_MAX => return Err(TrustError::TooMany),
+            _ => {}
         }
         let file = file_name(node);
         files::replace(&self.directory, &file, text(&new).as_bytes()).map_err(TrustError::io(&file))?;
-        if let Some(old) = trusted.insert(node, new.clone())
-            && old.certificate.fingerprint != new.certificate.fingerprint
-        {
-            self.certificates.withdraw(&old.certificate);
-        }
+        trusted.insert(node, new.clone());
         self.certificates.accept(&new);
         tracing::info!(%node, fingerprint = %new.certificate.fingerprint, "trusted");
         Ok(new)
@@ -223,6 +225,8 @@ pub enum TrustError {
     Own,
     #[error("the certificate of node {node} has expired")]
     Expired { node: NodeId },
+    #[error("node {node} is trusted with another certificate, {known}")]
+    HasAnother { node: NodeId, known: Digest },
     #[error("{} nodes are trusted already", TrustStore::NODES_MAX)]
     TooMany,
     #[error(transparent)]
@@ -245,6 +249,7 @@ impl TrustError {
             Self::Certificate(_) | Self::TooLong { .. } | Self::Own | Self::Expired { .. } => "BAD_CERTIFICATE",
             Self::Tenants { .. } => "BAD_TENANT",
             Self::Id(_) => "BAD_ID",
+            Self::HasAnother { .. } => "OTHER_CERTIFICATE",
             Self::TooMany => "TOO_MANY_NODES",
             Self::Unknown { .. } => "UNKNOWN_NODE",
             Self::Ambiguous { .. } => "AMBIGUOUS_ID",
@@ -262,6 +267,7 @@ impl TrustError {
             Self::Tenants { .. } => "name at least one tenant, or leave it out for the tenant called default",
             Self::Own => "give what `farfork trust show` prints on the other node",
             Self::Expired { .. } => "have that node make a new one, and check the clocks of both",
+            Self::HasAnother { .. } => "find out why it has a new one; then `farfork trust rm` it, and add it again",
             Self::TooMany => "remove those that are gone: `farfork trust rm`",
             Self::Id(error) => error.remedy(),
             Self::Unknown { .. } => "`farfork trust ls` lists them",
@@ -294,6 +300,19 @@ fn file_name(node: NodeId) -> String {
     format!("{node}{SUFFIX}")
 }
 
+/// The first certificate in a text, with the line feed after it. What is around it is left out.
+fn block(text: &str) -> Result<&str, CertificateError> {
+    let begin = text.find(BEGIN);
+    let block = begin.and_then(|begin| {
+        let end = begin + text[begin..].find(END)? + END.len();
+        Some(&text[begin..end])
+    });
+    block.ok_or_else(|| CertificateError {
+        message: "there is no certificate in it".to_owned(),
+        remedy: "give what `farfork trust show` prints on the other node".to_owned(),
+    })
+}
+
 fn text(trusted: &Trusted) -> String {
     let tenants: Vec<&str> = trusted.tenants.iter().map(Tenant::as_str).collect();
     format!("{TENANTS}{}\n{}", tenants.join(","), trusted.certificate.pem)
@@ -307,7 +326,7 @@ fn read(directory: &OwnedFd, file: &str, certificates: &dyn Certificates) -> Res
     let (tenants, pem) = parts.ok_or_else(|| damaged(format!("its first line does not begin with {TENANTS:?}")))?;
     let tenants: Result<BTreeSet<Tenant>, TenantError> = tenants.split(',').map(str::parse).collect();
     let tenants = tenants.map_err(|error| damaged(error.to_string()))?;
-    let certificate = certificates.parse(pem).map_err(|error| damaged(error.message))?;
+    let certificate = block(pem).and_then(|block| certificates.parse(block)).map_err(|error| damaged(error.message))?;
     if file_name(certificate.node) != file {
         return Err(damaged(format!("it holds the certificate of node {}", certificate.node)));
     }

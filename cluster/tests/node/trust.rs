@@ -79,11 +79,16 @@ fn whom_a_node_trusts_survives_a_restart_and_is_let_in_at_once() {
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), format!("farfork-tenants: default,team-7\n{}", b.pem));
 
-    // A new certificate of the same node is instead of the old one, with its own tenants.
+    // Nobody takes a node's place by claiming to be that node.
     let newer = of_node(0xB, 7_200);
+    let error = trust.add(&newer.pem, tenants(&["default"])).unwrap_err();
+    assert_eq!(error.code(), "OTHER_CERTIFICATE");
+    assert_eq!(door.open_for(), BTreeSet::from([b.fingerprint, c.fingerprint]));
+    // The same certificate again, with text around it: the tenants are new.
+    trust.add(&format!("of node B\n{}{}", b.pem, c.pem), tenants(&["team-8"])).unwrap();
+    assert!(!trust.allows(b.node, &"team-7".parse().unwrap()) && trust.allows(b.node, &"team-8".parse().unwrap()));
+    trust.remove(&b.node.to_string()).unwrap();
     trust.add(&newer.pem, tenants(&["team-8"])).unwrap();
-    assert_eq!(door.open_for(), BTreeSet::from([newer.fingerprint, c.fingerprint]));
-    assert!(!trust.allows(b.node, &"team-7".parse().unwrap()));
     trust.remove(&c.node.to_string()).unwrap();
     assert_eq!(door.open_for(), BTreeSet::from([newer.fingerprint]));
     let listed = trust.list();
