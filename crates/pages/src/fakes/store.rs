@@ -248,7 +248,8 @@ impl MemoryStore {
             Some(Lie::Flipped) => changed(data, |bytes| bytes[1000] ^= 4),
             Some(Lie::Stale) => changed(data, |bytes| bytes[..4096].fill(0xEE)),
             Some(Lie::Swapped) => image.extents.iter().flatten().find(|other| *other != data).unwrap_or(data).clone(),
-            _ => data.clone(),
+            // As a store does that reads a file: each answer has bytes of its own.
+            _ => Bytes::copy_from_slice(data),
         }))
     }
 }

@@ -57,7 +57,8 @@ pub const ORDER_ANSWER_SIZE_MAX: usize = 4 << 20;
 /// The most bytes of a refusal's message.
 pub const REFUSAL_MESSAGE_MAX: usize = 256;
 /// Bytes in an extent, as a length of buffers.
-pub const EXTENT_BYTES: usize = EXTENT_SIZE as usize;
+pub const EXTENT_BYTES: usize = 64 << 10;
+const _: () = assert!(EXTENT_BYTES as u64 == EXTENT_SIZE);
 
 /// A read lease as its holder signed it: opaque to everybody else.
 pub type LeaseToken = Blob<LEASE_SIZE_MAX>;
