@@ -1,7 +1,7 @@
 //! A holder for the tests that attack one: it lets every peer read everything that it trusts, and says how it is.
 //!
 //! `holder CERTIFICATE...` trusts these PEM files, prints its address and its certificate, and then answers each line of its
-//! input by one line: resident bytes, and its counters. It ends with its input.
+//! input by one line: the most bytes that were resident, and its counters. It ends with its input.
 #![forbid(unsafe_code)]
 
 use std::io::BufRead;
@@ -41,12 +41,14 @@ fn main() {
     println!("{}", identity.certificate_pem());
     println!("ready");
     for _ in std::io::stdin().lock().lines() {
-        println!("{} {:?}", resident_bytes(), server.counters());
+        println!("{} {:?}", peak_bytes(), server.counters());
     }
 }
 
-fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").expect("procfs");
-    let pages: u64 = statm.split_whitespace().nth(1).and_then(|field| field.parse().ok()).expect("a number");
-    pages * rustix::param::page_size() as u64
+/// The most that was ever resident, so that nothing is missed between two questions.
+fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("procfs");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    let kib: u64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
+    kib << 10
 }
