@@ -29,14 +29,15 @@ use types::{Digest, Tenant};
 use crate::endpoint::{self, Limits, StartError, Tuning};
 use crate::identity::{Identity, Peer};
 use crate::trust::Trust;
-pub(crate) use connection::peer_of;
-
 use crate::wire::{self, ExtentId, HashPageBytes, Hints, LeaseToken, Opened, Refusal, RefusalCode, Renewed, Urgency};
+
+pub(crate) use connection::peer_of;
 
 /// What a node serves. Owned here, implemented by the node.
 ///
 /// Each call is authorised by the implementation: it checks the lease against the peer, the image and what is asked of it.
-/// Nothing here may block: what takes long belongs into the futures.
+/// Nothing here may block: what takes long belongs into the futures, and those end by themselves, since an answer keeps its
+/// stream and its share of the connection's budget until it is done.
 pub trait ImageStore: Send + Sync + 'static {
     /// Describes an image of a tenant that this peer may read, and grants a lease.
     ///

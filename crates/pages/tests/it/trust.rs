@@ -108,6 +108,21 @@ async fn a_peer_that_is_removed_loses_its_connections_also_in_the_middle_of_an_a
     assert_not_trusted(link.open(&tenant, image.digest(), PATIENCE).await);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_does_not_outlive_its_certificate() {
+    let image = image();
+    let tenant = Tenant::default_tenant();
+    let holder = Holder::of(OpenGate, [image.clone()]);
+    let now = SystemTime::now();
+    let node = NodeId::from_uuid(Uuid::now_v7());
+    let reader = Reader::of(Identity::generate_valid(node, Role::Learner, now, now + Duration::from_secs(3)).unwrap());
+    holder.meet(&reader, &["default"]);
+    let link = reader.link(&holder);
+    let lease = link.open(&tenant, image.digest(), PATIENCE).await.unwrap().lease;
+    holder.store.lie_about(id(3), Some(Lie::Silent));
+    assert_not_trusted(link.extents(&request(&lease, image.digest(), [3]), PATIENCE, |_| {}).await);
+}
+
 /// A certificate says nothing without its key: the handshake's signature is checked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_with_another_key_is_no_identity() {
