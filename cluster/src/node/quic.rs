@@ -265,7 +265,8 @@ impl Certificates for PinnedCertificates {
 
     fn parse(&self, pem: &str) -> Result<Certificate, CertificateError> {
         let parsed = pages::Certificate::from_pem(pem.as_bytes());
-        let parsed = parsed.map_err(|error| CertificateError { message: error.to_string(), remedy: error.remedy().to_owned() })?;
+        let parsed =
+            parsed.map_err(|error| CertificateError { message: error.to_string(), remedy: error.remedy().to_owned() })?;
         Ok(of_certificate(parsed.peer(), block(pem)))
     }
 

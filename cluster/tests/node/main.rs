@@ -3,6 +3,7 @@
 
 mod api;
 mod bad_input;
+mod between;
 mod cli;
 mod crowd;
 mod data;
@@ -11,7 +12,6 @@ mod limits;
 mod openapi;
 mod peers;
 mod real;
-mod remote;
 mod remote;
 mod support;
 mod trust;

@@ -31,9 +31,7 @@ use super::network::NetworkSettings;
 use super::offer::Store;
 use super::pager::Pager;
 use super::quic::Credentials;
-use errors::{
-    of_ended, of_load, of_pool, of_save, of_store, unknown_image, unknown_machine, unknown_name, wrong_proof,
-};
+use errors::{of_ended, of_load, of_pool, of_save, of_store, unknown_image, unknown_machine, unknown_name, wrong_proof};
 use remote::Hasher;
 
 /// What a saved image's file is called after its name.

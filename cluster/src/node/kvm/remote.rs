@@ -105,7 +105,13 @@ impl KvmEngine {
         let children = u32::try_from(children.len()).unwrap_or(u32::MAX);
         let Some(host_image) = known.image.host_image() else {
             let data_bytes = facts(&known)?.stored_bytes;
-            return Ok(Residency { data_bytes, resident_bytes: data_bytes, is_settled: true, children, ..Residency::default() });
+            return Ok(Residency {
+                data_bytes,
+                resident_bytes: data_bytes,
+                is_settled: true,
+                children,
+                ..Residency::default()
+            });
         };
         let resident = host_image.resident();
         let progress = self.pager.handle().progress((known.tenant, host_image.digest())).unwrap_or_default();

@@ -28,7 +28,10 @@ pub(super) async fn serve(fetch: Rc<Fetch>, child: Arc<Watched>, waiter: Waiter)
         let detail = format!("its faults cannot be read: {error}");
         child.end(vm::Ended { reason: Reason::PageSourceLost, detail });
     };
-    #[expect(deprecated, reason = "its successors are unsafe, for those who close what they hand over: this one is open while it lives")]
+    #[expect(
+        deprecated,
+        reason = "its successors are unsafe, for those who close what they hand over: this one is open while it lives"
+    )]
     let faults = AsyncFd::with_interest(Faults(Arc::clone(&child)), Interest::READABLE);
     let faults = match faults {
         Ok(faults) => faults,

@@ -129,7 +129,8 @@ impl Fetch {
             let mut wanted: HashMap<Digest, Vec<ExtentId>> = HashMap::new();
             for region in 0..host_image.head().regions.len() {
                 for extent in host_image.data_extents(region).flatten().map(ExtentIndex) {
-                    if let Some(digest) = host_image.digest_of(region, extent).filter(|digest| *digest != Digest::ZERO_CONTENT) {
+                    if let Some(digest) = host_image.digest_of(region, extent).filter(|digest| *digest != Digest::ZERO_CONTENT)
+                    {
                         let region = u8::try_from(region).expect("a head has at most 8 regions");
                         wanted.entry(digest).or_default().push(ExtentId { region, extent });
                     }

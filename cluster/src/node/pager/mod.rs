@@ -93,12 +93,27 @@ pub(crate) struct Progress {
 
 /// What the thread is asked to do.
 enum Order {
-    Open { order: OpenOrder, reply: oneshot::Sender<Result<Opened, EngineError>> },
+    Open {
+        order: OpenOrder,
+        reply: oneshot::Sender<Result<Opened, EngineError>>,
+    },
     Watch(Arc<Watched>),
     Forget(Arc<Watched>),
-    Want { key: Key, region: usize, extents: Range<u32> },
-    Pull { key: Key, region: u8, extent: ExtentIndex, reply: oneshot::Sender<()> },
-    Progress { key: Key, reply: oneshot::Sender<Option<Progress>> },
+    Want {
+        key: Key,
+        region: usize,
+        extents: Range<u32>,
+    },
+    Pull {
+        key: Key,
+        region: u8,
+        extent: ExtentIndex,
+        reply: oneshot::Sender<()>,
+    },
+    Progress {
+        key: Key,
+        reply: oneshot::Sender<Option<Progress>>,
+    },
     #[cfg(feature = "testing")]
     Panic,
     Stop,

@@ -73,11 +73,7 @@ impl fmt::Display for Source {
 
 impl Fetch {
     /// Asks all holders at once for the image's head. The first good answer opens it; the others become sources too.
-    pub(super) async fn open(
-        shared: &Rc<Shared>,
-        key: Key,
-        holders: &[std::net::SocketAddr],
-    ) -> Result<Rc<Self>, EngineError> {
+    pub(super) async fn open(shared: &Rc<Shared>, key: Key, holders: &[std::net::SocketAddr]) -> Result<Rc<Self>, EngineError> {
         let (tenant, digest) = &key;
         let links: Vec<Link> = holders.iter().map(|address| shared.client.link(*address, None)).collect();
         let within = shared.settings.open_deadline;

@@ -1,0 +1,70 @@
+//! Real machines of one node on another: what a user of two nodes does and sees. Needs KVM, and root for the control groups.
+//! (The name of the file begins none of the names below with `real`, which is how they are left out where there is no KVM.)
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{Node, eventually, ids};
+
+/// Nodes on loopback that trust one another, each with its address.
+pub(crate) fn nodes(count: usize, more: &[&str]) -> Vec<(Node, String)> {
+    let start = || {
+        let options = [&["--listen", "127.0.0.1:0"], more].concat();
+        let node = Node::start_in(tempfile::tempdir().unwrap(), &options);
+        let log = node.log();
+        let address = log.split("listening=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+        (node, address)
+    };
+    let nodes: Vec<(Node, String)> = (0..count).map(|_| start()).collect();
+    for (node, _) in &nodes {
+        let file = node.path().join("certificate.pem");
+        std::fs::write(&file, node.cli(&["trust", "show"]).out).unwrap();
+        for (other, _) in nodes.iter().filter(|(other, _)| other.socket != node.socket) {
+            let added = other.cli(&["trust", "add", file.to_str().unwrap()]);
+            assert_eq!(added.code, Some(0), "{added:?}");
+        }
+    }
+    nodes
+}
+
+/// A warm image on a node: its id there, and its digest.
+pub(crate) fn warm(node: &Node, memory: &str) -> (String, String) {
+    let forked = node.json(&["fork", "--guest", "probe", "-n", "1", "--memory", memory]);
+    let image = forked["image"]["id"].as_str().unwrap().to_owned();
+    let digest = node.json(&["image", "digest", &image])["digest"].as_str().unwrap().to_owned();
+    (image, digest)
+}
+
+fn number(value: &Value, name: &str) -> u64 {
+    value[name].as_u64().unwrap_or_else(|| panic!("{name} in {value}"))
+}
+
+#[test]
+fn real_children_run_on_another_node_before_their_memory_is_there_and_settle() {
+    let nodes = nodes(2, &[]);
+    let [(a, _), (b, b_address)] = &nodes[..] else { unreachable!() };
+    let (image, digest) = warm(a, "64MiB");
+    let forked = a.json(&["fork", "--from", &image, "-n", "3", "--on", b_address, "--verify"]);
+    let children = forked["children"].as_array().unwrap();
+    assert_eq!(children.len(), 3, "{forked}");
+    assert!(children.iter().all(|child| child["verified_pages"].as_u64() == Some(4096)), "{forked}");
+    // They are that node's, and this one's own is still here.
+    assert_eq!((a.machines().len(), b.machines().len()), (1, 3));
+    let images = b.json(&["image", "ls"]);
+    let there = images["images"].as_array().unwrap()[0].clone();
+    assert_eq!(there["digest"].as_str(), Some(&*digest), "{images}");
+    let watched = b.cli(&["watch", there["id"].as_str().unwrap(), "--timeout", "60s"]);
+    assert_eq!(watched.code, Some(0), "{watched:?}");
+    let shown = b.json(&["image", "show", there["id"].as_str().unwrap()]);
+    println!("{shown}");
+    // A fork there is local now: the source is not needed.
+    a.signal(Signal::KILL);
+    let again = b.json(&["fork", "--from", there["id"].as_str().unwrap(), "-n", "2", "--verify"]);
+    assert_eq!(again["children"].as_array().unwrap().len(), 2);
+    let _ = number;
+    let _ = ids;
+    eventually("they run", || b.machines().len() == 5);
+    let _ = Duration::ZERO;
+}
