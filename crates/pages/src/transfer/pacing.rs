@@ -83,8 +83,11 @@ impl Pace {
 
     /// How many extents the next request may have.
     pub(super) fn batch(&self) -> u64 {
-        let fits = |rate| carried(rate, BATCH_TIME) / self.mean_wire_bytes;
-        self.link_bytes_per_second().map_or(BATCH_MAX, fits).clamp(BATCH_MIN, BATCH_MAX)
+        let fits = match self.link_bytes_per_second() {
+            Some(rate) => carried(rate, BATCH_TIME) / self.mean_wire_bytes,
+            None => self.first_window_bytes / (2 * EXTENT_SIZE),
+        };
+        fits.clamp(BATCH_MIN, BATCH_MAX)
     }
 
     /// From when on a batch may be sent; `None` if too much is outstanding.
