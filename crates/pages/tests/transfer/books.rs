@@ -48,6 +48,7 @@ pub(crate) struct Books {
     pub(crate) log: Vec<String>,
     pub(crate) woken: u64,
     pub(crate) given_up: u64,
+    pub(crate) forgotten: u64,
 }
 
 impl Books {
@@ -76,6 +77,7 @@ impl Books {
             log: Vec::new(),
             woken: 0,
             given_up: 0,
+            forgotten: 0,
         };
         books.close();
         books
@@ -114,7 +116,9 @@ impl Books {
     }
 
     pub(crate) fn forget(&mut self, waiter: Waiter) {
+        let before = self.waiting.len();
         self.waiting.retain(|(_, other), _| *other != waiter);
+        self.forgotten += (before - self.waiting.len()) as u64;
         self.transfer.forget_waiter(self.now, waiter);
         self.close();
     }
