@@ -19,6 +19,9 @@ use super::{Command, ExtentId, RequestId, SourceId, Timer, Transfer, Urgency, Wa
 /// The hedge time is doubled at most so often.
 const DOUBLINGS_MAX: u32 = 8;
 
+/// Not before something else happens.
+const NEVER: Duration = Duration::MAX;
+
 /// An extent that somebody waits for.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Demand {
@@ -31,6 +34,14 @@ pub(super) struct Demand {
     asked: u32,
     next_ask: Duration,
     timer: Duration,
+}
+
+/// Who may be asked.
+struct Candidates {
+    best_first: Vec<SourceId>,
+    is_new_round: bool,
+    /// When another may be.
+    retry_at: Duration,
 }
 
 impl Transfer {
@@ -65,36 +76,22 @@ impl Transfer {
 
     /// Asks the best source that may be asked now; if there is none, later.
     pub(super) fn ask(&mut self, extent: ExtentId) {
-        let now = self.now;
         let Some(demand) = self.demands.get(&extent) else { return };
-        let under_way: Vec<SourceId> = demand.requests.iter().filter_map(|id| self.requests.source_of(*id)).collect();
-        let mut retry_at = Duration::MAX;
-        let mut candidates: Vec<_> = Vec::new();
-        for (id, source) in self.sources.iter().filter(|(id, _)| !under_way.contains(id)) {
-            match source.ready_at().max(source.lacks_until(extent)) {
-                at if at > now => retry_at = retry_at.min(at),
-                _ => candidates.push((source.rank(now, &self.config), id)),
-            }
-        }
-        let is_fresh = |(_, id): &(_, SourceId)| !demand.tried.contains(id);
-        let is_new_round = !candidates.iter().any(is_fresh);
-        if !is_new_round {
-            candidates.retain(is_fresh);
-        }
-        candidates.sort_unstable();
-        let chosen = self.explore(candidates.len()).and_then(|position| candidates.get(position)).map(|(_, id)| *id);
+        let candidates = self.candidates(extent, demand);
+        let chosen =
+            self.explore(candidates.best_first.len()).and_then(|position| candidates.best_first.get(position).copied());
         let asked = chosen.map(|source| (source, self.send(source, vec![extent], Urgency::Demand)));
         let hedge_after = self.hedge_after();
         let Some(demand) = self.demands.get_mut(&extent) else { return };
-        demand.next_ask = retry_at;
+        demand.next_ask = candidates.retry_at;
         if let Some((source, request)) = asked {
-            if is_new_round {
+            if candidates.is_new_round {
                 demand.tried.clear();
             }
             self.stats.hedged += u64::from(!demand.requests.is_empty());
             demand.tried.push(source);
             demand.requests.push(request);
-            demand.next_ask = now + hedge_after * (1 << demand.asked.min(DOUBLINGS_MAX));
+            demand.next_ask = self.now + hedge_after * (1 << demand.asked.min(DOUBLINGS_MAX));
             demand.asked = demand.asked.saturating_add(1);
         }
         self.arm(extent);
@@ -103,7 +100,7 @@ impl Transfer {
     /// A source was added: what all others have been asked for in vain, or could not be asked for, is asked of it.
     pub(super) fn ask_for_all(&mut self) {
         let is_wanted = |(extent, demand): &(&ExtentId, &Demand)| {
-            demand.next_ask == Duration::MAX || (demand.requests.is_empty() && !self.bulk.contains_key(extent))
+            demand.next_ask == NEVER || (demand.requests.is_empty() && !self.bulk.contains_key(extent))
         };
         let wanted: Vec<ExtentId> = self.demands.iter().filter(is_wanted).map(|(extent, _)| *extent).collect();
         for extent in wanted {
@@ -183,6 +180,25 @@ impl Transfer {
     pub(super) fn is_demand_under_way(&self) -> bool {
         // The first is nearly always one.
         self.demands.iter().any(|(extent, demand)| !demand.requests.is_empty() || self.bulk.contains_key(extent))
+    }
+
+    /// Who may be asked for `extent` now: those that this round has not asked, or, if it has asked all of them, all.
+    fn candidates(&self, extent: ExtentId, demand: &Demand) -> Candidates {
+        let under_way: Vec<SourceId> = demand.requests.iter().filter_map(|id| self.requests.source_of(*id)).collect();
+        let (mut ranked, mut retry_at) = (Vec::new(), NEVER);
+        for (id, source) in self.sources.iter().filter(|(id, _)| !under_way.contains(id)) {
+            match source.ready_at().max(source.lacks_until(extent)) {
+                at if at > self.now => retry_at = retry_at.min(at),
+                _ => ranked.push((source.rank(self.now, &self.config), id)),
+            }
+        }
+        let is_fresh = |(_, id): &(_, SourceId)| !demand.tried.contains(id);
+        let is_new_round = !ranked.iter().any(is_fresh);
+        if !is_new_round {
+            ranked.retain(is_fresh);
+        }
+        ranked.sort_unstable();
+        Candidates { best_first: ranked.into_iter().map(|(_, id)| id).collect(), is_new_round, retry_at }
     }
 
     /// Nobody waits for `extent` any more. What is under way for it as a demand is cancelled.

@@ -327,6 +327,9 @@ fn what_was_evicted_is_streamed_only_when_that_is_asked_for_again() {
         books.evict(at(extent));
     }
     assert!(books.live.is_empty());
+    books.demand(at(3), Waiter(0));
+    books.forget(Waiter(0));
+    assert!(books.live.is_empty(), "whoever wanted it is gone");
     books.replay(vec![at(2)]);
     assert_eq!(under_way(&books), [(A, Urgency::Replay, vec![2])]);
     books.demand(at(1), Waiter(0));
