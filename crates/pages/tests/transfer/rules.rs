@@ -262,6 +262,8 @@ fn a_suspect_is_not_asked_while_another_can_be() {
     books.stream(true);
     books.arrived(request_to(&books, B), at(1), GOOD);
     assert!(books.live.values().all(|live| live.source == B));
+    // Its pause is over, and of the two it is the one of the lower number.
+    wait(&mut books, millis(100));
     books.demand(at(60), Waiter(0));
     assert!(books.live.values().all(|live| live.source == B));
     // The last resort is one nevertheless: a hedge.
