@@ -152,6 +152,26 @@ fn what_is_queued_in_a_batch_is_demanded_at_once_and_what_is_next_is_waited_for(
 }
 
 #[test]
+fn what_was_next_and_does_not_come_is_demanded_of_another() {
+    let mut books = image(4, &[A]);
+    books.stream(true);
+    books.add_source(B);
+    books.demand(at(0), Waiter(0));
+    wait(&mut books, config().hedge_first);
+    assert_eq!(under_way(&books).last(), Some(&(B, Urgency::Demand, vec![0])));
+}
+
+#[test]
+fn a_replay_that_fails_keeps_its_order() {
+    let mut books = image(64, &[A]);
+    books.replay([9, 5, 7, 3].map(at).to_vec());
+    let request = request_to(&books, A);
+    books.arrived(request, at(5), GOOD);
+    books.ended(request);
+    assert_eq!(under_way(&books), [(A, Urgency::Replay, vec![9, 7, 3])]);
+}
+
+#[test]
 fn replay_and_stream_rest_while_a_demand_is_under_way() {
     let mut books = image(200, &[A]);
     books.stream(true);
