@@ -159,6 +159,12 @@ fn what_was_next_and_does_not_come_is_demanded_of_another() {
     books.demand(at(0), Waiter(0));
     wait(&mut books, config().hedge_first);
     assert_eq!(under_way(&books).last(), Some(&(B, Urgency::Demand, vec![0])));
+    // At once if the batch ends without it.
+    let mut books = image(4, &[A]);
+    books.stream(true);
+    books.demand(at(0), Waiter(0));
+    books.ended(request_to(&books, A));
+    assert_eq!(under_way(&books)[0], (A, Urgency::Demand, vec![0]));
 }
 
 #[test]
