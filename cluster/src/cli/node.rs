@@ -95,6 +95,8 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let access = Access::of_this_process(arguments.allow_uid.iter().copied());
     let served = runtime.block_on(async {
         let stop = Stop::listen()?;
+        #[cfg(feature = "testing")]
+        testing::listen()?;
         let others = let_others_in(app.clone())?;
         if let Some(listening) = listening {
             tracing::info!(%listening, "listening for other nodes");
@@ -138,6 +140,33 @@ fn raise_descriptor_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     if let Err(error) = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         tracing::warn!(%error, "the limit of descriptors stays");
+    }
+}
+
+/// What tests do to a node.
+#[cfg(feature = "testing")]
+mod testing {
+    use tokio::signal::unix::{SignalKind, signal};
+    use vm::harness::guards::{Guard, take_out};
+
+    /// SIGUSR2 has the pager panic; `FARFORK_TEST_WITHOUT` names guards to take out, with commas.
+    pub(super) fn listen() -> std::io::Result<()> {
+        let mut panics = signal(SignalKind::user_defined2())?;
+        tokio::spawn(async move {
+            while panics.recv().await.is_some() {
+                crate::node::pager::testing::panic();
+            }
+        });
+        let without = std::env::var("FARFORK_TEST_WITHOUT").unwrap_or_default();
+        for guard in without.split(',').filter(|guard| !guard.is_empty()) {
+            take_out(match guard {
+                "verification" => Guard::Verification,
+                "presence-on-exists" => Guard::PresenceOnExists,
+                "workers-watch" => Guard::WorkersWatch,
+                other => panic!("no guard is called {other}"),
+            });
+        }
+        Ok(())
     }
 }
 

@@ -1,12 +1,9 @@
 //! Real machines of one node on another: what a user of two nodes does and sees. Needs KVM, and root for the control groups.
 //! (The name of the file begins none of the names below with `real`, which is how they are left out where there is no KVM.)
 
-use std::time::Duration;
-
 use rustix::process::Signal;
-use serde_json::Value;
 
-use crate::support::{Node, eventually, ids};
+use crate::support::Node;
 
 /// Nodes on loopback that trust one another, each with its address.
 pub(crate) fn nodes(count: usize, more: &[&str]) -> Vec<(Node, String)> {
@@ -37,10 +34,6 @@ pub(crate) fn warm(node: &Node, memory: &str) -> (String, String) {
     (image, digest)
 }
 
-fn number(value: &Value, name: &str) -> u64 {
-    value[name].as_u64().unwrap_or_else(|| panic!("{name} in {value}"))
-}
-
 #[test]
 fn real_children_run_on_another_node_before_their_memory_is_there_and_settle() {
     let nodes = nodes(2, &[]);
@@ -57,14 +50,11 @@ fn real_children_run_on_another_node_before_their_memory_is_there_and_settle() {
     assert_eq!(there["digest"].as_str(), Some(&*digest), "{images}");
     let watched = b.cli(&["watch", there["id"].as_str().unwrap(), "--timeout", "60s"]);
     assert_eq!(watched.code, Some(0), "{watched:?}");
-    let shown = b.json(&["image", "show", there["id"].as_str().unwrap()]);
+    let shown = b.json(&["show", there["id"].as_str().unwrap()]);
     println!("{shown}");
     // A fork there is local now: the source is not needed.
     a.signal(Signal::KILL);
     let again = b.json(&["fork", "--from", there["id"].as_str().unwrap(), "-n", "2", "--verify"]);
     assert_eq!(again["children"].as_array().unwrap().len(), 2);
-    let _ = number;
-    let _ = ids;
-    eventually("they run", || b.machines().len() == 5);
-    let _ = Duration::ZERO;
+    assert_eq!(b.machines().len(), 5);
 }

@@ -97,7 +97,7 @@ impl Fetch {
                 Region { extents: region.map.extent_count(), absent }
             })
             .collect();
-        let config = Config { deadline: shared.settings.deadline, ..Config::default() };
+        let config = Config::with_deadline(shared.settings.deadline);
         let seed = u64::from_le_bytes(key.1.as_bytes()[..8].try_into().expect("a digest has 32 bytes"));
         let transfer = Transfer::new(config, &regions, seed).expect("the default with another deadline is consistent");
         let state = State {
@@ -304,14 +304,13 @@ impl Fetch {
             let source = state.sources.get(&source);
             source.and_then(|source| Some((source.link.clone(), source.lease.clone()?, source.may_compress())))
         };
-        let wanted = Wanted::new(extents.iter().map(|id| super::source::wire_id(*id)).collect());
+        let wanted = Wanted::new(extents.clone());
         let (Some((link, lease, may_compress)), Ok(wanted)) = (asked, wanted) else {
             let now = self.shared.now();
             return self.state.borrow_mut().transfer.ended(now, request);
         };
-        let urgency = super::source::wire_urgency(urgency);
         let order = ExtentsRequest { lease, image: self.key.1, urgency, extents: wanted, may_compress };
-        if urgency == pages::wire::Urgency::Demand {
+        if urgency == Urgency::Demand {
             let mut state = self.state.borrow_mut();
             for id in &extents {
                 match state.answering.get_mut(id) {
@@ -346,13 +345,8 @@ impl Fetch {
     }
 
     /// Takes an answer; gives it back if it cannot be verified yet.
-    fn arrived(
-        self: &Rc<Self>,
-        request: RequestId,
-        urgency: pages::wire::Urgency,
-        answer: ExtentAnswer,
-    ) -> Option<ExtentAnswer> {
-        let id = super::source::transfer_id(answer.id);
+    fn arrived(self: &Rc<Self>, request: RequestId, urgency: Urgency, answer: ExtentAnswer) -> Option<ExtentAnswer> {
+        let id = answer.id;
         let began = self.shared.now();
         let published = match &answer.content {
             Content::Absent => Ok(None),
@@ -551,11 +545,11 @@ impl Shared {
     }
 }
 
-fn page_bytes(urgency: pages::wire::Urgency) -> PageBytes {
+fn page_bytes(urgency: Urgency) -> PageBytes {
     match urgency {
-        pages::wire::Urgency::Demand => PageBytes::Demand,
-        pages::wire::Urgency::Replay => PageBytes::Replay,
-        pages::wire::Urgency::Stream => PageBytes::Stream,
+        Urgency::Demand => PageBytes::Demand,
+        Urgency::Replay => PageBytes::Replay,
+        Urgency::Stream => PageBytes::Stream,
     }
 }
 

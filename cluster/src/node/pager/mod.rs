@@ -47,7 +47,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// How a pager works.
 #[derive(Clone, Copy, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// How long a child waits for a page before it is ended.
     pub deadline: Duration,
     /// How long opening an image may take.
@@ -63,7 +63,7 @@ pub struct Settings {
 impl Settings {
     /// What is right for most, with this deadline for pages.
     #[must_use]
-    pub fn new(deadline: Duration) -> Self {
+    pub(crate) fn new(deadline: Duration) -> Self {
         Self { deadline, open_deadline: deadline, host_image_bytes: None, streams: true, replays: true }
     }
 }
@@ -187,7 +187,11 @@ impl Pager {
         let thread = std::thread::Builder::new().name("pager".to_owned()).spawn(life);
         let thread = thread.map_err(|error| host_error(format!("the pager's thread cannot be started: {error}")))?;
         match has_started.recv_timeout(PATIENCE) {
-            Ok(Ok(())) => Ok(Self { orders, thread: Mutex::new(Some(thread)) }),
+            Ok(Ok(())) => {
+                #[cfg(feature = "testing")]
+                testing::FIRST.get_or_init(|| orders.clone());
+                Ok(Self { orders, thread: Mutex::new(Some(thread)) })
+            }
             Ok(Err(error)) => Err(error),
             Err(_) => Err(host_error("the pager's thread did not start".to_owned())),
         }
@@ -235,12 +239,6 @@ impl Handle {
             // An error: it could not be had.
             answered.await.unwrap_or_default();
         }
-    }
-
-    /// Has the thread panic.
-    #[cfg(feature = "testing")]
-    pub(crate) fn panic(&self) {
-        self.orders.send(Order::Panic).unwrap_or_default();
     }
 
     fn ask<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Option<T> {
@@ -376,6 +374,23 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
     }
     for fetch in fetches.borrow().values() {
         fetch.close();
+    }
+}
+
+/// What tests do to a node's pager.
+#[cfg(feature = "testing")]
+pub(crate) mod testing {
+    use std::sync::OnceLock;
+
+    use super::{Order, UnboundedSender};
+
+    pub(super) static FIRST: OnceLock<UnboundedSender<Order>> = OnceLock::new();
+
+    /// Has this process's pager panic.
+    pub(crate) fn panic() {
+        if let Some(pager) = FIRST.get() {
+            pager.send(Order::Panic).unwrap_or_default();
+        }
     }
 }
 

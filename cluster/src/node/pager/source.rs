@@ -7,8 +7,8 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use pages::client::{Link, LinkError};
-use pages::transfer::{ExtentId, SourceId, SourceStats, Urgency};
-use pages::wire::{self, LeaseToken, RefusalCode};
+use pages::transfer::{SourceId, SourceStats};
+use pages::wire::{LeaseToken, RefusalCode};
 use types::Head;
 use vm::HostImage;
 
@@ -261,20 +261,4 @@ pub(super) fn of_link(error: &LinkError) -> EngineError {
         _ => ErrorKind::SourceLost,
     };
     EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
-}
-
-pub(super) fn wire_id(id: ExtentId) -> wire::ExtentId {
-    wire::ExtentId { region: id.region, extent: id.extent }
-}
-
-pub(super) fn transfer_id(id: wire::ExtentId) -> ExtentId {
-    ExtentId { region: id.region, extent: id.extent }
-}
-
-pub(super) fn wire_urgency(urgency: Urgency) -> wire::Urgency {
-    match urgency {
-        Urgency::Demand => wire::Urgency::Demand,
-        Urgency::Replay => wire::Urgency::Replay,
-        Urgency::Stream => wire::Urgency::Stream,
-    }
 }

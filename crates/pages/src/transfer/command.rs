@@ -3,16 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use types::ExtentIndex;
-
-/// One extent of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ExtentId {
-    /// Position of the region in the image's head.
-    pub region: u8,
-    /// The extent within it.
-    pub extent: ExtentIndex,
-}
+pub use crate::wire::{ExtentId, Urgency};
 
 /// A holder that can be asked; numbered by the caller, who never gives a number to another holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,17 +16,6 @@ pub struct RequestId(pub u64);
 /// Who waits for an extent: a child, or a thread of one; numbered by the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Waiter(pub u64);
-
-/// Why an extent is asked for, most urgent first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Urgency {
-    /// A child waits for it. One extent a request, on the demand connection.
-    Demand,
-    /// Children have touched it early before.
-    Replay,
-    /// It is not there yet.
-    Stream,
-}
 
 /// What became of an extent that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,12 +150,6 @@ pub struct SourceStats {
     pub is_suspect: bool,
 }
 
-impl fmt::Display for ExtentId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.region, self.extent)
-    }
-}
-
 impl fmt::Display for SourceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "s{}", self.0)
@@ -191,16 +165,6 @@ impl fmt::Display for RequestId {
 impl fmt::Display for Waiter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "w{}", self.0)
-    }
-}
-
-impl fmt::Display for Urgency {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Demand => "demand",
-            Self::Replay => "replay",
-            Self::Stream => "stream",
-        })
     }
 }
 

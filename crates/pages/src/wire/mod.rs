@@ -87,6 +87,22 @@ pub enum Urgency {
     Stream,
 }
 
+impl std::fmt::Display for ExtentId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.region, self.extent)
+    }
+}
+
+impl std::fmt::Display for Urgency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Demand => "demand",
+            Self::Replay => "replay",
+            Self::Stream => "stream",
+        })
+    }
+}
+
 /// From a reader to a holder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
