@@ -187,10 +187,14 @@ pub fn page_bytes(kind: PageBytes, bytes: u64) {
     counter!(PAGE_BYTES, "kind" => kind.name()).increment(bytes);
 }
 
-/// How many read leases there are now: granted to other nodes, and held from other nodes.
-pub fn read_leases(granted: usize, held: usize) {
-    gauge!(READ_LEASES, "state" => "granted").set(as_f64(granted));
-    gauge!(READ_LEASES, "state" => "held").set(as_f64(held));
+/// How many read leases other nodes have from this one.
+pub fn read_leases_granted(count: usize) {
+    gauge!(READ_LEASES, "state" => "granted").set(as_f64(count));
+}
+
+/// How many read leases this node has from others.
+pub fn read_leases_held(count: usize) {
+    gauge!(READ_LEASES, "state" => "held").set(as_f64(count));
 }
 
 /// A source sent bytes that did not verify, and is not asked again.
@@ -265,7 +269,8 @@ fn describe() {
 fn start_at_zero() {
     [QUARANTINES, POISONED, HEDGES].into_iter().for_each(|name| counter!(name).increment(0));
     PageBytes::ALL.into_iter().for_each(|kind| page_bytes(kind, 0));
-    read_leases(0, 0);
+    read_leases_granted(0);
+    read_leases_held(0);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of things in memory, far below 2^52")]
@@ -284,7 +289,8 @@ mod tests {
         fault(&FaultStages { uffd_read: ms(1), queue: ms(2), wire: ms(4), verify: ms(8), publish: ms(16), wake: ms(32) });
         assert!((sum("total") - 0.063).abs() < 1e-9 && (sum("wake") - 0.032).abs() < 1e-9);
         page_bytes(PageBytes::Served, 7);
-        read_leases(3, 2);
+        read_leases_granted(3);
+        read_leases_held(2);
         let text = handle().render();
         for expected in [
             "farfork_page_bytes_total{kind=\"served\"} 7",

@@ -112,8 +112,8 @@ impl Store {
         self.lock().leases.revoke_node(node);
     }
 
-    /// Lets go of images on which no lease is left. Says how many leases there are.
-    pub(crate) fn sweep(&self) -> usize {
+    /// Lets go of images on which no lease is left.
+    pub(crate) fn sweep(&self) {
         let mut state = self.lock();
         state.leases.expire(self.began.elapsed());
         let State { leases, held, hints } = &mut *state;
@@ -122,7 +122,7 @@ impl Store {
             // Of images that may be long gone.
             hints.retain(|digest, _| held.contains_key(digest));
         }
-        leases.len()
+        metrics::read_leases_granted(leases.len());
     }
 
     /// Whether a lease gives these extents of an image; what is held for it.

@@ -271,6 +271,8 @@ impl Certificates for PinnedCertificates {
     }
 
     fn accept(&self, trusted: &Trusted) {
+        // It may have been trusted with more: it opens anew what it may still read.
+        self.store.revoke(trusted.certificate.node);
         match pages::Certificate::from_pem(trusted.certificate.pem.as_bytes()) {
             Ok(certificate) => {
                 if let Err(error) = self.trust.add(&certificate, trusted.tenants.iter().cloned()) {

@@ -10,6 +10,7 @@
 //! The thread never touches guest memory, and never waits for anybody who might. It has a socket of its own. Should it panic, the
 //! children of every image that has not settled are ended: nobody is left to answer them, and none goes on without an answer.
 
+mod ask;
 mod child;
 mod fetch;
 mod learn;
@@ -36,6 +37,7 @@ use vm::image::Image;
 use vm::{HostImage, PageSource, Pool, Watched};
 
 use super::engine::{EngineError, ErrorKind, OpenOrder, SourceFacts};
+use super::metrics;
 use super::offer::About;
 use fetch::Fetch;
 
@@ -318,6 +320,7 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
             order = received.recv() => order,
             _ = sweep.tick() => {
                 fetches.borrow_mut().retain(|_, fetch| fetch.is_needed() || fetch.close());
+                metrics::read_leases_held(fetches.borrow().values().map(|fetch| fetch.leases()).sum());
                 continue;
             }
         };

@@ -239,6 +239,11 @@ impl Fetch {
         }
     }
 
+    /// How many leases it has.
+    pub(super) fn leases(&self) -> usize {
+        self.state.borrow().sources.values().filter(|source| source.lease.is_some()).count()
+    }
+
     /// Gives every lease back.
     pub(super) fn release_sources(&self) {
         for source in self.state.borrow_mut().sources.values_mut() {

@@ -52,6 +52,7 @@ use crate::machine::Ended;
 use crate::sys::uffd::{Alias, Stop};
 pub use error::{AwaitError, OpenError, PublishError, SettleError};
 pub(crate) use presence::Presence;
+pub(crate) use watched::Keeper;
 pub use watched::Watched;
 
 /// Bytes of an extent, in memory.
@@ -414,9 +415,12 @@ impl HostImage {
             Some(ended) => child.end(ended.clone()),
             None => self.source.watch(Arc::clone(child)),
         }
+        if self.is_settled() {
+            child.let_go();
+        }
     }
 
-    /// A child is gone, its process too.
+    /// A child is gone, its process too; or no page of it can be absent any more, and nobody in it waits for one.
     pub(crate) fn release(&self, child: &Arc<Watched>) {
         self.lock_children().retain(|other| !Arc::ptr_eq(other, child));
         self.past_faults.fetch_add(child.faults(), Ordering::Relaxed);

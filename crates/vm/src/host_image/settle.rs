@@ -47,6 +47,7 @@ impl HostImage {
             seal_at_last(region.layer.memfd()).map_err(|source| SettleError::Step { step: "sealing the image", source })?;
         }
         self.regions.iter().for_each(|region| region.presence.settle());
+        self.children().iter().for_each(|child| child.let_go());
         self.ring();
         Ok(())
     }

@@ -12,6 +12,16 @@ use super::HostImage;
 use crate::machine::Ended;
 use crate::sys::uffd::Watch;
 
+/// Whose process the child is.
+pub(crate) trait Keeper: Send + Sync {
+    /// Ends it.
+    fn end(&self, ended: Ended);
+
+    /// Nothing of its memory is absent, nor ever will be: has it close its descriptor, after which this one's is the last. That
+    /// close lets go on whoever waits, and finds every page there.
+    fn let_go(&self);
+}
+
 /// A child of a host image that is not settled. Its descriptor becomes readable when it touches what is absent.
 ///
 /// The pager holds it for as long as the child lives: closing the descriptor too early would let the child see zeros.
@@ -22,25 +32,25 @@ pub struct Watched {
     regions: Vec<(HostAddress, u64)>,
     host_image: Arc<HostImage>,
     faults: AtomicU64,
-    end: Box<dyn Fn(Ended) + Send + Sync>,
+    keeper: Box<dyn Keeper>,
     pagemap: Option<std::fs::File>,
 }
 
 impl Watched {
-    /// A child that has registered its memory, at these addresses. `end` ends it, for a reason.
+    /// A child that has registered its memory, at these addresses.
     pub(crate) fn new(
         machine: MachineId,
         watch: Watch,
         starts: &[HostAddress],
         host_image: Arc<HostImage>,
         pagemap: Option<std::fs::File>,
-        end: Box<dyn Fn(Ended) + Send + Sync>,
+        keeper: Box<dyn Keeper>,
     ) -> Option<Self> {
         if starts.len() != host_image.head().regions.len() {
             return None;
         }
         let regions = starts.iter().copied().zip(host_image.head().regions.iter().map(types::RegionHead::size_bytes)).collect();
-        Some(Self { machine, watch, regions, host_image, faults: AtomicU64::new(0), end, pagemap })
+        Some(Self { machine, watch, regions, host_image, faults: AtomicU64::new(0), keeper, pagemap })
     }
 
     /// Who it is.
@@ -89,7 +99,12 @@ impl Watched {
 
     /// Ends it. It never runs again.
     pub fn end(&self, ended: Ended) {
-        (self.end)(ended);
+        self.keeper.end(ended);
+    }
+
+    /// All of it is here: it is released soon.
+    pub(super) fn let_go(&self) {
+        self.keeper.let_go();
     }
 
     /// The extents of each region in which it has pages of its own; `None` if the kernel does not say.

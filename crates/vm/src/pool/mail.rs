@@ -101,8 +101,8 @@ impl Mail {
                 self.console.get_or_insert((console, 0));
                 true
             }
-            // Taken by the worker's host image, if it was due.
-            FromWorker::Watched { .. } => false,
+            // Taken by the worker itself, if they were due.
+            FromWorker::Watched { .. } | FromWorker::HasLetGo => false,
             #[cfg(feature = "testing")]
             FromWorker::Attempted(errno) => {
                 self.attempted = Some(errno);

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -12,7 +12,7 @@ use types::{HostAddress, MachineId, Reason};
 use super::mail::Mail;
 use super::{PATIENCE, PoolError};
 use crate::class::Class;
-use crate::host_image::{HostImage, Watched};
+use crate::host_image::{HostImage, Keeper, Watched};
 use crate::jail::cgroup::WorkerGroup;
 use crate::machine::Ended;
 use crate::sys::uffd::Watch;
@@ -41,6 +41,8 @@ enum Watching {
     /// The worker owes the descriptor.
     Due(Arc<HostImage>),
     Yes(Arc<Watched>),
+    /// No longer: all of it has arrived, after so many faults. Nobody waits in one.
+    Was(u64),
 }
 
 impl Worker {
@@ -162,15 +164,10 @@ impl Worker {
         };
         let starts: Option<Vec<HostAddress>> =
             starts.iter().map(|start| usize::try_from(*start).ok().map(HostAddress)).collect();
-        let worker = Arc::downgrade(self);
-        let end = move |ended| {
-            if let Some(worker) = worker.upgrade() {
-                worker.sentence(ended);
-            }
-        };
+        let keeper = Box::new(Arc::downgrade(self));
         let pagemap = pid.and_then(|pid| File::open(format!("/proc/{pid}/pagemap")).ok());
         let watch = Watch::over(descriptor);
-        let watched = starts.and_then(|starts| Watched::new(machine, watch, &starts, host_image, pagemap, Box::new(end)));
+        let watched = starts.and_then(|starts| Watched::new(machine, watch, &starts, host_image, pagemap, keeper));
         let Some(watched) = watched.map(Arc::new) else { return false };
         *watching = Watching::Yes(Arc::clone(&watched));
         drop(watching);
@@ -182,8 +179,22 @@ impl Worker {
     pub(super) fn faults(&self) -> u64 {
         match &*self.watching() {
             Watching::Yes(watched) => watched.faults(),
+            Watching::Was(faults) => *faults,
             _ => 0,
         }
+    }
+
+    /// It has closed its descriptor, since its host image has settled. Says whether that was due.
+    fn has_let_go(&self) -> bool {
+        let mut watching = self.watching();
+        let watched = match &*watching {
+            Watching::Yes(watched) if watched.host_image().is_settled() => Arc::clone(watched),
+            _ => return false,
+        };
+        *watching = Watching::Was(watched.faults());
+        drop(watching);
+        watched.host_image().release(&watched);
+        true
     }
 
     /// Its process is gone: nobody can touch anything any more.
@@ -202,6 +213,12 @@ impl Worker {
         let Received { message, descriptors } = received;
         if let FromWorker::Watched { starts } = &message {
             if !self.is_watched(starts, descriptors) {
+                self.condemn("its worker said what nobody had asked".to_owned());
+            }
+            return;
+        }
+        if matches!(message, FromWorker::HasLetGo) {
+            if !self.has_let_go() {
                 self.condemn("its worker said what nobody had asked".to_owned());
             }
             return;
@@ -253,6 +270,21 @@ impl Worker {
         // Back where it is removed, once the kernel has let go of its last process.
         *self.group.lock().unwrap_or_else(PoisonError::into_inner) = group;
         (machine, ended, was_killed)
+    }
+}
+
+impl Keeper for Weak<Worker> {
+    fn end(&self, ended: Ended) {
+        if let Some(worker) = self.upgrade() {
+            worker.sentence(ended);
+        }
+    }
+
+    fn let_go(&self) {
+        if let Some(worker) = self.upgrade() {
+            // If it is gone, so are its faults.
+            worker.channel.send(&ToWorker::LetGo, &[]).unwrap_or_default();
+        }
     }
 }
 

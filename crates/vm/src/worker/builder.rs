@@ -238,7 +238,7 @@ impl Builder {
         let starts = slots.iter().map(|(_, slot)| slot.start().0 as u64).collect();
         self.shared.channel.send(&FromWorker::Watched { starts }, &[watch.as_fd()])?;
         if watching.keeps_watch {
-            self.shared.watch.get_or_init(|| watch);
+            *self.shared.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
         }
         Ok(())
     }

@@ -167,6 +167,10 @@ impl Control {
         match message {
             ToWorker::Freeze => return self.freeze(descriptors.into_iter().map(File::from).collect(), Copied::Extents),
             ToWorker::FreezePages => return self.freeze(descriptors.into_iter().map(File::from).collect(), Copied::Pages),
+            ToWorker::LetGo => {
+                drop(self.shared.watch.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
+                self.send(&FromWorker::HasLetGo);
+            }
             ToWorker::Pause => {
                 // If it cannot be paused it has ended, and that is said.
                 if self.machine.pause().is_ok() {

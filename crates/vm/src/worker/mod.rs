@@ -47,14 +47,14 @@ pub(crate) struct Shared {
     /// Until the first vCPU's thread has seen it end.
     builder: Mutex<Option<JoinHandle<()>>>,
     /// Open for as long as the worker lives: with the last descriptor to close, absent memory would become zeros.
-    watch: OnceLock<Watch>,
+    watch: Mutex<Option<Watch>>,
 }
 
 impl Shared {
     pub(crate) fn new(channel: Channel, filters: Filters, jail: Jail) -> io::Result<Arc<Self>> {
         let bell = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
         let first_exit_ns = AtomicU64::new(0);
-        Ok(Arc::new(Self { channel, filters, jail, bell, first_exit_ns, builder: Mutex::new(None), watch: OnceLock::new() }))
+        Ok(Arc::new(Self { channel, filters, jail, bell, first_exit_ns, builder: Mutex::new(None), watch: Mutex::default() }))
     }
 
     fn ring(&self) {

@@ -176,6 +176,8 @@ pub enum ToWorker {
     /// Make an image of a child some of whose memory may be absent: copy the pages that it has written and nothing else; with a
     /// memfd for each region. The node completes their extents.
     FreezePages,
+    /// All of its memory has arrived: close the descriptor that reports touches of what is absent.
+    LetGo,
     /// Try to break out, for the tests of the jail.
     #[cfg(feature = "testing")]
     Attempt(crate::harness::attempts::Order),
@@ -245,6 +247,8 @@ pub enum FromWorker {
         /// The address at which each region begins.
         starts: Vec<u64>,
     },
+    /// It has closed that descriptor.
+    HasLetGo,
     /// What came of an attempt to break out: 0, or the error number.
     #[cfg(feature = "testing")]
     Attempted(i32),

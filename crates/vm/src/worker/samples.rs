@@ -55,6 +55,8 @@ pub(crate) fn all(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
             encode(&ToWorker::ForkWatched { id: id(), image: vec![1, 2], arriving: vec![(0, 0), (1, 2)], keeps_watch: true }),
         ),
         ("freeze-pages", encode(&ToWorker::FreezePages)),
+        ("let-go", encode(&ToWorker::LetGo)),
+        ("has-let-go", encode(&FromWorker::HasLetGo)),
         ("watched", encode(&FromWorker::Watched { starts: vec![1 << 45] })),
         ("built", encode(&FromWorker::Built { took_ns: 1 })),
         ("running", encode(&FromWorker::Running { received_ns: 1, first_ns: 2, map_ns: 3, restore_ns: 4 })),

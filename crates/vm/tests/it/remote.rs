@@ -282,10 +282,15 @@ fn a_settled_host_image_is_an_ordinary_image() {
     let (host_image, image) = pager.open(&pool);
     let before = fork(&pool, &image, 1).remove(0);
     assert!(host_image.settle().is_err(), "most of it is absent");
+    // It waits in a fault that nobody has read, while everything comes.
+    pager.is_dead(true);
+    before.post(0, Command::Verify { first: probe::first_work_page(), count: 100, epoch: 7 }).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
     for extent in host_image.data_extents(0).flatten().map(ExtentIndex) {
         pager.inner.answer(&host_image, 0, extent);
     }
     host_image.settle().unwrap();
+    assert_eq!(before.answer(0).unwrap()[0], 0, "it goes on when its host image has settled");
     let resident = host_image.resident();
     assert!(resident.is_settled && resident.resident_bytes == resident.data_bytes, "{resident:?}");
     assert!(image.unsettled().is_none());
@@ -295,6 +300,13 @@ fn a_settled_host_image_is_an_ordinary_image() {
         check(child, PAGES, 7);
     }
     assert!(after.iter().all(|child| child.faults() == 0));
+    // Nobody watches any more, and the fault that was is not forgotten.
+    let started = std::time::Instant::now();
+    while host_image.resident().children > 0 {
+        assert!(started.elapsed() < PATIENCE, "the child is let go");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(before.faults() > 0 && host_image.resident().faults >= before.faults());
     // It can be branched, and saved under the name that it came with.
     let branch = before.freeze().unwrap().image;
     check(&fork(&pool, &branch, 1)[0], PAGES, 7);
