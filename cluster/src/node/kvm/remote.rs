@@ -2,11 +2,12 @@
 
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use control::lease::LeaseKey;
 use types::{Digest, ImageId, Tenant};
 use vm::Pool;
-use vm::image::Image;
+use vm::image::{Image, SaveError};
 
 use super::super::engine::{EngineError, ErrorKind, ImageFacts, OpenOrder, Residency};
 use super::super::network::NetworkSettings;
@@ -15,6 +16,10 @@ use super::super::pager::{Library, Pager, Settings};
 use super::super::quic::Credentials;
 use super::errors::{of_ended, unknown_image};
 use super::{KnownImage, KvmEngine, Machine, State, facts};
+
+/// How long the digests of what is absent may take to arrive.
+const DIGESTS_PATIENCE: Duration = Duration::from_secs(10);
+const DIGESTS_ROUND: Duration = Duration::from_millis(5);
 
 /// The images of an engine, as the network finds them.
 pub(super) struct Shelf(Arc<Mutex<State>>);
@@ -134,6 +139,17 @@ fn is_good(image: &Image) -> bool {
     image.host_image().is_none_or(|host_image| host_image.is_settled() || host_image.failed().is_none())
 }
 
+/// Hashes an image. The digests of what is absent may take a moment to arrive, right after it was opened.
+pub(super) fn hash(image: &Image) -> Result<(), SaveError> {
+    let deadline = Instant::now() + DIGESTS_PATIENCE;
+    loop {
+        match image.manifest(|_, _| {}) {
+            Err(SaveError::Unsettled) if Instant::now() < deadline => std::thread::sleep(DIGESTS_ROUND),
+            hashed => return hashed.map(drop),
+        }
+    }
+}
+
 /// Hashes images in the background, one after the other, so that others can ask for them.
 pub(super) struct Hasher(Sender<Weak<Image>>);
 
@@ -142,7 +158,7 @@ impl Hasher {
         let (sender, images) = channel::<Weak<Image>>();
         let live = move || {
             for image in images.iter().filter_map(|image| image.upgrade()) {
-                if let Err(error) = image.manifest(|_, _| {}) {
+                if let Err(error) = hash(&image) {
                     tracing::debug!(image = %image.id(), %error, "not hashed yet");
                 }
             }

@@ -84,10 +84,12 @@ impl Fetch {
                 tracing::warn!(image = %self.key.1, %error, "a holder sent what is not the image's");
                 Arrival::Wrong
             }
+            Err(error @ PublishError::Poisoned(_)) => {
+                // The task that this is ends with the others.
+                self.is_lost(&error);
+                return None;
+            }
             Err(error) => {
-                if matches!(error, PublishError::Poisoned(_)) && !self.is_poisoned.replace(true) {
-                    metrics::poisoned();
-                }
                 tracing::warn!(image = %self.key.1, %error, "not published");
                 Arrival::Absent
             }

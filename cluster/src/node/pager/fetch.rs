@@ -40,8 +40,6 @@ pub(super) struct Fetch {
     about: About,
     opened_at: Duration,
     settled_after: Cell<Option<Duration>>,
-    /// It was counted.
-    pub(super) is_poisoned: Cell<bool>,
     tasks: RefCell<Vec<AbortHandle>>,
 }
 
@@ -124,7 +122,6 @@ impl Fetch {
             about,
             opened_at: shared.now(),
             settled_after: Cell::new(None),
-            is_poisoned: Cell::new(false),
             tasks: RefCell::default(),
         });
         let keep_time = Rc::clone(&fetch);
@@ -361,9 +358,7 @@ impl Fetch {
                     this.state.borrow_mut().transfer.stream(now, this.shared.settings.streams);
                     this.pump();
                 }
-                Ok(Err(error @ SettleError::Poisoned(_))) => {
-                    tracing::error!(image = %this.key.1, %error, "an image is poisoned");
-                }
+                Ok(Err(error @ SettleError::Poisoned(_))) => this.is_lost(&error),
                 Ok(Err(error @ SettleError::Step { .. })) => {
                     tracing::warn!(image = %this.key.1, %error, "an image cannot settle yet");
                     tokio::time::sleep(SETTLE_PAUSE).await;
@@ -377,6 +372,14 @@ impl Fetch {
         let after = self.shared.now().saturating_sub(self.opened_at);
         self.settled_after.set(Some(after));
         tracing::info!(image = %self.key.1, seconds = after.as_secs_f64(), "settled");
+        self.release_sources();
+        self.end_tasks();
+    }
+
+    /// It was found poisoned: nothing of it is fetched any more.
+    pub(super) fn is_lost(&self, error: &dyn std::fmt::Display) {
+        tracing::error!(image = %self.key.1, %error, "an image is poisoned");
+        metrics::poisoned();
         self.release_sources();
         self.end_tasks();
     }
@@ -418,13 +421,6 @@ impl Fetch {
         let mut state = self.state.borrow_mut();
         state.next_waiter += 1;
         Waiter(state.next_waiter)
-    }
-}
-
-impl Shared {
-    /// Time since the pager began.
-    pub(super) fn now(&self) -> Duration {
-        self.began.elapsed()
     }
 }
 

@@ -145,6 +145,20 @@ struct Shared {
     began: tokio::time::Instant,
 }
 
+impl Shared {
+    /// Time since the pager began.
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Memory of all images that have not settled.
+    fn resident_bytes(&self) -> u64 {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let unsettled = open.iter().filter_map(Weak::upgrade).filter(|host_image| !host_image.is_settled());
+        unsettled.map(|host_image| host_image.resident_bytes()).sum()
+    }
+}
+
 /// How a host image reaches the thread.
 struct Feed {
     key: Key,
@@ -341,7 +355,10 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
                         None => Fetch::open(&shared, key.clone(), &order.holders).await,
                     };
                     let opened = opened.map(|fetch| {
-                        fetches.borrow_mut().insert(key.clone(), Rc::clone(&fetch));
+                        let before = fetches.borrow_mut().insert(key.clone(), Rc::clone(&fetch));
+                        if let Some(failed) = before.filter(|before| !Rc::ptr_eq(before, &fetch)) {
+                            failed.close();
+                        }
                         fetch.opened()
                     });
                     opening.borrow_mut().remove(&key);

@@ -14,7 +14,7 @@ impl Fetch {
     /// Gives memory back if the image takes more than it may.
     pub(super) fn keep_budget(&self) {
         let Some(most) = self.shared.settings.host_image_bytes else { return };
-        if self.host_image.resident().resident_bytes > most {
+        if self.shared.resident_bytes() > most {
             let batch = usize::try_from(most / EXTENT_SIZE / 4).unwrap_or(BATCH).clamp(1, BATCH);
             // What has to be fetched again at once is not worth fetching ahead.
             let now = self.shared.now();

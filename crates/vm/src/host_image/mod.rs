@@ -215,15 +215,20 @@ impl HostImage {
         self.regions[region].presence.has(extent)
     }
 
+    /// Bytes that are here, in whole extents.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.regions.iter().map(|region| u64::from(region.presence.whole_count())).sum::<u64>() * EXTENT_SIZE
+    }
+
     /// What is here.
     #[must_use]
     pub fn resident(&self) -> Resident {
         let extents: u64 = self.head.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
-        let here: u64 = self.regions.iter().map(|region| u64::from(region.presence.whole_count())).sum();
         let children = self.children();
         Resident {
             data_bytes: extents * EXTENT_SIZE,
-            resident_bytes: here * EXTENT_SIZE,
+            resident_bytes: self.resident_bytes(),
             is_settled: self.is_settled(),
             faults: self.past_faults.load(Ordering::Relaxed) + children.iter().map(|child| child.faults()).sum::<u64>(),
             children: children.len(),
