@@ -8,7 +8,7 @@
 //! An image stays as long as a lease on it lives, whatever becomes of it here. Of an image that is still arriving here, what is
 //! asked for with a demand or a replay is fetched in turn; so a chain of hosts works as one that has everything.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -158,6 +158,7 @@ impl Store {
         let hash_pages = Opened::pages_ahead(hash_pages);
         let about = Blob::new(offered.about.encode()).expect("short");
         let is_complete = offered.image.unsettled().is_none();
+        let first = offered.image.first_touches();
         let mut state = self.lock();
         let now = self.began.elapsed();
         let Granted { token, lasts } = state.leases.grant(now, peer.node, tenant.clone(), image).map_err(refusal)?;
@@ -165,7 +166,12 @@ impl Store {
         if !held.iter().any(|held| held.offered.tenant == *tenant) {
             held.push(Held { offered, manifest });
         }
-        let hints = state.hints.get(&image).cloned().unwrap_or_default();
+        let first = first
+            .into_iter()
+            .filter_map(|(region, start)| Some(WorkingSetRun { region: u8::try_from(region).ok()?, start, count: 1 }));
+        // What is named twice is fetched once.
+        let recorded = state.hints.get(&image).cloned().unwrap_or_default();
+        let hints: Vec<WorkingSetRun> = first.chain(recorded).collect();
         Ok(Opened {
             lease: Blob::new(token).expect("as long as a token may be"),
             lease_for: lasts,
@@ -274,7 +280,10 @@ impl ImageStore for Store {
             let extents = regions.get(usize::from(run.region)).map_or(0, |region| region.map.extent_count());
             run.start.0.checked_add(run.count).is_some_and(|end| end <= extents)
         };
-        let runs = runs.into_vec();
+        let mut seen = BTreeSet::new();
+        // Readers repeat what they were told before they add to it.
+        let runs: Vec<WorkingSetRun> =
+            runs.into_vec().into_iter().filter(|run| seen.insert((run.region, run.start, run.count))).collect();
         if !runs.iter().all(is_within) {
             return Err(Refusal::new(RefusalCode::OutOfRange, "hints beyond the image"));
         }

@@ -25,6 +25,7 @@ use crate::worker::protocol::WireImage;
 
 pub(crate) mod complete;
 pub mod file;
+pub(crate) mod first;
 pub mod load;
 pub mod manifest;
 pub(crate) mod memfd;
@@ -344,6 +345,19 @@ impl RamRegion {
         self.map.runs().iter().filter(move |run| is_arriving(run.source)).map(types::Run::extents)
     }
 
+    /// Reads some bytes of one extent, if they are here.
+    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let extent = ExtentIndex(u32::try_from(offset / EXTENT_SIZE).expect("at most 32 GiB"));
+        match self.map.source_of(extent) {
+            None => false,
+            Some(Source::Zero) => {
+                bytes.fill(0);
+                true
+            }
+            Some(Source::Layer(layer)) => self.layers[usize::from(layer.0)].read_at(offset, bytes),
+        }
+    }
+
     /// The number that a layer on top gets.
     pub(crate) fn next_layer(&self) -> LayerIndex {
         LayerIndex(u16::try_from(self.layers.len()).expect("each layer has an open file, of which there are fewer"))
@@ -397,6 +411,12 @@ impl Layer {
     /// Whether all of these extents are there now.
     pub(crate) fn has_all(&self, extents: std::ops::Range<u32>) -> bool {
         self.presence.as_ref().is_none_or(|presence| presence.has_all(extents))
+    }
+
+    /// Reads some bytes of an extent, if all of that is there.
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let extent = u32::try_from(offset / EXTENT_SIZE).expect("at most 32 GiB");
+        self.has_all(extent..extent + 1) && self.memfd.read_exact_at(bytes, offset).is_ok()
     }
 
     /// Reads an extent, if all of it is there. Makes no page, whatever is.

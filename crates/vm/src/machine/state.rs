@@ -14,6 +14,7 @@ use thiserror::Error;
 use super::frame::Core;
 use crate::device::{BadDeviceState, SavedDevice};
 use crate::host::Host;
+use crate::image::first::Translation;
 use crate::sys::kvm::set_xsave;
 
 /// The version that [`MachineState::encode`] writes.
@@ -48,6 +49,19 @@ pub(crate) struct VcpuState {
     lapic: Vec<u32>,
     pub(crate) msrs: Vec<(u32, u64)>,
     events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// How it translates addresses.
+    pub(crate) fn translation(&self) -> Translation {
+        Translation::of(self.sregs.cr0, self.sregs.cr3, self.sregs.cr4, self.sregs.efer)
+    }
+
+    /// The linear addresses of its next instruction, its stack, and the tables that a CPU looks into by itself.
+    pub(crate) fn first_addresses(&self) -> [u64; 5] {
+        let sregs = &self.sregs;
+        [self.regs.rip, self.regs.rsp, sregs.gdt.base, sregs.idt.base, sregs.tr.base]
+    }
 }
 
 impl VcpuState {

@@ -199,7 +199,10 @@ fn a_child_runs_before_its_memory_is_here_and_the_next_one_finds_it_here() {
     let pool = pool();
     let pager = Pager::of(&image(&pool, class(MIB, 1), PAGES));
     let (host_image, image) = pager.open(&pool);
+    let foreseen = pager.inner.source.first_touches();
     let first = fork(&pool, &image, 1).remove(0);
+    let unforeseen = pager.state(|state| state.published.iter().filter(|at| !foreseen.contains(at)).count());
+    assert!(foreseen.len() < 12 && unforeseen <= 1, "{foreseen:?}, and {unforeseen} others");
     let at_first = pager.published();
     assert!(at_first < 10, "{at_first} extents before the first instruction");
     assert_eq!(who(&first), first.id());
