@@ -149,14 +149,16 @@ mod testing {
     use tokio::signal::unix::{SignalKind, signal};
     use vm::harness::guards::{Guard, take_out};
 
-    /// SIGUSR2 has the pager panic; `FARFORK_TEST_WITHOUT` names guards to take out, with commas.
+    /// SIGUSR1 has the pager's thread panic, SIGUSR2 a task of each of its fetches; `FARFORK_TEST_WITHOUT` names guards to take out, with commas.
     pub(super) fn listen() -> std::io::Result<()> {
-        let mut panics = signal(SignalKind::user_defined2())?;
-        tokio::spawn(async move {
-            while panics.recv().await.is_some() {
-                crate::node::pager::testing::panic();
-            }
-        });
+        for (kind, of_task) in [(SignalKind::user_defined1(), false), (SignalKind::user_defined2(), true)] {
+            let mut panics = signal(kind)?;
+            tokio::spawn(async move {
+                while panics.recv().await.is_some() {
+                    crate::node::pager::testing::panic(of_task);
+                }
+            });
+        }
         let without = std::env::var("FARFORK_TEST_WITHOUT").unwrap_or_default();
         for guard in without.split(',').filter(|guard| !guard.is_empty()) {
             take_out(match guard {

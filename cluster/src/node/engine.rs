@@ -374,6 +374,8 @@ pub enum ErrorKind {
     Refused,
     /// No holder is left that could give what is missing of an image.
     SourceLost,
+    /// Some of the image is still on its way from another node.
+    NotSettled,
     /// The engine is stopping.
     Stopping,
     /// Something of ours failed: a worker, the zygote, a system call.

@@ -194,6 +194,7 @@ fn engine_code(kind: ErrorKind) -> &'static str {
         ErrorKind::NotTrusted => "NOT_TRUSTED",
         ErrorKind::Refused => "REFUSED",
         ErrorKind::SourceLost => "SOURCE_LOST",
+        ErrorKind::NotSettled => "NOT_SETTLED",
         ErrorKind::Stopping => "STOPPING",
         ErrorKind::Internal => "INTERNAL",
     }

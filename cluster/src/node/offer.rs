@@ -21,7 +21,7 @@ use pages::wire::{Blob, ExtentId, HashPageBytes, Hints, LeaseToken, Opened, Refu
 use pages::{Peer, Trust};
 use serde::{Deserialize, Serialize};
 use types::manifest::{HASH_PAGE_DIGESTS, WorkingSetRun, encode_hash_page};
-use types::{Digest, Manifest, NodeId, Tenant};
+use types::{Digest, ExtentIndex, Manifest, NodeId, Tenant};
 use vm::host_image::EXTENT_LEN;
 use vm::image::manifest::Content;
 use vm::image::{Image, SaveError};
@@ -52,7 +52,9 @@ impl About {
 
     /// What a holder said, or nothing.
     pub(crate) fn decode(bytes: &[u8]) -> Self {
-        postcard::from_bytes(bytes).unwrap_or_default()
+        let said: Self = postcard::from_bytes(bytes).unwrap_or_default();
+        // Nothing proves nothing.
+        Self { pattern_pages: said.pattern_pages.filter(|pages| *pages > 0) }
     }
 }
 
@@ -84,7 +86,7 @@ struct State {
     leases: Leases,
     /// What leases are on.
     held: HashMap<Digest, Vec<Held>>,
-    hints: HashMap<Digest, Vec<WorkingSetRun>>,
+    hints: HashMap<(Tenant, Digest), Vec<WorkingSetRun>>,
 }
 
 #[derive(Clone)]
@@ -120,7 +122,7 @@ impl Store {
         held.retain(|digest, _| leases.holds_on(*digest));
         if hints.len() > HINTS_MAX {
             // Of images that may be long gone.
-            hints.retain(|digest, _| held.contains_key(digest));
+            hints.retain(|(_, digest), _| held.contains_key(digest));
         }
         metrics::read_leases_granted(leases.len());
     }
@@ -140,13 +142,14 @@ impl Store {
             held.manifest.head().regions.iter().map(|region| region.map.extent_count()).collect()
         });
         let ask = Ask { reader: peer.node, image, tenants: &tenants, regions: &regions, extents };
-        state.leases.check(self.began.elapsed(), lease, &ask).map_err(refusal)?;
-        held.first().cloned().ok_or_else(|| unknown(image))
+        let tenant = state.leases.check(self.began.elapsed(), lease, &ask).map_err(refusal)?;
+        let of_tenant = held.iter().find(|held| Some(&held.offered.tenant) == tenant.as_ref());
+        of_tenant.cloned().ok_or_else(|| unknown(image))
     }
 
     async fn open(&self, peer: &Peer, tenant: &Tenant, image: Digest) -> Result<Opened, Refusal> {
         if !self.trust.may_read(peer, tenant) {
-            return Err(Refusal::new(RefusalCode::OtherTenant, format!("node {} may not read images of {tenant}", peer.node)));
+            return Err(not_this_tenant(peer, tenant));
         }
         let offered = self.catalogue.find(tenant, image).ok_or_else(|| unknown(image))?;
         let manifest = manifest(&offered.image).await?;
@@ -160,17 +163,21 @@ impl Store {
         let is_complete = offered.image.unsettled().is_none();
         let first = offered.image.first_touches();
         let mut state = self.lock();
+        // Looked at again, since hashing may have taken long, and under the lock that revoking takes.
+        if !self.trust.may_read(peer, tenant) {
+            return Err(not_this_tenant(peer, tenant));
+        }
         let now = self.began.elapsed();
         let Granted { token, lasts } = state.leases.grant(now, peer.node, tenant.clone(), image).map_err(refusal)?;
         let held = state.held.entry(image).or_default();
-        if !held.iter().any(|held| held.offered.tenant == *tenant) {
-            held.push(Held { offered, manifest });
-        }
+        // What was held may have failed here since, and have been opened anew.
+        held.retain(|held| held.offered.tenant != *tenant);
+        held.push(Held { offered, manifest });
         let first = first
             .into_iter()
             .filter_map(|(region, start)| Some(WorkingSetRun { region: u8::try_from(region).ok()?, start, count: 1 }));
         // What is named twice is fetched once.
-        let recorded = state.hints.get(&image).cloned().unwrap_or_default();
+        let recorded = state.hints.get(&(tenant.clone(), image)).cloned().unwrap_or_default();
         let hints: Vec<WorkingSetRun> = first.chain(recorded).collect();
         Ok(Opened {
             lease: Blob::new(token).expect("as long as a token may be"),
@@ -280,21 +287,35 @@ impl ImageStore for Store {
             let extents = regions.get(usize::from(run.region)).map_or(0, |region| region.map.extent_count());
             run.start.0.checked_add(run.count).is_some_and(|end| end <= extents)
         };
-        let mut seen = BTreeSet::new();
-        // Readers repeat what they were told before they add to it.
-        let runs: Vec<WorkingSetRun> =
-            runs.into_vec().into_iter().filter(|run| seen.insert((run.region, run.start, run.count))).collect();
+        let runs = runs.into_vec();
         if !runs.iter().all(is_within) {
             return Err(Refusal::new(RefusalCode::OutOfRange, "hints beyond the image"));
         }
+        // Readers repeat what they were told before they add to it.
+        let runs = distinct(&runs);
         let count = |runs: &[WorkingSetRun]| runs.iter().map(|run| u64::from(run.count)).sum::<u64>();
         let mut state = self.lock();
-        let known = state.hints.entry(image).or_default();
+        let known = state.hints.entry((held.offered.tenant, image)).or_default();
         if count(&runs) > count(known) {
             *known = runs;
         }
         Ok(())
     }
+}
+
+/// The runs without what an earlier one has, so that nobody gains by naming an extent twice.
+fn distinct(runs: &[WorkingSetRun]) -> Vec<WorkingSetRun> {
+    let mut seen: BTreeSet<(u8, u32)> = BTreeSet::new();
+    let mut distinct: Vec<WorkingSetRun> = Vec::new();
+    for run in runs {
+        for extent in (run.start.0..run.start.0 + run.count).filter(|extent| seen.insert((run.region, *extent))) {
+            match distinct.last_mut() {
+                Some(last) if last.region == run.region && last.start.0 + last.count == extent => last.count += 1,
+                _ => distinct.push(WorkingSetRun { region: run.region, start: ExtentIndex(extent), count: 1 }),
+            }
+        }
+    }
+    distinct
 }
 
 /// The manifest of an image, which takes time for one that was not hashed yet.
@@ -315,6 +336,10 @@ async fn manifest(image: &Arc<Image>) -> Result<Arc<Manifest>, Refusal> {
             Err(error) => return Err(Refusal::new(RefusalCode::Failed, error)),
         }
     }
+}
+
+fn not_this_tenant(peer: &Peer, tenant: &Tenant) -> Refusal {
+    Refusal::new(RefusalCode::OtherTenant, format!("node {} may not read images of {tenant}", peer.node))
 }
 
 fn unknown(image: Digest) -> Refusal {

@@ -271,13 +271,13 @@ impl Certificates for PinnedCertificates {
     }
 
     fn accept(&self, trusted: &Trusted) {
-        // It may have been trusted with more: it opens anew what it may still read.
-        self.store.revoke(trusted.certificate.node);
         match pages::Certificate::from_pem(trusted.certificate.pem.as_bytes()) {
             Ok(certificate) => {
                 if let Err(error) = self.trust.add(&certificate, trusted.tenants.iter().cloned()) {
                     tracing::error!(node = %trusted.certificate.node, %error, "not let in");
                 }
+                // After that: it may have been trusted with more, and opens anew what it may still read.
+                self.store.revoke(trusted.certificate.node);
             }
             Err(error) => tracing::error!(node = %trusted.certificate.node, %error, "not let in"),
         }

@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 use types::{ImageId, MachineId};
+use vm::host_image::AwaitError;
 use vm::image::load::LoadErrorKind;
 use vm::image::{LoadError, SaveError};
 use vm::pool::PoolError;
@@ -18,6 +19,8 @@ pub(super) fn of_pool(error: PoolError) -> EngineError {
         PoolError::Ended(ended) => ErrorKind::Ended(ended.reason),
         PoolError::Stopping => ErrorKind::Stopping,
         PoolError::Limit { .. } => ErrorKind::Unfit,
+        PoolError::Absent(AwaitError::Failed(ended)) => ErrorKind::Ended(ended.reason),
+        PoolError::Absent(AwaitError::TimedOut { .. }) => ErrorKind::SourceLost,
         _ => match error.errno().map(Errno::from_raw_os_error) {
             Some(Errno::NOMEM | Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::AGAIN) => ErrorKind::Exhausted,
             _ => ErrorKind::Internal,
@@ -36,6 +39,7 @@ pub(super) fn of_save(error: &SaveError) -> EngineError {
         SaveError::Full { .. } => ErrorKind::StoreFull,
         SaveError::Io { .. } => ErrorKind::Store,
         SaveError::Memory { .. } => ErrorKind::Exhausted,
+        SaveError::Unsettled => ErrorKind::NotSettled,
         _ => ErrorKind::BadImage,
     };
     EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }

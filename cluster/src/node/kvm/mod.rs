@@ -39,7 +39,7 @@ const SUFFIX: &str = ".img";
 /// The epoch of the pattern that prepared guests write.
 const EPOCH: u64 = 1;
 /// Memory that forks leave to the rest of the host.
-const RESERVE_BYTES: u64 = 256 << 20;
+pub(super) const RESERVE_BYTES: u64 = 256 << 20;
 
 /// Opens the engine of this host, with its store in `data`, and what it offers to other nodes. This program is its own zygote.
 ///
@@ -66,6 +66,7 @@ pub fn open(
     }
     let store = data.images().try_clone_to_owned();
     let store = store.map_err(|error| host_error(format!("duplicating a descriptor failed: {error}"), "raise ulimit -n"))?;
+    settings.page_patience = network.page_deadline;
     let pool = Pool::open(host, settings).map_err(|error| EngineError { kind: ErrorKind::Host, ..of_pool(error) })?;
     let (pool, state) = (Arc::new(pool), Arc::<Mutex<State>>::default());
     let (pager, offers) = remote::start(network, credentials, &pool, &state)?;
@@ -262,7 +263,10 @@ impl Engine for KvmEngine {
 
     fn kill(&self, machine: MachineId) -> Result<(), EngineError> {
         let removed = self.lock().machines.remove(&machine);
-        // A running one is killed when it is dropped, outside of the lock.
+        if let Some(Machine::Running(running)) = &removed {
+            // Others may be at it, and keep it for as long as they wait.
+            running.jailed.kill();
+        }
         removed.map(drop).ok_or_else(|| unknown_machine(machine))
     }
 

@@ -97,16 +97,14 @@ impl KvmEngine {
                 Machine::Running(running) if running.image == image => Some(running),
                 _ => None,
             });
-            let children: Vec<_> = of_it.cloned().collect();
-            let forgotten = || {
-                let first = children.first()?;
-                let KnownImage { tenant, pattern_pages, .. } =
-                    KnownImage { image: first.jailed.image()?, tenant: first.tenant.clone(), pattern_pages: None };
-                Some(KnownImage { image: first.jailed.image()?, tenant, pattern_pages })
-            };
-            (state.images.get(&image).cloned().or_else(forgotten), children)
+            (state.images.get(&image).cloned(), of_it.cloned().collect::<Vec<_>>())
         };
-        let known = known.ok_or_else(|| unknown_image(image))?;
+        // Not under the engine's lock: a child that is being branched keeps whoever asks for its image waiting.
+        let forgotten = || {
+            let first = children.first()?;
+            Some(KnownImage { image: first.jailed.image()?, tenant: first.tenant.clone(), pattern_pages: None })
+        };
+        let known = known.or_else(forgotten).ok_or_else(|| unknown_image(image))?;
         let children = u32::try_from(children.len()).unwrap_or(u32::MAX);
         let Some(host_image) = known.image.host_image() else {
             let data_bytes = facts(&known)?.stored_bytes;
@@ -158,7 +156,8 @@ impl Hasher {
         let (sender, images) = channel::<Weak<Image>>();
         let live = move || {
             for image in images.iter().filter_map(|image| image.upgrade()) {
-                if let Err(error) = hash(&image) {
+                // Whoever asks for one that is not known yet has it hashed.
+                if let Err(error) = image.manifest(|_, _| {}) {
                     tracing::debug!(image = %image.id(), %error, "not hashed yet");
                 }
             }

@@ -15,8 +15,10 @@ impl Fetch {
     pub(super) fn send(self: &Rc<Self>, request: RequestId, source: SourceId, extents: Vec<ExtentId>, urgency: Urgency) {
         let asked = {
             let state = self.state.borrow();
+            let stats = state.transfer.sources().find(|(id, _)| *id == source);
+            let may_compress = stats.is_some_and(|(_, stats)| super::source::may_compress(&stats));
             let source = state.sources.get(&source);
-            source.and_then(|source| Some((source.link.clone(), source.lease.clone()?, source.may_compress())))
+            source.and_then(|source| Some((source.link.clone(), source.lease.clone()?, may_compress)))
         };
         let wanted = Wanted::new(extents.clone());
         let (Some((link, lease, may_compress)), Ok(wanted)) = (asked, wanted) else {

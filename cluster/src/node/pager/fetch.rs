@@ -4,10 +4,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use pages::transfer::{Command, Config, ExtentId, Region, RequestId, SourceId, Transfer, Waiter};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::AbortHandle;
@@ -23,6 +25,8 @@ use super::{Key, Opened, Progress, Shared};
 
 /// Before settling is tried again that failed for lack of something.
 const SETTLE_PAUSE: Duration = Duration::from_secs(1);
+/// The most holders that are read from: whoever may have something forked here may name some.
+pub(super) const SOURCES_MAX: usize = 32;
 /// How many extents that children touched first are remembered.
 const TOUCHED_MAX: usize = 4096;
 
@@ -40,6 +44,14 @@ pub(super) struct Fetch {
     about: About,
     opened_at: Duration,
     settled_after: Cell<Option<Duration>>,
+    was_lost: Cell<bool>,
+    /// When the host last had no memory for a page, and when a child was ended for that.
+    pub(super) short_since: Cell<Option<Duration>>,
+    pub(super) relieved: Cell<Option<Duration>>,
+    /// When memory was last looked for in vain.
+    pub(super) found_none: Cell<Option<Duration>>,
+    /// Nothing was stopped for lack of memory.
+    pub(super) has_room: Cell<bool>,
     tasks: RefCell<Vec<AbortHandle>>,
 }
 
@@ -122,6 +134,11 @@ impl Fetch {
             about,
             opened_at: shared.now(),
             settled_after: Cell::new(None),
+            was_lost: Cell::new(false),
+            short_since: Cell::new(None),
+            relieved: Cell::new(None),
+            found_none: Cell::new(None),
+            has_room: Cell::new(true),
             tasks: RefCell::default(),
         });
         let keep_time = Rc::clone(&fetch);
@@ -129,8 +146,15 @@ impl Fetch {
         fetch
     }
 
-    /// A task that ends with the fetch.
+    /// A task that ends with the fetch. If it panics, faults may go without an answer: then the image has failed, and its children
+    /// end.
     pub(super) fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) -> AbortHandle {
+        let host_image = Arc::clone(&self.host_image);
+        let task = async move {
+            if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+                super::fail_after_panic(&host_image, &*panic);
+            }
+        };
         let handle = tokio::task::spawn_local(task).abort_handle();
         let mut tasks = self.tasks.borrow_mut();
         tasks.retain(|task| !task.is_finished());
@@ -150,7 +174,8 @@ impl Fetch {
     pub(super) fn add_holders(self: &Rc<Self>, holders: &[SocketAddr]) {
         for address in holders {
             let is_known = self.state.borrow().sources.values().any(|source| source.link.address() == *address);
-            if !is_known && !self.host_image.is_settled() {
+            let count = self.state.borrow().sources.len();
+            if !is_known && count < SOURCES_MAX && !self.host_image.is_settled() {
                 self.add_source(self.shared.client.link(*address, None), None);
             }
         }
@@ -163,7 +188,7 @@ impl Fetch {
         self.state.borrow_mut().waiters.insert(waiter, Waiting::Child(child, task));
     }
 
-    pub(super) fn forget(&self, child: &Arc<Watched>) {
+    pub(super) fn forget(self: &Rc<Self>, child: &Arc<Watched>) {
         let mut state = self.state.borrow_mut();
         let is_it = |waiting: &Waiting| matches!(waiting, Waiting::Child(other, _) if Arc::ptr_eq(other, child));
         let waiter = state.waiters.iter().find(|(_, waiting)| is_it(waiting)).map(|(waiter, _)| *waiter);
@@ -173,6 +198,8 @@ impl Fetch {
             }
             let now = self.shared.now();
             state.transfer.forget_waiter(now, waiter);
+            drop(state);
+            self.pump();
         }
     }
 
@@ -216,6 +243,10 @@ impl Fetch {
         if self.host_image.has(usize::from(id.region), id.extent) || self.supply(id) {
             return answer(waiting);
         }
+        if !self.is_good() || self.host_image.is_settled() {
+            // Nobody fetches any more: whoever waits looks for itself.
+            return answer(waiting);
+        }
         let waiter = self.next_waiter();
         let mut state = self.state.borrow_mut();
         state.waiters.insert(waiter, waiting);
@@ -241,9 +272,16 @@ impl Fetch {
             }
             (self.host_image.publish(region, id.extent, &bytes[..]), PageBytes::Local)
         };
-        if let Err(error) = &published {
-            tracing::debug!(%error, "not supplied from this host");
-            return false;
+        match &published {
+            Ok(_) => {}
+            Err(error @ vm::host_image::PublishError::Poisoned(_)) => {
+                self.is_lost(error);
+                return false;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "not supplied from this host");
+                return false;
+            }
         }
         metrics::page_bytes(kind, EXTENT_SIZE);
         let mut state = self.state.borrow_mut();
@@ -323,11 +361,14 @@ impl Fetch {
             self.key.1,
             sources.join(", ")
         );
+        // What the host had no memory for is no fault of those who have it.
+        let was_short = self.short_since.get().is_some_and(|since| self.shared.now().saturating_sub(since) < waited);
+        let reason = if was_short { Reason::Oom } else { Reason::PageSourceLost };
         for waiter in waiters {
             match state.waiters.get(waiter) {
                 Some(Waiting::Child(child, _)) => {
                     tracing::warn!(machine = %child.machine(), detail, "a page could not be had");
-                    child.end(vm::Ended { reason: Reason::PageSourceLost, detail: detail.clone() });
+                    child.end(vm::Ended { reason, detail: detail.clone() });
                 }
                 // Whoever waits finds out that it has not come.
                 Some(_) => drop(state.waiters.remove(waiter)),
@@ -353,7 +394,8 @@ impl Fetch {
             let settled = tokio::task::spawn_blocking(move || host_image.settle()).await;
             match settled {
                 Ok(Ok(())) => this.has_settled(),
-                Ok(Err(SettleError::Absent { .. })) | Err(_) => {
+                Err(panic) => this.is_lost(&panic),
+                Ok(Err(SettleError::Absent { .. })) => {
                     let now = this.shared.now();
                     this.state.borrow_mut().transfer.stream(now, this.shared.settings.streams);
                     this.pump();
@@ -378,6 +420,9 @@ impl Fetch {
 
     /// It was found poisoned: nothing of it is fetched any more.
     pub(super) fn is_lost(&self, error: &dyn std::fmt::Display) {
+        if self.was_lost.replace(true) {
+            return;
+        }
         tracing::error!(image = %self.key.1, %error, "an image is poisoned");
         metrics::poisoned();
         self.release_sources();

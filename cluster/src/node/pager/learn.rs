@@ -6,8 +6,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pages::transfer::ExtentId;
-use pages::wire::{Hints, Opened};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use pages::client::Link;
+use pages::transfer::{ExtentId, SourceId};
+use pages::wire::{Hints, LeaseToken, Opened};
 use types::manifest::{HASH_PAGE_DIGESTS, WorkingSetRun};
 use types::{Digest, ExtentIndex};
 use vm::image::Image;
@@ -16,6 +19,8 @@ use super::fetch::Fetch;
 
 /// Hash pages that are asked for at once.
 const AT_ONCE: usize = 8;
+/// Before the next source is asked for a hash page that has not come.
+const HEDGE: Duration = Duration::from_millis(50);
 /// Before a hash page is asked for again.
 const PAUSE: Duration = Duration::from_millis(50);
 /// When holders are told what children have touched, after the image was opened.
@@ -25,15 +30,17 @@ impl Fetch {
     /// Begins what goes on beside the faults of children.
     pub(super) fn begin(self: &Rc<Self>, hints: &[WorkingSetRun]) {
         if self.shared.settings.replays {
+            let regions = &self.host_image.head().regions;
             let recorded = self.host_image.head().working_set.iter().chain(hints);
-            let extents: Vec<ExtentId> = recorded
-                .flat_map(|run| {
-                    let extents = run.start.0..run.start.0.saturating_add(run.count);
-                    extents.map(|extent| ExtentId { region: run.region, extent: ExtentIndex(extent) })
-                })
-                .collect();
+            // Another node's word: within the image, and not more than all of it.
+            let extents = recorded.flat_map(|run| {
+                let most = regions.get(usize::from(run.region)).map_or(0, |region| region.map.extent_count());
+                let extents = run.start.0.min(most)..run.start.0.saturating_add(run.count).min(most);
+                extents.map(|extent| ExtentId { region: run.region, extent: ExtentIndex(extent) })
+            });
+            let most = regions.iter().map(|region| region.map.extent_count() as usize).sum();
             let now = self.shared.now();
-            self.state.borrow_mut().transfer.replay(now, extents);
+            self.state.borrow_mut().transfer.replay(now, extents.take(most));
         }
         let (learning, telling) = (Rc::clone(self), Rc::clone(self));
         self.spawn(async move { learning.learn().await });
@@ -45,11 +52,11 @@ impl Fetch {
     /// Takes the hash pages that came with a head; what is not right is asked for again.
     pub(super) fn take_hash_pages(&self, opened: &Opened) {
         let missing: Vec<_> = self.host_image.missing_hash_pages().collect();
-        let mut given = opened.hash_pages.clone().into_vec().into_iter();
-        let first: Vec<_> = given.by_ref().collect();
-        let mut by_digest: HashMap<Digest, _> = first.iter().map(|page| (Digest::of(page), page)).collect();
+        let given = opened.hash_pages.clone().into_vec();
+        let by_digest: HashMap<Digest, _> = given.iter().map(|page| (Digest::of(page), page)).collect();
         for (region, page, expected) in missing {
-            if let Some(bytes) = by_digest.remove(&expected) {
+            // Pages that are equal came once, or several times.
+            if let Some(bytes) = by_digest.get(&expected) {
                 self.host_image.add_hash_page(region, page, bytes).unwrap_or_else(|error| {
                     tracing::debug!(%error, "a hash page that came with a head");
                 });
@@ -85,25 +92,27 @@ impl Fetch {
         self.pump();
     }
 
-    /// Asks one source after the other for a hash page, once around.
-    async fn ask_for_hash_page(&self, region: usize, page: usize) {
+    /// Asks the sources for a hash page, each a little later than the one before it: one that is silent keeps nobody waiting.
+    async fn ask_for_hash_page(self: &Rc<Self>, region: usize, page: usize) {
         let sources: Vec<_> = {
             let state = self.state.borrow();
             let good = state.sources.iter().filter_map(|(id, source)| Some((*id, source.link.clone(), source.lease.clone()?)));
             good.collect()
         };
-        for (id, link, lease) in sources {
-            let (number, index) = (u8::try_from(region), u32::try_from(page));
-            let (Ok(number), Ok(index)) = (number, index) else { return };
-            let within = self.shared.settings.deadline;
-            match link.hash_page(&lease, self.key.1, number, index, within).await {
-                Ok(bytes) => match self.host_image.add_hash_page(region, page, &bytes) {
-                    Ok(()) => return self.learned.notify_waiters(),
-                    Err(error) => {
-                        tracing::warn!(image = %self.key.1, source = %link.address(), %error, "a holder sent what is not the image's");
-                        self.distrust(id);
-                    }
-                },
+        let (Ok(number), Ok(index)) = (u8::try_from(region), u32::try_from(page)) else { return };
+        let within = self.shared.settings.deadline;
+        let ask = |(turn, (id, link, lease)): (u32, (SourceId, Link, LeaseToken))| async move {
+            tokio::time::sleep(HEDGE * turn).await;
+            (link.hash_page(&lease, self.key.1, number, index, within).await, id, link)
+        };
+        let mut asked: FuturesUnordered<_> = (0..).zip(sources).map(ask).collect();
+        while let Some((answer, id, link)) = asked.next().await {
+            match answer.map(|bytes| self.host_image.add_hash_page(region, page, &bytes)) {
+                Ok(Ok(())) => return self.learned.notify_waiters(),
+                Ok(Err(error)) => {
+                    tracing::warn!(image = %self.key.1, source = %link.address(), %error, "a holder sent what is not the image's");
+                    self.distrust(id);
+                }
                 Err(error) => tracing::debug!(image = %self.key.1, source = %link.address(), %error, "no hash page"),
             }
         }
@@ -111,7 +120,7 @@ impl Fetch {
     }
 
     /// A source lied about a digest.
-    fn distrust(&self, id: pages::transfer::SourceId) {
+    fn distrust(self: &Rc<Self>, id: SourceId) {
         super::super::metrics::quarantined();
         let now = self.shared.now();
         let mut state = self.state.borrow_mut();
@@ -119,6 +128,8 @@ impl Fetch {
         if let Some(source) = state.sources.get_mut(&id) {
             source.quarantine();
         }
+        drop(state);
+        self.pump();
     }
 
     /// Finds extents that are the same as one of an image of the same tenant that is here.

@@ -32,7 +32,7 @@ use pages::{Identity, Trust};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
-use types::{Digest, ExtentIndex, Reason, Tenant};
+use types::{Digest, EXTENT_SIZE, ExtentIndex, Head, Reason, Tenant};
 use vm::image::Image;
 use vm::{HostImage, PageSource, Pool, Watched};
 
@@ -46,6 +46,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often images are looked for that nobody needs any more.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// The most images of other nodes at a time.
+const FETCHES_MAX: usize = 4096;
 
 /// How a pager works.
 #[derive(Clone, Copy, Debug)]
@@ -116,8 +119,11 @@ enum Order {
         key: Key,
         reply: oneshot::Sender<Option<Progress>>,
     },
+    /// To panic: a task of each fetch, or the thread itself.
     #[cfg(feature = "testing")]
-    Panic,
+    Panic {
+        of_task: bool,
+    },
     Stop,
 }
 
@@ -151,10 +157,26 @@ impl Shared {
         self.began.elapsed()
     }
 
+    /// Refuses an image whose memory this host does not have, unless it is told how much to take.
+    fn admit(&self, head: &Head) -> Result<(), EngineError> {
+        let extents: u64 = head.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
+        let needed = extents * EXTENT_SIZE + super::kvm::RESERVE_BYTES;
+        let available = vm::host::available_memory().unwrap_or(u64::MAX);
+        if self.settings.host_image_bytes.is_some() || needed <= available {
+            return Ok(());
+        }
+        Err(EngineError {
+            kind: ErrorKind::Exhausted,
+            message: format!("the image and what the host keeps free take {needed} bytes of memory, and {available} are free"),
+            remedy: "fork it elsewhere, or let the node hold less of it (--host-image-memory)".to_owned(),
+        })
+    }
+
     /// Memory of all images that have not settled.
     fn resident_bytes(&self) -> u64 {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let unsettled = open.iter().filter_map(Weak::upgrade).filter(|host_image| !host_image.is_settled());
+        let open = open.iter().filter_map(Weak::upgrade);
+        let unsettled = open.filter(|host_image| !host_image.is_settled() && host_image.failed().is_none());
         unsettled.map(|host_image| host_image.resident_bytes()).sum()
     }
 }
@@ -190,13 +212,9 @@ impl Pager {
             loop {
                 let once = || run(settings, &identity, &trust, &pool, &library, &own, &open, &mut received, &started);
                 let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(once)) else { return };
-                let said = panic.downcast_ref::<&str>().map(|said| (*said).to_owned());
-                let said = said.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                tracing::error!(said, "the pager panicked; the children that it answered are ended");
                 let left = std::mem::take(&mut *open.lock().unwrap_or_else(PoisonError::into_inner));
                 for host_image in left.iter().filter_map(Weak::upgrade).filter(|host_image| !host_image.is_settled()) {
-                    let detail = "the pager that fetched its memory ended by itself".to_owned();
-                    host_image.fail(vm::Ended { reason: Reason::PageSourceLost, detail });
+                    fail_after_panic(&host_image, &*panic);
                 }
             }
         };
@@ -334,6 +352,8 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
             order = received.recv() => order,
             _ = sweep.tick() => {
                 fetches.borrow_mut().retain(|_, fetch| fetch.is_needed() || fetch.close());
+                let all: Vec<_> = fetches.borrow().values().cloned().collect();
+                all.iter().for_each(Fetch::stream_if_room);
                 metrics::read_leases_held(fetches.borrow().values().map(|fetch| fetch.leases()).sum());
                 continue;
             }
@@ -344,14 +364,15 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
                 let (shared, fetches, opening) = (Rc::clone(shared), Rc::clone(&fetches), Rc::clone(&opening));
                 tokio::task::spawn_local(async move {
                     let key = (order.tenant.clone(), order.image);
-                    let turn = Rc::clone(opening.borrow_mut().entry(key.clone()).or_default());
-                    let _turn = turn.lock().await;
+                    let turn_of = Rc::clone(opening.borrow_mut().entry(key.clone()).or_default());
+                    let _turn = turn_of.lock().await;
                     let known = fetches.borrow().get(&key).filter(|fetch| fetch.is_good()).cloned();
                     let opened = match known {
                         Some(fetch) => {
                             fetch.add_holders(&order.holders);
                             Ok(fetch)
                         }
+                        None if fetches.borrow().len() >= FETCHES_MAX => Err(too_many()),
                         None => Fetch::open(&shared, key.clone(), &order.holders).await,
                     };
                     let opened = opened.map(|fetch| {
@@ -361,7 +382,10 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
                         }
                         fetch.opened()
                     });
-                    opening.borrow_mut().remove(&key);
+                    // The one in the table, and this: nobody else waits for a turn.
+                    if Rc::strong_count(&turn_of) <= 2 {
+                        opening.borrow_mut().remove(&key);
+                    }
                     // Nobody waits any more: the image stays open until it is closed.
                     drop(reply.send(opened));
                 });
@@ -388,7 +412,12 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
             }
             Order::Progress { key, reply } => drop(reply.send(of(&key).map(|fetch| fetch.progress()))),
             #[cfg(feature = "testing")]
-            Order::Panic => panic!("a test asked for it"),
+            Order::Panic { of_task } => {
+                assert!(of_task, "a test asked for it");
+                for fetch in fetches.borrow().values() {
+                    fetch.spawn(async { panic!("a test asked for it") });
+                }
+            }
             Order::Stop => break,
         }
     }
@@ -406,17 +435,34 @@ pub(crate) mod testing {
 
     pub(super) static FIRST: OnceLock<UnboundedSender<Order>> = OnceLock::new();
 
-    /// Has this process's pager panic.
-    pub(crate) fn panic() {
+    /// Has this process's pager panic, or a task of each fetch.
+    pub(crate) fn panic(of_task: bool) {
         if let Some(pager) = FIRST.get() {
-            pager.send(Order::Panic).unwrap_or_default();
+            pager.send(Order::Panic { of_task }).unwrap_or_default();
         }
     }
+}
+
+/// What was to answer the faults on an image has panicked.
+fn fail_after_panic(host_image: &HostImage, panic: &(dyn std::any::Any + Send)) {
+    let said = panic.downcast_ref::<&str>().map(|said| (*said).to_owned());
+    let said = said.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    tracing::error!(image = %host_image.digest(), said, "the pager panicked; the children that it answered are ended");
+    let detail = "the pager that fetched its memory ended by itself".to_owned();
+    host_image.fail(vm::Ended { reason: Reason::PageSourceLost, detail });
 }
 
 fn host_error(message: String) -> EngineError {
     let remedy = "raise the limits on threads and open files (ulimit -u, ulimit -n)".to_owned();
     EngineError { kind: ErrorKind::Host, message, remedy }
+}
+
+fn too_many() -> EngineError {
+    EngineError {
+        kind: ErrorKind::Exhausted,
+        message: format!("{FETCHES_MAX} images of other nodes are open, which is the most"),
+        remedy: "forget some (farfork image rm)".to_owned(),
+    }
 }
 
 fn stopping() -> EngineError {

@@ -1,12 +1,18 @@
 //! Memory for images that have not settled: what was fetched first goes first, and is fetched again when it is touched.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
 
 use pages::transfer::ExtentId;
 use types::{EXTENT_SIZE, ExtentIndex, Reason};
 
 use super::fetch::Fetch;
 
+/// Before memory is looked for again after it was in vain.
+const IN_VAIN: Duration = Duration::from_secs(1);
+/// Before another child is ended for lack of memory.
+const RELIEF: Duration = Duration::from_millis(500);
 /// Extents that are given back at once.
 const BATCH: usize = 256;
 
@@ -14,28 +20,55 @@ impl Fetch {
     /// Gives memory back if the image takes more than it may.
     pub(super) fn keep_budget(&self) {
         let Some(most) = self.shared.settings.host_image_bytes else { return };
-        if self.shared.resident_bytes() > most {
+        let now = self.shared.now();
+        // Looking costs a look at every child's memory.
+        let was_in_vain = self.found_none.get().is_some_and(|at| now.saturating_sub(at) < IN_VAIN);
+        if !was_in_vain && self.shared.resident_bytes() > most {
             let batch = usize::try_from(most / EXTENT_SIZE / 4).unwrap_or(BATCH).clamp(1, BATCH);
             // What has to be fetched again at once is not worth fetching ahead.
-            let now = self.shared.now();
             self.state.borrow_mut().transfer.stream(now, false);
-            self.evict(batch);
+            self.has_room.set(false);
+            if self.evict(batch) == 0 {
+                self.found_none.set(Some(now));
+            }
+        }
+    }
+
+    /// Goes on with what was stopped for lack of memory, when all of it fits. Less would be fetched only to be given back.
+    pub(super) fn stream_if_room(self: &Rc<Self>) {
+        let Some(most) = self.shared.settings.host_image_bytes else { return };
+        if self.has_room.get() {
+            return;
+        }
+        let own = self.host_image.resident();
+        if self.shared.resident_bytes() + (own.data_bytes - own.resident_bytes) <= most {
+            self.has_room.set(true);
+            let now = self.shared.now();
+            self.state.borrow_mut().transfer.stream(now, self.shared.settings.streams);
+            self.pump();
         }
     }
 
     /// Makes room for one extent where the host has none left: gives memory back, or ends the child that came last. Says whether
-    /// it is worth trying again.
+    /// it is worth trying again at once.
     pub(super) fn make_room(&self) -> bool {
+        let now = self.shared.now();
+        self.short_since.set(Some(now));
         if self.evict(BATCH) > 0 {
             return true;
         }
+        // What one that was ended had takes a moment to come back.
+        if self.relieved.get().is_some_and(|at| now.saturating_sub(at) < RELIEF) {
+            return false;
+        }
+        self.relieved.set(Some(now));
         let newest = self.host_image.children().pop();
         if let Some(child) = &newest {
             let detail = "the host has no memory for the pages that it waits for".to_owned();
             tracing::warn!(machine = %child.machine(), detail, "ended");
             child.end(vm::Ended { reason: Reason::Oom, detail });
         }
-        newest.is_some()
+        false
     }
 
     /// Gives back up to so many extents, oldest first. Says how many.

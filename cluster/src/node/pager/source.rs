@@ -31,8 +31,11 @@ pub(super) struct Source {
     pub(super) lease: Option<LeaseToken>,
     state: SourceState,
     last_error: Option<String>,
-    /// What its link carries, in bytes a second, once known.
-    pub(super) rate: Option<u64>,
+}
+
+/// Whether what comes over a link is worth compressing; its rate is known once something has come.
+pub(super) fn may_compress(stats: &SourceStats) -> bool {
+    stats.link_bytes_per_second.is_some_and(|rate| rate < COMPRESS_BELOW)
 }
 
 impl Source {
@@ -40,10 +43,6 @@ impl Source {
     pub(super) fn quarantine(&mut self) {
         self.state = SourceState::Quarantined;
         self.lease = None;
-    }
-
-    pub(super) fn may_compress(&self) -> bool {
-        self.rate.is_some_and(|rate| rate < COMPRESS_BELOW)
     }
 
     pub(super) fn facts(&self, stats: Option<&SourceStats>) -> SourceFacts {
@@ -75,7 +74,8 @@ impl Fetch {
     /// Asks all holders at once for the image's head. The first good answer opens it; the others become sources too.
     pub(super) async fn open(shared: &Rc<Shared>, key: Key, holders: &[std::net::SocketAddr]) -> Result<Rc<Self>, EngineError> {
         let (tenant, digest) = &key;
-        let links: Vec<Link> = holders.iter().map(|address| shared.client.link(*address, None)).collect();
+        let links: Vec<Link> =
+            holders.iter().take(super::fetch::SOURCES_MAX).map(|address| shared.client.link(*address, None)).collect();
         let within = shared.settings.open_deadline;
         let ask = |link: &Link| {
             let link = link.clone();
@@ -100,6 +100,7 @@ impl Fetch {
                     continue;
                 }
             };
+            shared.admit(&head)?;
             let feed = std::sync::Arc::new(Feed { key: key.clone(), orders: shared.orders.clone() });
             let parts = HostImage::open(shared.pool.host(), *digest, head, feed).map_err(|error| EngineError {
                 kind: match &error {
@@ -143,7 +144,7 @@ impl Fetch {
         let id = {
             let mut state = self.state.borrow_mut();
             let id = SourceId(u32::try_from(state.sources.len()).expect("as many as there are nodes"));
-            let source = Source { link, lease: None, state: SourceState::Gone, last_error: None, rate: None };
+            let source = Source { link, lease: None, state: SourceState::Gone, last_error: None };
             state.sources.insert(id, source);
             id
         };
@@ -236,6 +237,8 @@ impl Fetch {
             source.state = SourceState::Gone;
             let now = self.shared.now();
             state.transfer.remove_source(now, id);
+            drop(state);
+            self.pump();
         }
     }
 

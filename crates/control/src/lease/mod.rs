@@ -206,17 +206,19 @@ impl Leases {
         self.epoch
     }
 
-    /// Whether a token gives what is asked for.
+    /// Whether a token gives what is asked for. Returns for which tenant it was granted; none for no token, where that is let
+    /// through.
     ///
     /// # Errors
     /// [`LeaseRefusal`] says by which check it does not.
-    pub fn check(&self, now: Duration, token: &[u8], ask: &Ask<'_>) -> Result<(), LeaseRefusal> {
-        let Some(claims) = self.read(token)? else { return Ok(()) };
+    pub fn check(&self, now: Duration, token: &[u8], ask: &Ask<'_>) -> Result<Option<Tenant>, LeaseRefusal> {
+        let Some(claims) = self.read(token)? else { return Ok(None) };
         self.refuse(Check::Node, claims.reader != ask.reader, LeaseRefusal::OtherNode)?;
         self.refuse(Check::Image, claims.image != ask.image, LeaseRefusal::OtherImage)?;
         self.refuse(Check::Tenant, !ask.tenants.contains(&claims.tenant), LeaseRefusal::OtherTenant)?;
         self.is_live(now, &claims)?;
-        self.refuse(Check::Range, !is_within(ask), LeaseRefusal::OutOfRange)
+        self.refuse(Check::Range, !is_within(ask), LeaseRefusal::OutOfRange)?;
+        Ok(Some(claims.tenant))
     }
 
     /// Forgets leases whose term is over. Their tokens stay refused, by their own dates.

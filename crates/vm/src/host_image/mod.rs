@@ -55,6 +55,8 @@ pub(crate) use presence::Presence;
 pub(crate) use watched::Keeper;
 pub use watched::Watched;
 
+/// How often an extent is asked for again that somebody waits for.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// Bytes of an extent, in memory.
 pub const EXTENT_LEN: usize = 64 << 10;
 
@@ -339,7 +341,7 @@ impl HostImage {
     /// are absent again.
     ///
     /// # Errors
-    /// If the kernel does not take a page back.
+    /// If the kernel does not take back even the first of them.
     pub fn evict(&self, region: usize, extents: &[u32]) -> io::Result<Vec<ExtentIndex>> {
         let aliases = self.lock_aliases();
         if aliases.is_none() || self.failed.get().is_some() {
@@ -361,7 +363,11 @@ impl HostImage {
             }
             // In this order: a touch that comes in between finds the page, or is reported and finds it absent.
             of.presence.remove(extent);
-            memfd::punch(of.layer.memfd(), extent.byte_offset(), EXTENT_SIZE)?;
+            if let Err(error) = memfd::punch(of.layer.memfd(), extent.byte_offset(), EXTENT_SIZE) {
+                // It is as it was.
+                of.presence.add(extent, u16::MAX);
+                return if evicted.is_empty() { Err(error) } else { Ok(evicted) };
+            }
             evicted.push(extent);
         }
         drop(aliases);
@@ -376,26 +382,30 @@ impl HostImage {
         self.regions[region].layer.read_extent(extent, buffer)
     }
 
-    /// Waits until all of an extent is here, having asked for it.
+    /// Waits until all of an extent is here, having asked for it, at most until then.
     ///
     /// # Errors
     /// [`AwaitError`].
-    pub fn wait_for(&self, region: usize, extent: ExtentIndex, patience: Duration) -> Result<(), AwaitError> {
-        if self.has(region, extent) {
-            return Ok(());
-        }
-        self.source.want(region, extent.0..extent.0 + 1);
-        let deadline = Instant::now() + patience;
+    pub fn wait_for(&self, region: usize, extent: ExtentIndex, deadline: Instant) -> Result<(), AwaitError> {
+        let began = Instant::now();
+        let mut asked = None;
         let mut ringing = self.progress.0.lock().unwrap_or_else(PoisonError::into_inner);
         while !self.has(region, extent) {
             if let Some(ended) = self.failed.get() {
                 return Err(AwaitError::Failed(ended.clone()));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let left = deadline.saturating_duration_since(now);
             if left.is_zero() {
-                return Err(AwaitError::TimedOut { region, extent, patience });
+                return Err(AwaitError::TimedOut { region, extent, patience: began.elapsed() });
             }
-            ringing = self.progress.1.wait_timeout(ringing, left).unwrap_or_else(PoisonError::into_inner).0;
+            // Whoever fetches gives up after a while, and has to be asked again.
+            if asked.is_none_or(|asked| now - asked >= ASK_AGAIN) {
+                asked = Some(now);
+                self.source.want(region, extent.0..extent.0 + 1);
+            }
+            let patience = left.min(ASK_AGAIN);
+            ringing = self.progress.1.wait_timeout(ringing, patience).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
     }

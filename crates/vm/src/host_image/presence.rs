@@ -1,7 +1,7 @@
 //! Which pages of a region are in its memfd because the pager put them there. Everybody reads it; only the pager writes.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use types::ExtentIndex;
 
@@ -14,6 +14,8 @@ pub(crate) struct Presence {
     /// A bit for each page of each extent.
     extents: Box<[AtomicU16]>,
     whole: AtomicU32,
+    /// How many extents have gone again.
+    evictions: AtomicU64,
     is_settled: AtomicBool,
 }
 
@@ -21,7 +23,7 @@ impl Presence {
     /// Nothing is there.
     pub(crate) fn none(extents: u32) -> Self {
         let extents = (0..extents).map(|_| AtomicU16::new(0)).collect();
-        Self { extents, whole: AtomicU32::new(0), is_settled: AtomicBool::new(false) }
+        Self { extents, whole: AtomicU32::new(0), evictions: AtomicU64::new(0), is_settled: AtomicBool::new(false) }
     }
 
     /// The pages of an extent that are there, a bit each.
@@ -37,6 +39,11 @@ impl Presence {
     /// Whether all of these extents are there.
     pub(crate) fn has_all(&self, extents: Range<u32>) -> bool {
         extents.map(ExtentIndex).all(|extent| self.has(extent))
+    }
+
+    /// Changes when an extent goes: what was read between two equal values was there all the time.
+    pub(crate) fn evictions(&self) -> u64 {
+        self.evictions.load(Ordering::Acquire)
     }
 
     /// How many extents are there, whole.
@@ -59,6 +66,7 @@ impl Presence {
 
     /// An extent is about to be gone.
     pub(super) fn remove(&self, extent: ExtentIndex) {
+        self.evictions.fetch_add(1, Ordering::AcqRel);
         if self.extents[extent.0 as usize].swap(0, Ordering::AcqRel) == WHOLE {
             self.whole.fetch_sub(1, Ordering::Relaxed);
         }

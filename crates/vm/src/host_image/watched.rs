@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use types::{EXTENT_SIZE, ExtentIndex, HostAddress, MachineId};
 
@@ -24,7 +24,8 @@ pub(crate) trait Keeper: Send + Sync {
 
 /// A child of a host image that is not settled. Its descriptor becomes readable when it touches what is absent.
 ///
-/// The pager holds it for as long as the child lives: closing the descriptor too early would let the child see zeros.
+/// The pager holds it until the child is gone, or all of its memory is there: closing the descriptor too early would let the child
+/// see zeros.
 pub struct Watched {
     machine: MachineId,
     watch: Watch,
@@ -33,6 +34,7 @@ pub struct Watched {
     host_image: Arc<HostImage>,
     faults: AtomicU64,
     keeper: Box<dyn Keeper>,
+    was_let_go: AtomicBool,
     pagemap: Option<std::fs::File>,
 }
 
@@ -50,7 +52,16 @@ impl Watched {
             return None;
         }
         let regions = starts.iter().copied().zip(host_image.head().regions.iter().map(types::RegionHead::size_bytes)).collect();
-        Some(Self { machine, watch, regions, host_image, faults: AtomicU64::new(0), keeper, pagemap })
+        Some(Self {
+            machine,
+            watch,
+            regions,
+            host_image,
+            faults: AtomicU64::new(0),
+            keeper,
+            was_let_go: AtomicBool::new(false),
+            pagemap,
+        })
     }
 
     /// Who it is.
@@ -104,7 +115,10 @@ impl Watched {
 
     /// All of it is here: it is released soon.
     pub(super) fn let_go(&self) {
-        self.keeper.let_go();
+        // Once, though it may be born and settle in the same moment.
+        if !self.was_let_go.swap(true, Ordering::AcqRel) {
+            self.keeper.let_go();
+        }
     }
 
     /// The extents of each region in which it has pages of its own; `None` if the kernel does not say.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::time::Instant;
 
 use thiserror::Error;
 use types::extents::Overlay;
@@ -25,13 +25,13 @@ pub(crate) enum CompleteError {
 
 /// Completes the extents of which some pages are in `layers`, one for each region, from `base`. Returns the maps over the layers
 /// of the base and the new ones, and how many extents the new ones hold.
-pub(crate) fn complete(base: &Image, layers: &[File], patience: Duration) -> Result<(Vec<ExtentMap>, u64), CompleteError> {
+pub(crate) fn complete(base: &Image, layers: &[File], deadline: Instant) -> Result<(Vec<ExtentMap>, u64), CompleteError> {
     let mut maps = Vec::with_capacity(layers.len());
     let mut copied = 0;
     for (number, (region, layer)) in base.ram().iter().zip(layers).enumerate() {
         let overlay = overlay(region, &memfd::data_extents(layer)?);
         for extent in overlay.copied.iter().cloned().flatten().map(ExtentIndex) {
-            complete_extent(base, number, extent, layer, patience)?;
+            complete_extent(base, number, extent, layer, deadline)?;
             copied += 1;
         }
         maps.push(overlay.map);
@@ -58,7 +58,7 @@ fn complete_extent(
     number: usize,
     extent: ExtentIndex,
     layer: &File,
-    patience: Duration,
+    deadline: Instant,
 ) -> Result<(), CompleteError> {
     let region = &base.ram()[number];
     let bytes = extent.byte_offset()..extent.byte_offset() + EXTENT_SIZE;
@@ -69,7 +69,7 @@ fn complete_extent(
         while !of.read_extent(extent, &mut content)? {
             // Only a host image's own layer can lack anything.
             let host_image = base.unsettled().ok_or_else(|| io::Error::other("an extent of a complete image is absent"))?;
-            host_image.wait_for(number, extent, patience)?;
+            host_image.wait_for(number, extent, deadline)?;
         }
         for hole in holes {
             let offset = |at: u64| usize::try_from(at - bytes.start).expect("within an extent");

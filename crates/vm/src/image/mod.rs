@@ -415,19 +415,24 @@ impl Layer {
 
     /// Reads some bytes of an extent, if all of that is there.
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> bool {
-        let extent = u32::try_from(offset / EXTENT_SIZE).expect("at most 32 GiB");
-        self.has_all(extent..extent + 1) && self.memfd.read_exact_at(bytes, offset).is_ok()
+        let extent = ExtentIndex(u32::try_from(offset / EXTENT_SIZE).expect("at most 32 GiB"));
+        self.while_there(extent, || self.memfd.read_exact_at(bytes, offset)).unwrap_or(false)
+    }
+
+    /// Reads, and says whether all of the extent was there all the while: it may have been evicted, and have come again.
+    fn while_there(&self, extent: ExtentIndex, read: impl FnOnce() -> io::Result<()>) -> io::Result<bool> {
+        let look = || (self.presence.as_ref().map(|presence| presence.evictions()), self.has_all(extent.0..extent.0 + 1));
+        let before = look();
+        if !before.1 {
+            return Ok(false);
+        }
+        read()?;
+        Ok(look() == before)
     }
 
     /// Reads an extent, if all of it is there. Makes no page, whatever is.
     pub(crate) fn read_extent(&self, extent: ExtentIndex, buffer: &mut [u8; EXTENT_LEN]) -> io::Result<bool> {
-        let is_there = || self.has_all(extent.0..extent.0 + 1);
-        if !is_there() {
-            return Ok(false);
-        }
-        self.memfd.read_exact_at(buffer, extent.byte_offset())?;
-        // It may have been evicted meanwhile.
-        Ok(is_there())
+        self.while_there(extent, || self.memfd.read_exact_at(buffer, extent.byte_offset()))
     }
 
     /// A descriptor through which nobody can write, for a worker.

@@ -24,6 +24,9 @@ pub use monitor::Ended;
 /// How long a vCPU may take to come to rest. A guest's own code stops at once; what takes long is KVM waiting for a page.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// The same where KVM may wait for a page of another host. The node ends a machine that waits in vain long before.
+const PAUSE_PATIENCE_ABSENT: Duration = Duration::from_secs(600);
+
 /// One virtual machine of this process. Dropping it ends the guest and gives everything back, which takes KVM 1-25 ms: do it
 /// where nobody waits.
 #[derive(Debug)]
@@ -36,6 +39,7 @@ pub struct Machine {
     class: Class,
     identity_page: Option<GuestAddress>,
     running: bool,
+    pause_patience: Duration,
     pub(crate) stages: ForkStages,
 }
 
@@ -69,7 +73,17 @@ pub struct PauseError {
 
 impl Machine {
     pub(crate) fn new(id: MachineId, frame: Frame, memory: GuestMemory, backing: Backing, class: Class) -> Self {
-        Self { id, frame, memory, backing, class, identity_page: None, running: false, stages: ForkStages::default() }
+        Self {
+            id,
+            frame,
+            memory,
+            backing,
+            class,
+            identity_page: None,
+            running: false,
+            pause_patience: PAUSE_PATIENCE,
+            stages: ForkStages::default(),
+        }
     }
 
     /// Tells the guest who it is, if it has a page for that.
@@ -114,6 +128,11 @@ impl Machine {
     /// The guest was let run by the thread that restored it.
     pub(crate) fn is_now_running(&mut self) {
         self.running = true;
+    }
+
+    /// Some of its memory is absent: KVM itself may wait for a page, for as long as the node lets it.
+    pub(crate) fn may_wait_for_pages(&mut self) {
+        self.pause_patience = PAUSE_PATIENCE_ABSENT;
     }
 
     /// Where its guest finds out who it is.
@@ -193,11 +212,12 @@ impl Machine {
 
     /// Brings the vCPUs to rest without changing whether the machine counts as running.
     fn rest(&self) -> Result<(), PauseError> {
-        if self.frame.monitor.pause(PAUSE_PATIENCE) {
+        let patience = self.pause_patience;
+        if self.frame.monitor.pause(patience) {
             return Ok(());
         }
-        let detail = format!("a vCPU did not come to rest within {PAUSE_PATIENCE:?}");
+        let detail = format!("a vCPU did not come to rest within {patience:?}");
         self.frame.monitor.end(Ended { reason: types::Reason::PauseTimeout, detail });
-        Err(PauseError { id: self.id, patience: PAUSE_PATIENCE })
+        Err(PauseError { id: self.id, patience })
     }
 }

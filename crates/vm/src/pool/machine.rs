@@ -21,9 +21,6 @@ use crate::worker::protocol::{self, DESCRIPTORS_MAX, ToWorker, WireFrozen};
 /// The fewest bytes of pages that a machine must be allowed to write: what its first instructions write.
 const LIMIT_MIN: u64 = 1 << 20;
 
-/// How long a branch waits for what is absent of the extents in which its parent has written.
-const PAGE_PATIENCE: Duration = Duration::from_secs(30);
-
 /// How long somebody who only looks waits.
 const LOOK_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a seal is tried that the kernel does not put on while a page is in use elsewhere.
@@ -264,7 +261,8 @@ impl Jailed {
                         return Ok((state, maps, identity_page, report));
                     }
                     let began = std::time::Instant::now();
-                    let (maps, copied) = complete(base, &layers, PAGE_PATIENCE).map_err(incomplete)?;
+                    let (maps, copied) =
+                        complete(base, &layers, began + self.inner.settings.page_patience).map_err(incomplete)?;
                     report.copied_extents = copied;
                     report.copy += began.elapsed();
                     Ok((state, maps, identity_page, report))

@@ -64,6 +64,8 @@ pub struct Settings {
     pub memory_share: u64,
     /// Threads that build shells.
     pub builders: u32,
+    /// How long a branch waits for what is absent of the extents in which its parent has written.
+    pub page_patience: Duration,
 }
 
 impl Settings {
@@ -79,6 +81,7 @@ impl Settings {
             shells_max: 512,
             memory_share: 16,
             builders: u32::try_from(cores.clamp(1, 8)).unwrap_or(1),
+            page_patience: Duration::from_secs(30),
         }
     }
 }

@@ -19,6 +19,9 @@ use crate::sys::uffd::Watch;
 use crate::worker::channel::{Channel, Received};
 use crate::worker::protocol::{Exit, FromWorker, ToWorker};
 
+/// How often patience is had with a worker whose memory is still arriving.
+const ROUNDS_WATCHED: u32 = 10;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -69,7 +72,14 @@ impl Worker {
     /// Takes what `look` finds as soon as it finds something. The end of the worker ends the wait, and the end of patience the
     /// worker.
     pub(super) fn wait<T>(&self, mut look: impl FnMut(&mut Mail) -> Option<T>) -> Result<T, PoolError> {
-        let waited = self.look_for(PATIENCE, &mut look);
+        let mut waited = self.look_for(PATIENCE, &mut look);
+        // It may wait for pages, again and again: whoever fetches them ends it if one does not come.
+        for _ in 0..ROUNDS_WATCHED {
+            if !matches!(waited, Err(PoolError::Stuck(_))) || !matches!(*self.watching(), Watching::Yes(_)) {
+                break;
+            }
+            waited = self.look_for(PATIENCE, &mut look);
+        }
         if matches!(waited, Err(PoolError::Stuck(_))) {
             self.condemn(format!("its worker did not answer within {PATIENCE:?}"));
         }

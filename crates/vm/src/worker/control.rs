@@ -78,6 +78,7 @@ impl Control {
         self.machine.is_now_running();
         if is_watched {
             self.first_exit_patience_ms = WATCHED_FIRST_EXIT_PATIENCE_MS;
+            self.machine.may_wait_for_pages();
         }
         self.unreported = Some(times);
     }
