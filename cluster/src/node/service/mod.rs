@@ -276,7 +276,9 @@ impl Service {
         self.engine.stop();
     }
 
-    fn view(&self, image: Image) -> ImageView {
+    fn view(&self, mut image: Image) -> ImageView {
+        // It grows while it arrives, and is hashed in the background; of one that was just forgotten, what was known is shown.
+        image.facts = self.engine.image(image.facts.id).unwrap_or(image.facts);
         ImageView { residency: self.residency(image.facts.id), image }
     }
 
