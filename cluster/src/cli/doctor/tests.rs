@@ -5,7 +5,7 @@ use std::path::Path;
 use tempfile::TempDir;
 use vm::HostError;
 
-use super::checks::all;
+use super::checks::{SOCKET_BUFFER_BYTES, all};
 use super::host::HostView;
 use super::{Item, Status, for_people, report};
 
@@ -25,7 +25,8 @@ fn good() -> (TempDir, HostView) {
         ("sys/fs/cgroup/farfork.service/pids.max", "max"),
         ("proc/sys/kernel/seccomp/actions_avail", "kill_process kill_thread trap errno allow"),
         ("sys/kernel/security/lsm", "capability,landlock,yama"),
-        ("proc/sys/net/core/rmem_max", "4194304"),
+        ("proc/sys/net/core/rmem_max", "8388608"),
+        ("proc/sys/net/core/wmem_max", "8388608"),
     ] {
         write(tree.path(), path, text);
     }
@@ -75,6 +76,9 @@ fn each_wrong_file_is_found_with_a_remedy() {
         ("seccomp", "proc/sys/kernel/seccomp/actions_avail", "kill_thread", Status::Fail),
         ("landlock", "sys/kernel/security/lsm", "capability,yama", Status::Warn),
         ("rmem_max", "proc/sys/net/core/rmem_max", "212992", Status::Warn),
+        ("rmem_max", "proc/sys/net/core/rmem_max", "8388607", Status::Warn),
+        ("wmem_max", "proc/sys/net/core/wmem_max", "212992", Status::Warn),
+        ("wmem_max", "proc/sys/net/core/wmem_max", "", Status::Warn),
     ];
     for (id, path, text, status) in cases {
         let (tree, host) = good();
@@ -114,17 +118,24 @@ fn limits_of_the_process_count() {
 }
 
 #[test]
-fn without_the_device_userfaultfd_depends_on_the_system_call() {
+fn without_its_device_userfaultfd_is_of_no_use() {
     let (tree, mut host) = good();
     std::fs::remove_file(tree.path().join("dev/userfaultfd")).unwrap();
-    assert_eq!(found(&host, "userfaultfd").status, Status::Fail);
+    // Neither who may make the system call, nor who is root, can do without.
     write(tree.path(), "proc/sys/vm/unprivileged_userfaultfd", "1");
-    assert_eq!(found(&host, "userfaultfd").status, Status::Warn);
-    std::fs::remove_file(tree.path().join("proc/sys/vm/unprivileged_userfaultfd")).unwrap();
     host.uid = 0;
-    assert_eq!(found(&host, "userfaultfd").status, Status::Warn);
+    let missing = found(&host, "userfaultfd");
+    assert_eq!(missing.status, Status::Warn, "machines of this host need it for nothing");
+    assert!(missing.remedy.unwrap().contains("Linux 6.1"));
     std::fs::create_dir(tree.path().join("dev/userfaultfd")).unwrap();
-    assert_eq!(found(&host, "userfaultfd").status, Status::Fail, "there, but does not open");
+    let forbidden = found(&host, "userfaultfd");
+    assert_eq!(forbidden.status, Status::Warn, "there, but does not open");
+    assert!(forbidden.remedy.unwrap().contains("udev"));
+}
+
+#[test]
+fn the_buffers_that_are_asked_for_are_those_of_the_transport() {
+    assert_eq!(SOCKET_BUFFER_BYTES, u64::from(pages::endpoint::Tuning::default().socket_buffer_bytes));
 }
 
 #[test]
