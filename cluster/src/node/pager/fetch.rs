@@ -429,6 +429,16 @@ impl Fetch {
         self.end_tasks();
     }
 
+    /// Whether there are pages that the pager has not placed.
+    pub(super) fn look_for_strangers(&self) {
+        if !self.host_image.is_settled() && self.is_good() {
+            self.host_image.check_pages();
+            if let Some(ended) = self.host_image.failed() {
+                self.is_lost(ended);
+            }
+        }
+    }
+
     /// Whether anybody has the image, a branch of it, or a child.
     pub(super) fn is_needed(&self) -> bool {
         // The fetch has one of each, and the image one of the host image.

@@ -354,6 +354,7 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
                 fetches.borrow_mut().retain(|_, fetch| fetch.is_needed() || fetch.close());
                 let all: Vec<_> = fetches.borrow().values().cloned().collect();
                 all.iter().for_each(Fetch::stream_if_room);
+                all.iter().for_each(|fetch| fetch.look_for_strangers());
                 metrics::read_leases_held(fetches.borrow().values().map(|fetch| fetch.leases()).sum());
                 continue;
             }

@@ -12,6 +12,8 @@ pub enum Guard {
     PresenceOnExists = 2,
     /// A worker holds a userfaultfd of its own, beside the node's.
     WorkersWatch = 4,
+    /// A worker some of whose memory is absent makes no process.
+    NoProcesses = 8,
 }
 
 static OFF: AtomicU8 = AtomicU8::new(0);

@@ -14,6 +14,7 @@ pub(crate) struct Presence {
     /// A bit for each page of each extent.
     extents: Box<[AtomicU16]>,
     whole: AtomicU32,
+    pages: AtomicU64,
     /// How many extents have gone again.
     evictions: AtomicU64,
     is_settled: AtomicBool,
@@ -23,7 +24,13 @@ impl Presence {
     /// Nothing is there.
     pub(crate) fn none(extents: u32) -> Self {
         let extents = (0..extents).map(|_| AtomicU16::new(0)).collect();
-        Self { extents, whole: AtomicU32::new(0), evictions: AtomicU64::new(0), is_settled: AtomicBool::new(false) }
+        Self {
+            extents,
+            whole: AtomicU32::new(0),
+            pages: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+            is_settled: AtomicBool::new(false),
+        }
     }
 
     /// The pages of an extent that are there, a bit each.
@@ -51,6 +58,11 @@ impl Presence {
         self.whole.load(Ordering::Relaxed)
     }
 
+    /// How many pages are there.
+    pub(crate) fn page_count(&self) -> u64 {
+        self.pages.load(Ordering::Acquire)
+    }
+
     /// Nothing will be absent again.
     pub(crate) fn is_settled(&self) -> bool {
         self.is_settled.load(Ordering::Acquire)
@@ -59,6 +71,7 @@ impl Presence {
     /// These pages are there now.
     pub(super) fn add(&self, extent: ExtentIndex, pages: u16) {
         let before = self.extents[extent.0 as usize].fetch_or(pages, Ordering::AcqRel);
+        self.pages.fetch_add(u64::from((pages & !before).count_ones()), Ordering::AcqRel);
         if before != WHOLE && before | pages == WHOLE {
             self.whole.fetch_add(1, Ordering::Relaxed);
         }
@@ -67,7 +80,9 @@ impl Presence {
     /// An extent is about to be gone.
     pub(super) fn remove(&self, extent: ExtentIndex) {
         self.evictions.fetch_add(1, Ordering::AcqRel);
-        if self.extents[extent.0 as usize].swap(0, Ordering::AcqRel) == WHOLE {
+        let before = self.extents[extent.0 as usize].swap(0, Ordering::AcqRel);
+        self.pages.fetch_sub(u64::from(before.count_ones()), Ordering::AcqRel);
+        if before == WHOLE {
             self.whole.fetch_sub(1, Ordering::Relaxed);
         }
     }

@@ -181,6 +181,11 @@ fn set_limits() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Makes sure, for good, that this process has no further process or thread.
+pub(crate) fn have_no_more_processes() -> io::Result<()> {
+    Ok(rustix::process::setrlimit(Resource::Nproc, Rlimit { current: Some(0), maximum: Some(0) })?)
+}
+
 /// The most threads and processes of one worker.
 pub(crate) const THREADS_MAX: u32 = 16;
 /// The most open files of one worker.

@@ -147,11 +147,7 @@ impl Groups {
             group.directories.push((directory, top.hierarchy));
         }
         group.limit_memory(memory_bytes)?;
-        for (directory, hierarchy) in &group.directories {
-            if matches!(hierarchy, Hierarchy::Unified | Hierarchy::Pids) {
-                write(&directory.join("pids.max"), &processes.to_string())?;
-            }
-        }
+        group.limit_processes(processes)?;
         Ok(group)
     }
 
@@ -220,6 +216,15 @@ impl WorkerGroup {
             Hierarchy::Memory => write(&directory.join("memory.limit_in_bytes"), &bytes.to_string()),
             Hierarchy::Pids | Hierarchy::Cpu => Ok(()),
         })
+    }
+
+    /// Changes how many threads and processes it may have. Those that there are stay.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn limit_processes(&self, most: u32) -> Result<(), CgroupError> {
+        let mut pids = self.directories.iter().filter(|(_, of)| matches!(of, Hierarchy::Unified | Hierarchy::Pids));
+        pids.try_for_each(|(directory, _)| write(&directory.join("pids.max"), &most.to_string()))
     }
 
     /// How many processes of it the kernel has killed for want of memory.

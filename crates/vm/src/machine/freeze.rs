@@ -23,7 +23,7 @@ use super::{Backing, Ended, Machine, PauseError};
 use crate::host::Host;
 use crate::image::Image;
 use crate::image::memfd;
-use crate::sys::copier::{Copier, CopyJob, Turn};
+use crate::sys::copier::{self, Copier, CopyJob, Turn};
 use crate::sys::pagemap::scan_private;
 use crate::sys::slot::{Content, Piece};
 
@@ -96,8 +96,9 @@ impl FreezeError {
 pub(crate) enum Copied {
     /// Every extent in which it has written, whole, and what the map merges with them.
     Extents,
-    /// The pages that it has written, and nothing of the image beneath, which may be absent. The map stays that of the image;
-    /// the new layer's data says what was copied.
+    /// The pages that it has written, and nothing of the image beneath, which may be absent; in the pause, since a process that
+    /// was forked for it would have that memory without the watch over it. The map stays that of the image; the new layer's
+    /// data says what was copied.
     Pages,
 }
 
@@ -266,9 +267,15 @@ impl Machine {
         }
         pause.report.scan = pause.lap();
         failpoint!("freeze.copier", |source| FreezeError::Step { step: "forking the copier", source });
-        let copier = turn.start(&self.memory, &inherited, &jobs).map_err(step("forking the copier"))?;
+        let copier = match copied {
+            Copied::Extents => Some(turn.start(&self.memory, &inherited, &jobs).map_err(step("forking the copier"))?),
+            Copied::Pages => {
+                copier::copy_in_place(&self.memory, &jobs).map_err(step("copying the touched pages"))?;
+                None
+            }
+        };
         pause.report.instant = pause.lap();
-        Ok(Taken { state, maps, report: pause.end(), began_copy: Instant::now(), copier: Some(copier) })
+        Ok(Taken { state, maps, report: pause.end(), began_copy: Instant::now(), copier })
     }
 
     /// The extents of a region in which the machine has private pages, ascending and disjoint, and the number of those pages,

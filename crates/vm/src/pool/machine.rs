@@ -12,6 +12,7 @@ use super::{ForkOptions, Inner, PoolError, keeper};
 use crate::class::{Class, ram_regions};
 use crate::image::complete::{CompleteError, complete};
 use crate::image::{Image, check_map, memfd};
+use crate::jail::cgroup::CgroupError;
 use crate::machine::state::MachineState;
 use crate::machine::{Ended, FreezeReport, Frozen};
 use crate::probe::{Command, Reply};
@@ -147,10 +148,13 @@ fn send_fork(
         None => ToWorker::Fork { id, image: bytes },
         Some(host_image) => {
             jailed.worker.await_watched(host_image);
+            // A process that it forks has its memory and no watch over it: what that reads of absent memory would be zeros, in the
+            // image, for all to see.
+            let is_alone = !jailed.worker.lock_processes(true).map_err(of_groups)?;
             let keeps_watch = true;
             #[cfg(feature = "testing")]
             let keeps_watch = keeps_watch && !crate::harness::guards::is_off(crate::harness::guards::Guard::WorkersWatch);
-            ToWorker::ForkWatched { id, image: bytes, arriving: image.arriving_layers(), keeps_watch }
+            ToWorker::ForkWatched { id, image: bytes, arriving: image.arriving_layers(), is_alone, keeps_watch }
         }
     };
     let fork = protocol::encode(&fork);
@@ -250,8 +254,9 @@ impl Jailed {
                 // what the guest writes a second time.
                 self.limit_memory(*branched_bytes + self.class().memory().bytes() + self.limit_bytes)?;
                 let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
-                // Where some of it may be absent the worker copies what its guest has written, and the rest is done here.
-                let is_settled = base.unsettled().is_none();
+                // Where some of it may be absent the worker copies what its guest has written, and the rest is done here. It makes
+                // no copier for that, which it may not.
+                let is_settled = base.unsettled().is_none() && self.worker.may_have_processes();
                 let order = if is_settled { ToWorker::Freeze } else { ToWorker::FreezePages };
                 let frozen = self.worker.send(&order, &descriptors).and_then(|()| self.wait_for_frozen());
                 let counts: Vec<usize> = base.ram().iter().map(|region| region.layers().len() + 1).collect();
@@ -446,6 +451,10 @@ impl Jailed {
     pub fn faults(&self) -> u64 {
         self.worker.faults()
     }
+}
+
+fn of_groups(error: CgroupError) -> PoolError {
+    PoolError::Step { step: "limiting the worker's processes", source: std::io::Error::other(error) }
 }
 
 fn incomplete(error: CompleteError) -> PoolError {

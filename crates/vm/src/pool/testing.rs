@@ -26,16 +26,16 @@ impl Jailed {
         self.worker.wait(|mail| mail.attempted.take())
     }
 
-    /// Has its worker map its first layer behind the back of who watches its memory, and read a byte of it. The error number, 0
-    /// for success.
+    /// Has its worker read a byte of its first layer behind the back of who watches its memory: through a mapping of its own, or by
+    /// a process that it forks. The error number, 0 for success.
     ///
     /// # Errors
     /// [`PoolError`]; the end of the worker among them.
-    pub fn read_hole(&self, at: u64) -> Result<i32, PoolError> {
+    pub fn read_hole(&self, at: u64, is_forked: bool) -> Result<i32, PoolError> {
         let image = self.image().expect("a child");
         let layer = image.ram()[0].layers()[0].read_only().expect("a descriptor to read");
         self.worker.mail().await_attempted();
-        self.worker.send(&ToWorker::ReadHole { at }, &[layer.as_fd()])?;
+        self.worker.send(&ToWorker::ReadHole { at, is_forked }, &[layer.as_fd()])?;
         self.worker.wait(|mail| mail.attempted.take())
     }
 

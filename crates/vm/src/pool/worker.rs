@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,8 @@ use super::mail::Mail;
 use super::{PATIENCE, PoolError};
 use crate::class::Class;
 use crate::host_image::{HostImage, Keeper, Watched};
-use crate::jail::cgroup::WorkerGroup;
+use crate::jail::apply::THREADS_MAX;
+use crate::jail::cgroup::{CgroupError, WorkerGroup};
 use crate::machine::Ended;
 use crate::sys::uffd::Watch;
 use crate::worker::channel::{Channel, Received};
@@ -34,6 +36,8 @@ pub(super) struct Worker {
     mail: Mutex<Mail>,
     changed: Condvar,
     watching: Mutex<Watching>,
+    /// It was told to make no process any more, and cannot take that back.
+    is_childless: AtomicBool,
 }
 
 /// Whether the machine's absent memory is watched.
@@ -51,7 +55,17 @@ enum Watching {
 impl Worker {
     pub(super) fn new(number: u64, class: Class, channel: Channel) -> Self {
         let (group, asking, mail) = (Mutex::new(None), Mutex::new(()), Mutex::new(Mail::default()));
-        Self { number, class, channel, group, asking, mail, changed: Condvar::new(), watching: Mutex::default() }
+        Self {
+            number,
+            class,
+            channel,
+            group,
+            asking,
+            mail,
+            changed: Condvar::new(),
+            watching: Mutex::default(),
+            is_childless: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn mail(&self) -> MutexGuard<'_, Mail> {
@@ -185,6 +199,27 @@ impl Worker {
         true
     }
 
+    /// Lets it make no process any more, or as many as it needs again. Says whether its control group sees to that; if it has none
+    /// it has to see to it itself, for good.
+    pub(super) fn lock_processes(&self, is_locked: bool) -> Result<bool, CgroupError> {
+        #[cfg(feature = "testing")]
+        if crate::harness::guards::is_off(crate::harness::guards::Guard::NoProcesses) {
+            return Ok(true);
+        }
+        match &*self.group.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(group) => group.limit_processes(if is_locked { 0 } else { THREADS_MAX }).map(|()| true),
+            None => {
+                self.is_childless.store(true, Ordering::Release);
+                Ok(false)
+            }
+        }
+    }
+
+    /// Whether it may fork a copier.
+    pub(super) fn may_have_processes(&self) -> bool {
+        !self.is_childless.load(Ordering::Acquire) && !matches!(*self.watching(), Watching::Yes(_))
+    }
+
     /// How often it has touched what was absent.
     pub(super) fn faults(&self) -> u64 {
         match &*self.watching() {
@@ -201,6 +236,10 @@ impl Worker {
             Watching::Yes(watched) if watched.host_image().is_settled() => Arc::clone(watched),
             _ => return false,
         };
+        // Nothing of it can be absent any more, for whomever. If its group does not let it, it goes on without a copier.
+        if self.lock_processes(false).is_err() {
+            self.is_childless.store(true, Ordering::Release);
+        }
         *watching = Watching::Was(watched.faults());
         drop(watching);
         watched.host_image().release(&watched);

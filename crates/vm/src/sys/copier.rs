@@ -154,6 +154,42 @@ fn reap(pidfd: BorrowedFd<'_>) -> rustix::io::Result<Option<WaitIdStatus>> {
     rustix::io::retry_on_intr(|| rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED))
 }
 
+/// Does what a copier does, in this process.
+pub(crate) fn copy_in_place(memory: &GuestMemory, jobs: &[CopyJob<'_>]) -> io::Result<()> {
+    for job in jobs {
+        let is_ours = memory.slots().iter().any(|(_, slot)| slot.contains(job.from, job.len));
+        assert!(is_ours, "what is copied lies within one slot");
+        write(job).map_err(io::Error::from_raw_os_error)?;
+    }
+    Ok(())
+}
+
+/// Writes all of a job, or says why not. Neither allocates nor panics.
+fn write(job: &CopyJob<'_>) -> Result<(), i32> {
+    let mut done = 0;
+    while done < job.len {
+        // SAFETY: the bytes lie in a slot of the machine (checked by the callers), of which a copier has inherited some; the kernel
+        // reads them, and answers EFAULT for any that it cannot.
+        let written = unsafe {
+            libc::pwrite64(
+                job.to.as_raw_fd(),
+                (job.from.0 + done) as *const libc::c_void,
+                job.len - done,
+                (job.at + done as u64).cast_signed(),
+            )
+        };
+        match usize::try_from(written) {
+            Ok(0) => return Err(libc::EIO),
+            Ok(written) => done += written,
+            Err(_) => match io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) {
+                libc::EINTR => {}
+                errno => return Err(errno),
+            },
+        }
+    }
+    Ok(())
+}
+
 /// The child's whole life. No allocation, no lock, no panic that could run the parent's destructors.
 fn copy(jobs: &[CopyJob<'_>], done: RawFd, kept: &[RawFd]) -> ! {
     let mut errno = 0;
@@ -166,28 +202,10 @@ fn copy(jobs: &[CopyJob<'_>], done: RawFd, kept: &[RawFd]) -> ! {
         }
         from = last.saturating_add(1);
     }
-    'jobs: for job in jobs {
-        let mut done = 0;
-        while done < job.len {
-            // SAFETY: the bytes lie in a slot of which this process inherited some (checked by the parent in `start`); the kernel reads
-            // them, and answers EFAULT for any that it cannot.
-            let written = unsafe {
-                libc::pwrite64(
-                    job.to.as_raw_fd(),
-                    (job.from.0 + done) as *const libc::c_void,
-                    job.len - done,
-                    (job.at + done as u64).cast_signed(),
-                )
-            };
-            if written <= 0 {
-                errno = if written == 0 { libc::EIO } else { io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) };
-                if errno == libc::EINTR {
-                    errno = 0;
-                    continue;
-                }
-                break 'jobs;
-            }
-            done += written.cast_unsigned();
+    for job in jobs {
+        if let Err(error) = write(job) {
+            errno = error;
+            break;
         }
     }
     let word = (SUCCESS + u64::from(errno.unsigned_abs())).to_ne_bytes();

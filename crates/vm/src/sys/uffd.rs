@@ -151,6 +151,11 @@ impl Alias {
         let alias = Self { watch, range: at..at + len };
         // SAFETY: the mapping is ours; the advice keeps it from processes that we fork, and changes no content.
         unsafe { rustix::mm::madvise(at as *mut _, len, rustix::mm::Advice::LinuxDontFork) }?;
+        // SAFETY: as above. (A huge page would be made of what is there and zeros. EINVAL: the kernel has none.)
+        match unsafe { rustix::mm::madvise(at as *mut _, len, rustix::mm::Advice::LinuxNoHugepage) } {
+            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
         alias.watch.0.register(at as *mut _, len).map_err(io_error)?;
         Ok(alias)
     }

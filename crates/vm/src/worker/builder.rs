@@ -26,7 +26,7 @@ use super::{REPORT, Shared, monotonic_ns};
 use crate::class::Class;
 use crate::host::Host;
 use crate::image::Image;
-use crate::jail::apply::limit_address_space;
+use crate::jail::apply::{have_no_more_processes, limit_address_space};
 use crate::jail::syscalls::confine_thread;
 use crate::machine::Machine;
 use crate::machine::frame::Keeping;
@@ -84,6 +84,7 @@ struct ForkOrder {
 
 struct Watching {
     arriving: Vec<(u8, u16)>,
+    is_alone: bool,
     keeps_watch: bool,
 }
 
@@ -117,8 +118,8 @@ impl Builder {
                     let order = ForkOrder { id, image, layers, received_ns, watched: None };
                     return self.fork((shell, fresh), order);
                 }
-                ToWorker::ForkWatched { id, image, arriving, keeps_watch } => {
-                    let watched = Some(Watching { arriving, keeps_watch });
+                ToWorker::ForkWatched { id, image, arriving, is_alone, keeps_watch } => {
+                    let watched = Some(Watching { arriving, is_alone, keeps_watch });
                     let order = ForkOrder { id, image, layers, received_ns, watched };
                     return self.fork((shell, fresh), order);
                 }
@@ -226,6 +227,9 @@ impl Builder {
 
     /// Has touches of absent memory reported to the node from now on.
     fn watch(&self, image: &Image, watching: &Watching, slots: &[(GuestAddress, Slot)]) -> io::Result<()> {
+        if watching.is_alone {
+            have_no_more_processes()?;
+        }
         let watch = self.host.faults().ok_or(io::ErrorKind::Unsupported)?.watch()?;
         for ((number, region), (_, slot)) in (0u8..).zip(image.ram()).zip(slots) {
             for run in region.map().data_runs() {

@@ -200,8 +200,11 @@ impl Control {
                 self.send(&FromWorker::Attempted(errno));
             }
             #[cfg(feature = "testing")]
-            ToWorker::ReadHole { at } => {
-                let errno = crate::sys::attempts::memory::read_hole(&descriptors, at).err().unwrap_or(0);
+            ToWorker::ReadHole { at, is_forked } => {
+                use crate::sys::attempts::memory;
+                let slot = &self.machine.memory().slots()[0].1;
+                let read = if is_forked { memory::fork_and_read(slot, at) } else { memory::read_hole(&descriptors, at) };
+                let errno = read.err().unwrap_or(0);
                 self.send(&FromWorker::Attempted(errno));
             }
             #[cfg(feature = "testing")]

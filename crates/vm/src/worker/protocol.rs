@@ -169,6 +169,9 @@ pub enum ToWorker {
         image: Vec<u8>,
         /// The layers that are not all there: region, and number within it.
         arriving: Vec<(u8, u16)>,
+        /// Whether it has to see to it itself that it makes no process any more, whose memory would not be watched: where it has
+        /// no control group in which the node does.
+        is_alone: bool,
         /// Whether it keeps a descriptor of its own, without which the death of the node would show it zeros: always, but in
         /// the test of that.
         keeps_watch: bool,
@@ -186,6 +189,8 @@ pub enum ToWorker {
     ReadHole {
         /// The offset.
         at: u64,
+        /// By a process that it forks, from its own mapping of the first region.
+        is_forked: bool,
     },
     /// End, for the tests of ends.
     #[cfg(feature = "testing")]

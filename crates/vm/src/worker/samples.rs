@@ -52,7 +52,13 @@ pub(crate) fn all(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ("console", encode(&ToWorker::Console)),
         (
             "fork-watched",
-            encode(&ToWorker::ForkWatched { id: id(), image: vec![1, 2], arriving: vec![(0, 0), (1, 2)], keeps_watch: true }),
+            encode(&ToWorker::ForkWatched {
+                id: id(),
+                image: vec![1, 2],
+                arriving: vec![(0, 0), (1, 2)],
+                is_alone: false,
+                keeps_watch: true,
+            }),
         ),
         ("freeze-pages", encode(&ToWorker::FreezePages)),
         ("let-go", encode(&ToWorker::LetGo)),

@@ -256,6 +256,7 @@ fn memory_is_the_image_in_any_order_while_it_streams_is_evicted_and_branched() {
                     children[at].call(0, Command::Fill { first, count: 1, epoch: 7 }).unwrap();
                 }
                 7 => {
+                    host_image.check_pages();
                     let from = dice.u32(16..100);
                     let extents: Vec<u32> = (from..from + dice.u32(1..100)).collect();
                     host_image.evict(0, &extents).unwrap();
@@ -313,6 +314,11 @@ fn a_settled_host_image_is_an_ordinary_image() {
     // It can be branched, and saved under the name that it came with.
     let branch = before.freeze().unwrap().image;
     check(&fork(&pool, &branch, 1)[0], PAGES, 7);
+    // By a copier again, which it may have now.
+    let fill = Command::Fill { first: probe::first_work_page(), count: 1, epoch: 7 };
+    before.call(0, fill).unwrap();
+    let frozen = before.freeze().unwrap();
+    assert!(frozen.report.copied_extents >= 1 && frozen.report.copy > Duration::ZERO, "{:?}", frozen.report);
     let directory = tempfile::tempdir().unwrap();
     let saved = vm::image::save(&image, &directory.path().join("image"), |_, _| {}).unwrap();
     assert_eq!(saved.digest, host_image.digest());
@@ -399,7 +405,7 @@ fn hole_is_read(pool: &Pool) -> (Pager, Vec<Jailed>) {
     let children = fork(pool, &image, 3);
     let last = ExtentIndex(u32::try_from(MIB * 16 / 4).unwrap());
     assert!(!host_image.has(0, last));
-    let errno = children[0].read_hole(last.byte_offset() + 8192);
+    let errno = children[0].read_hole(last.byte_offset() + 8192, false);
     println!("reading a hole: {errno:?}");
     (pager, children)
 }
@@ -435,6 +441,47 @@ fn a_worker_in_its_jail_cannot_read_a_hole() {
     assert_eq!(ended(&children[0]).reason, Reason::JailViolation);
     assert_eq!(children[1].call(0, touch_it()).unwrap()[0], 0);
     assert!(pager.state(|state| state.refused.is_empty()));
+}
+
+/// The very page of [`forked_reader`].
+fn touch_that_page() -> Command {
+    Command::Verify { first: types::PageIndex(MIB * 256 / 4 + 2), count: 1, epoch: 7 }
+}
+
+/// A worker that was taken over keeps to its filter, and has its copier read a hole: what the copier inherits is not watched.
+fn forked_reader(pool: &Pool) -> (Pager, Vec<Jailed>, Result<i32, vm::pool::PoolError>) {
+    let pager = Pager::of(&image(pool, class(MIB, 1), PAGES));
+    let (host_image, image) = pager.open(pool);
+    let children = fork(pool, &image, 2);
+    let at = MIB * 256 / 4 * 4096 + 8192;
+    assert!(!host_image.has(0, ExtentIndex(u32::try_from(at / types::EXTENT_SIZE).unwrap())));
+    let read = children[0].read_hole(at, true);
+    println!("reading a hole in a process of its own: {read:?}");
+    (pager, children, read)
+}
+
+#[test]
+fn a_worker_whose_memory_is_arriving_makes_no_process_that_could_read_a_hole() {
+    for settings in [settings(), Settings { groups: None, ..settings() }] {
+        let pool = Pool::open(vm::harness::host(), settings).unwrap();
+        let (_pager, children, read) = forked_reader(&pool);
+        assert_eq!(read.unwrap(), rustix::io::Errno::AGAIN.raw_os_error());
+        assert_eq!(children[1].call(0, touch_that_page()).unwrap()[0], 0);
+        // It can be branched all the same.
+        check(&fork(&pool, &children[0].freeze().unwrap().image, 1)[0], PAGES, 7);
+    }
+}
+
+#[test]
+fn without_that_a_sibling_reads_zeros_until_somebody_looks() {
+    take_out(Guard::NoProcesses);
+    let pool = pool();
+    let (_pager, children, read) = forked_reader(&pool);
+    assert_eq!(read.unwrap(), 0);
+    assert_eq!(children[1].call(0, touch_that_page()).unwrap()[0], 1);
+    let image = children[1].image().unwrap();
+    image.unsettled().unwrap().check_pages();
+    assert!(children.iter().all(|child| ended(child).reason == Reason::ImagePoisoned));
 }
 
 /// The node's descriptors close when its pager goes; those of the workers keep absent memory absent until they are dead.

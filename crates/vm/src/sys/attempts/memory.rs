@@ -29,6 +29,26 @@ pub(crate) fn read_hole(file: &[std::os::fd::OwnedFd], offset: u64) -> Outcome {
     Ok(())
 }
 
+/// Forks a process as a copier is, which inherits memory without what watches it, and reads a byte there.
+pub(crate) fn fork_and_read(slot: &crate::sys::slot::Slot, offset: u64) -> Outcome {
+    let at = slot.start().0 + usize::try_from(offset).expect("64-bit");
+    assert!(offset < slot.len() as u64, "within the region");
+    does(libc::SYS_madvise, [slot.start().0, slot.len(), int(libc::MADV_DOFORK)])?;
+    let mut pidfd: libc::c_int = -1;
+    let flags = int(libc::CLONE_PIDFD | libc::SIGCHLD);
+    match call(libc::SYS_clone, [flags, 0, at_mut(&mut pidfd), 0, 0])? {
+        0 => {
+            // SAFETY: inherited, and readable.
+            std::hint::black_box(unsafe { (at as *const u8).read_volatile() });
+            does(libc::SYS_exit_group, [0])
+        }
+        _ => {
+            let mut fd = libc::pollfd { fd: pidfd, events: libc::POLLIN, revents: 0 };
+            does(libc::SYS_poll, [at_mut(&mut fd), 1, usize::MAX])
+        }
+    }
+}
+
 pub(crate) fn mmap(_: &Scene) -> Outcome {
     let page = map(0, PAGE_SIZE, READ_WRITE, 0)?;
     poke(page, &[7])?;
