@@ -2,28 +2,35 @@
 //! (The name of the file begins none of the names below with `real`, which is how they are left out where there is no KVM.)
 
 use rustix::process::Signal;
+use tempfile::TempDir;
 
 use crate::support::Node;
 
 /// Nodes on loopback that trust one another, each with its address.
 pub(crate) fn nodes(count: usize, more: &[&str]) -> Vec<(Node, String)> {
-    let start = || {
-        let options = [&["--listen", "127.0.0.1:0"], more].concat();
-        let node = Node::start_in(tempfile::tempdir().unwrap(), &options);
-        let log = node.log();
-        let address = log.split("listening=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
-        (node, address)
-    };
-    let nodes: Vec<(Node, String)> = (0..count).map(|_| start()).collect();
-    for (node, _) in &nodes {
+    let nodes: Vec<_> = (0..count).map(|_| listening(tempfile::tempdir().unwrap(), more, "")).collect();
+    introduce(&nodes.iter().map(|(node, _)| node).collect::<Vec<_>>());
+    nodes
+}
+
+/// A node that listens on the loopback, with guards taken out, and its address.
+pub(crate) fn listening(directory: TempDir, more: &[&str], without: &str) -> (Node, String) {
+    let node = Node::start_without(directory, &[&["--listen", "127.0.0.1:0"], more].concat(), without);
+    let log = node.log();
+    let address = log.split("listening=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+    (node, address)
+}
+
+/// Has each trust all others.
+pub(crate) fn introduce(nodes: &[&Node]) {
+    for node in nodes {
         let file = node.path().join("certificate.pem");
         std::fs::write(&file, node.cli(&["trust", "show"]).out).unwrap();
-        for (other, _) in nodes.iter().filter(|(other, _)| other.socket != node.socket) {
+        for other in nodes.iter().filter(|other| other.socket != node.socket) {
             let added = other.cli(&["trust", "add", file.to_str().unwrap()]);
             assert_eq!(added.code, Some(0), "{added:?}");
         }
     }
-    nodes
 }
 
 /// A warm image on a node: its id there, and its digest.

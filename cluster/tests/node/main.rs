@@ -7,6 +7,7 @@ mod between;
 mod cli;
 mod crowd;
 mod data;
+mod faults;
 mod lifecycle;
 mod limits;
 mod openapi;

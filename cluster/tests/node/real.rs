@@ -12,13 +12,13 @@ fn start() -> Node {
     Node::start_in(tempfile::tempdir().unwrap(), &[])
 }
 
-fn pids() -> BTreeSet<i32> {
+pub(crate) fn pids() -> BTreeSet<i32> {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// A process and all below it.
-fn family(pid: i32) -> BTreeSet<i32> {
+pub(crate) fn family(pid: i32) -> BTreeSet<i32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let children = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
     let children: Vec<i32> =
@@ -27,7 +27,7 @@ fn family(pid: i32) -> BTreeSet<i32> {
 }
 
 /// The groups of this node's workers, in the hierarchy that counts processes.
-fn groups(node: &Node) -> usize {
+pub(crate) fn groups(node: &Node) -> usize {
     let data = std::fs::read_to_string(node.path().join("data/node.json")).unwrap();
     let id = serde_json::from_str::<Value>(&data).unwrap()["node"].as_str().unwrap().replace('-', "");
     let path = format!("/sys/fs/cgroup/pids/farfork-{}/workers", &id[20..]);

@@ -37,9 +37,15 @@ impl Node {
 
     /// A node in a directory that one before it may have used.
     pub(crate) fn start_in(directory: TempDir, more: &[&str]) -> Self {
+        Self::start_without(directory, more, "")
+    }
+
+    /// As [`Node::start_in`], with guards taken out, as `FARFORK_TEST_WITHOUT` names them.
+    pub(crate) fn start_without(directory: TempDir, more: &[&str], guards: &str) -> Self {
         let socket = directory.path().join("run/farfork.sock");
         let log = File::create(directory.path().join("log")).unwrap();
         let mut command = Command::new(PROGRAM);
+        command.env("FARFORK_TEST_WITHOUT", guards);
         command.arg("node").arg("--data").arg(directory.path().join("data"));
         command.arg("--socket").arg(&socket).args(more).stdout(Stdio::null()).stderr(log);
         let node = Self { child: command.spawn().unwrap(), directory: Some(directory), socket };

@@ -1,0 +1,66 @@
+//! Faults of the node that children run on.
+
+use fastrand::Rng;
+use rustix::process::{Pid, Signal, kill_process};
+use vm::harness::{count, seed};
+
+use super::stage::{IMAGE_BYTES, Stage, family};
+use super::{CHILDREN, inject_all, only};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    PagerPanics,
+    NodeKilled,
+    WorkersKilled,
+}
+
+const FAULTS: [Fault; 3] = [Fault::PagerPanics, Fault::NodeKilled, Fault::WorkersKilled];
+
+#[test]
+fn real_children_end_with_their_node_pager_or_worker() {
+    let run = (seed(), count(9, 150));
+    inject_all("faults of the node that children run on", run, &FAULTS, inject, |seed| Stage::new(seed, &[], ""));
+}
+
+fn inject(stage: &mut Stage, dice: &mut Rng, fault: Fault) -> Vec<String> {
+    let digest = stage.warm();
+    let mut asked = stage.ask(&digest, CHILDREN, &[&stage.holder()]);
+    stage.wait_until(&mut asked, dice.u64(1..IMAGE_BYTES));
+    match fault {
+        Fault::PagerPanics => stage.destination().signal(Signal::USR2),
+        Fault::NodeKilled => stage.destination().signal(Signal::KILL),
+        Fault::WorkersKilled => {
+            let node = stage.destination().pid().as_raw_pid();
+            // Below it is the zygote, and below that are workers and shells.
+            for process in family(node).into_iter().filter(|pid| *pid != node).skip(1).filter(|_| dice.bool()) {
+                // It may be gone.
+                kill_process(Pid::from_raw(process).unwrap(), Signal::KILL).unwrap_or_default();
+            }
+        }
+    }
+    let outcomes = stage.outcomes(asked);
+    match fault {
+        Fault::PagerPanics => only(&outcomes, &["complete", "PAGE_SOURCE_LOST"]),
+        Fault::NodeKilled => {
+            only(&outcomes, &["complete", "UNREACHABLE"]);
+            stage.replace_destination();
+        }
+        Fault::WorkersKilled => only(&outcomes, &["complete", "WORKER_CRASHED"]),
+    }
+    stage.forks_well(&digest);
+    outcomes
+}
+
+/// Most of what is fetched has to be given back while it is still in use, again and again.
+#[test]
+fn real_children_are_right_where_their_image_does_not_fit() {
+    let mut dice = Rng::with_seed(seed());
+    let stage = Stage::new(dice.u64(..), &["--host-image-memory", "1MiB"], "");
+    for _ in 0..count(2, 50) {
+        let digest = stage.warm();
+        let asked = stage.ask(&digest, CHILDREN, &[&stage.holder()]);
+        only(&stage.outcomes(asked), &["complete"]);
+        stage.clear();
+    }
+    stage.end();
+}
