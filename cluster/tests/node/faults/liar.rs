@@ -11,8 +11,8 @@ use pages::endpoint::{Limits, Tuning};
 use pages::fakes::Lie;
 use pages::server::{Extent, NoOrders, Setup};
 use pages::wire::{
-    Blob, Content, ExtentId, ExtentsRequest, HashPageBytes, Hints, LeaseToken, List, Opened, Refusal, RefusalCode, Renewed, Urgency,
-    Wanted,
+    Blob, Content, ExtentId, ExtentsRequest, HashPageBytes, Hints, LeaseToken, List, Opened, Refusal, RefusalCode, Renewed,
+    Urgency, Wanted,
 };
 use pages::{Certificate, Client, Identity, ImageStore, Link, LinkError, Peer, Role, Server, Trust};
 use tokio::runtime::Runtime;

@@ -100,11 +100,9 @@ fn inject(stage: &mut Stage, dice: &mut Rng, fault: Fault) -> Vec<String> {
     let outcomes = stage.outcomes(asked);
     match fault {
         // Nobody could tell the difference, and there was somebody to ask.
-        Fault::Duplicating
-        | Fault::Reordering
-        | Fault::OneOfTwoKilled
-        | Fault::OneOfTwoStopped
-        | Fault::OneOfTwoCutOff => only(&outcomes, &["complete"]),
+        Fault::Duplicating | Fault::Reordering | Fault::OneOfTwoKilled | Fault::OneOfTwoStopped | Fault::OneOfTwoCutOff => {
+            only(&outcomes, &["complete"])
+        }
         _ => only(&outcomes, &["complete", "PAGE_SOURCE_LOST", "UNREACHABLE"]),
     }
     // All is well again, and so is the image where it was.

@@ -14,6 +14,8 @@ pub enum Guard {
     WorkersWatch = 4,
     /// A worker some of whose memory is absent makes no process.
     NoProcesses = 8,
+    /// What is still in a fault when a child has ended is refused the page, before nobody watches any more.
+    RefusalOfTheDead = 16,
 }
 
 static OFF: AtomicU8 = AtomicU8::new(0);

@@ -437,6 +437,16 @@ impl HostImage {
 
     /// A child is gone, its process too; or no page of it can be absent any more, and nobody in it waits for one.
     pub(crate) fn release(&self, child: &Arc<Watched>) {
+        #[cfg(feature = "testing")]
+        let refuses = !is_off(Guard::RefusalOfTheDead);
+        #[cfg(not(feature = "testing"))]
+        let refuses = true;
+        if refuses
+            && !self.is_settled()
+            && let Err(error) = child.refuse_absent()
+        {
+            self.poison(format!("a child that has ended may have left a page of zeros: {error}"));
+        }
         self.lock_children().retain(|other| !Arc::ptr_eq(other, child));
         self.past_faults.fetch_add(child.faults(), Ordering::Relaxed);
         self.source.forget(child);

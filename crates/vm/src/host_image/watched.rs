@@ -121,6 +121,22 @@ impl Watched {
         }
     }
 
+    /// Its process is gone, but KVM may still be in a fault on its behalf, in a thread of the kernel's own that keeps its memory
+    /// alive. Once the last descriptor is closed that fault would make a page of zeros for all to see; so it is refused first,
+    /// and every other. Costs nothing where the memory has gone with the process.
+    pub(super) fn refuse_absent(&self) -> io::Result<()> {
+        let usize_of = |bytes| usize::try_from(bytes).expect("64-bit host");
+        for (region, (start, _)) in self.regions.iter().enumerate() {
+            for run in self.host_image.data_extents(region) {
+                let [from, to] = [run.start, run.end].map(|extent| usize_of(ExtentIndex(extent).byte_offset()));
+                if !self.watch.refuse(HostAddress(start.0 + from), to - from)? {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The extents of each region in which it has pages of its own; `None` if the kernel does not say.
     pub(super) fn private_extents(&self) -> Option<Vec<Vec<std::ops::Range<u32>>>> {
         let pagemap = self.pagemap.as_ref()?;

@@ -21,8 +21,13 @@ use super::slot::Slot;
 const IOC_NEW: libc::c_ulong = 0xAA00;
 /// `UFFDIO_API`: `_IOWR(0xAA, 0x3F, struct uffdio_api)`
 const API: libc::c_ulong = 0xC018_AA3F;
+/// `UFFDIO_POISON`: `_IOWR(0xAA, 0x08, struct uffdio_poison)`
+const POISON: libc::c_ulong = 0xC020_AA08;
 /// How often a copy is tried again that the kernel could not make for the moment.
 const ATTEMPTS: u32 = 1000;
+const PAGE_LEN: usize = 4096;
+/// Mappings begin and end with extents.
+const EXTENT_LEN: usize = 64 << 10;
 /// Touches that are read at once.
 const EVENTS: usize = 64;
 
@@ -32,6 +37,15 @@ struct ApiArg {
     api: u64,
     features: u64,
     ioctls: u64,
+}
+
+/// `struct uffdio_poison`
+#[repr(C)]
+struct PoisonArg {
+    start: u64,
+    len: u64,
+    mode: u64,
+    updated: i64,
 }
 
 /// `/dev/userfaultfd`. What it makes also sees the accesses of the kernel itself, which KVM's are.
@@ -110,6 +124,39 @@ impl Watch {
     /// Lets go on who waits for a page in this range, which looks again.
     pub(crate) fn wake(&self, at: HostAddress, len: usize) -> io::Result<()> {
         self.0.wake(at.0 as *mut _, len).map_err(io_error)
+    }
+
+    /// Whoever touches an absent page in this range from now on, or waits for one, is refused it for good; where the range is not
+    /// registered everything stays as it is. Says whether there is still a memory to touch: `false` once it has gone with its
+    /// process.
+    pub(crate) fn refuse(&self, at: HostAddress, len: usize) -> io::Result<bool> {
+        let (mut start, end) = (at.0, at.0 + len);
+        let mut len = end - start;
+        let mut attempts = 0;
+        while start < end {
+            len = len.min(end - start);
+            let mut arg = PoisonArg { start: start as u64, len: len as u64, mode: 0, updated: 0 };
+            // SAFETY: the kernel reads and writes `arg`, which lives here; what it changes is the memory of another process.
+            let refused = unsafe { libc::ioctl(self.0.as_raw_fd(), POISON, &raw mut arg) };
+            let error = io::Error::last_os_error();
+            let updated = usize::try_from(arg.updated).unwrap_or(0);
+            match error.raw_os_error() {
+                _ if refused == 0 => (start, len) = (start + len, end - start),
+                Some(libc::ESRCH) => return Ok(false),
+                // There is a page.
+                Some(libc::EEXIST) => start += PAGE_LEN,
+                // Not all in one registered mapping: piece by piece.
+                Some(libc::ENOENT) if len > EXTENT_LEN => len = EXTENT_LEN,
+                Some(libc::ENOENT) => start += len,
+                Some(libc::EAGAIN) if updated > 0 => start += updated,
+                Some(libc::EAGAIN) if attempts < ATTEMPTS => {
+                    attempts += 1;
+                    std::thread::yield_now();
+                }
+                _ => return Err(error),
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -262,6 +309,36 @@ mod tests {
         file.read_exact_at(&mut page, 100 * 4096).unwrap();
         assert_eq!(memfd::stored_bytes(&file).unwrap(), before);
         assert_eq!(alias.place(100 * 4096, &[2; 4096]), (4096, None));
+    }
+
+    /// What [`Watch::refuse`] stands on: the page of zeros of the test below does not come.
+    #[test]
+    fn a_touch_that_was_refused_makes_no_page() {
+        let device = Device::open().unwrap();
+        let file = memfd::create("test", LEN).unwrap();
+        let mut slot = Slot::reserve(LEN).unwrap();
+        slot.map([Piece { bytes: 0..LEN, content: Content::Private(file.as_fd()) }]).unwrap();
+        let watch = device.watch().unwrap();
+        watch.register(&slot, &(0..LEN)).unwrap();
+        file.write_all_at(&[5; 4096], 4096).unwrap();
+        let (at, there) = (slot.start().0, slot.start().0 + 4096);
+        // SAFETY: mapped above, and that page is there.
+        assert_eq!(unsafe { (there as *const u8).read_volatile() }, 5);
+        let stored = memfd::stored_bytes(&file).unwrap();
+        // By the kernel, which is told that there is no page; a thread would be killed.
+        let reader = std::thread::spawn(move || {
+            let (_reading, mut writing) = io::pipe().unwrap();
+            // SAFETY: mapped above, until this thread was joined.
+            let page = unsafe { std::slice::from_raw_parts(at as *const u8, 1) };
+            io::Write::write(&mut writing, page).map_err(|error| error.raw_os_error())
+        });
+        while watch.read(|_| {}).unwrap() == 0 {}
+        assert!(watch.refuse(slot.start(), usize_of(LEN)).unwrap(), "this process lives");
+        assert_eq!(reader.join().unwrap(), Err(Some(libc::EFAULT)));
+        drop(watch);
+        assert_eq!(memfd::stored_bytes(&file).unwrap(), stored);
+        // SAFETY: as above.
+        assert_eq!(unsafe { (there as *const u8).read_volatile() }, 5);
     }
 
     #[test]

@@ -482,6 +482,41 @@ fn without_that_a_sibling_reads_zeros_until_somebody_looks() {
     let image = children[1].image().unwrap();
     image.unsettled().unwrap().check_pages();
     assert!(children.iter().all(|child| ended(child).reason == Reason::ImagePoisoned));
+
+/// A child is killed while it waits for a page. KVM may still wait for it on the child's behalf, in a thread of the kernel's. Says
+/// how many bytes that has put into the host image, and whether another child then sees what it should.
+fn one_is_killed_while_it_waits() -> (u64, bool) {
+    let pool = pool();
+    let pager = Pager::of(&image(&pool, class(MIB, 1), PAGES));
+    let (host_image, image) = pager.open(&pool);
+    let children = fork(&pool, &image, 2);
+    pager.is_dead(true);
+    let before = image.own_bytes().unwrap();
+    children[0].post(0, touch_it()).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    children[0].kill();
+    assert_eq!(ended(&children[0]).reason, Reason::Killed);
+    let started = std::time::Instant::now();
+    while host_image.resident().children > 1 {
+        assert!(started.elapsed() < PATIENCE, "the other is gone");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let bytes = image.own_bytes().unwrap() - before;
+    pager.is_dead(false);
+    (bytes, children[1].call(0, touch_it()).is_ok_and(|[differ, ..]| differ == 0))
+}
+
+#[test]
+fn a_child_that_is_killed_while_it_waits_leaves_no_zeros_to_the_others() {
+    assert_eq!(one_is_killed_while_it_waits(), (0, true));
+}
+
+#[test]
+fn without_refusing_what_the_dead_wait_for_zeros_appear() {
+    take_out(Guard::RefusalOfTheDead);
+    let (bytes, is_right) = one_is_killed_while_it_waits();
+    assert!(bytes > 0 && !is_right, "{bytes} bytes");
 }
 
 /// The node's descriptors close when its pager goes; those of the workers keep absent memory absent until they are dead.
