@@ -9,7 +9,7 @@ use vm::Class;
 
 use super::{ImageView, OnDrop, Outcome, Service, check_count, first_if_none, in_parallel};
 use crate::node::address::NodeAddress;
-use crate::node::engine::{ForkOptions, Forked, FreezeFacts, Guest, OpenOrder};
+use crate::node::engine::{Ended, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, OpenOrder};
 use crate::node::error::NodeError;
 use crate::node::metrics;
 use crate::node::peers::{ForkedChild, HOLDERS_MAX, PeerError, PeerForkOrder, PeerForkReport};
@@ -250,14 +250,30 @@ impl Service {
                 }
                 Err(error) => {
                     tracing::error!(machine = %id, %error, "proof");
-                    if let Err(error) = self.registry.claim(&id.to_string()).and_then(|id| self.end_claimed(id)) {
-                        tracing::warn!(machine = %id, %error, "not ended after its proof failed");
-                    }
-                    failures.push((id, NodeError::Engine(error)));
+                    let error = self.has_failed(id, error);
+                    failures.push((id, error));
                 }
             }
         }
         good
+    }
+
+    /// Ends a child whose proof has failed. One that has ended by itself did so for a reason that says more than its proof.
+    fn has_failed(&self, id: MachineId, proof: EngineError) -> NodeError {
+        match (self.registry.claim(&id.to_string()), proof.kind) {
+            (Ok(id), ErrorKind::Ended(reason)) => {
+                self.reap_claimed(id, Ended { reason, detail: proof.message.clone() });
+                proof.into()
+            }
+            (Ok(id), _) => {
+                if let Err(error) = self.end_claimed(id) {
+                    tracing::warn!(machine = %id, %error, "not ended after its proof failed");
+                }
+                proof.into()
+            }
+            (Err(ended @ NodeError::Ended { .. }), ErrorKind::UnknownMachine) => ended,
+            (Err(_), _) => proof.into(),
+        }
     }
 }
 

@@ -323,10 +323,11 @@ impl Service {
         metrics::ended(ended.reason);
         let (console, _) = self.engine.console(id).unwrap_or_default();
         let tail = &console[console.len().saturating_sub(ENDED_CONSOLE_BYTES)..];
+        // Written down first: whoever finds that the engine does not know it any more looks here for the reason.
+        self.registry.ended(id, ended, Arc::from(tail));
         if let Err(error) = self.engine.kill(id) {
             tracing::debug!(machine = %id, %error, "nothing to clear up");
         }
-        self.registry.ended(id, ended, Arc::from(tail));
     }
 }
 

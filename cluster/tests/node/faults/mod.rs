@@ -2,9 +2,11 @@
 //! has ended for a reason of the closed list, and nobody waits for longer than the deadlines allow. Needs KVM, and root for the
 //! control groups. `cargo xtask soak --only faults` runs them with their full counts.
 
+mod chains;
 mod destination;
 mod liar;
 mod lies;
+mod sharing;
 mod sources;
 mod stage;
 

@@ -124,7 +124,7 @@ fn a_while(dice: &mut Rng) -> Duration {
 }
 
 /// A third node that has settled the image.
-fn another_holder(stage: &Stage, digest: &str) -> (crate::support::Node, String) {
+pub(super) fn another_holder(stage: &Stage, digest: &str) -> (crate::support::Node, String) {
     let (node, address) = listening(tempfile::tempdir().unwrap(), &[], "");
     introduce(&[stage.source(), stage.destination(), &node]);
     let from = stage.source_address().to_string();

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use chaos::relay::{Config, Direction, Impairment, Rate, Relay};
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::between::{introduce, listening, warm};
-use crate::support::{DEADLINE, Node, Said, eventually};
+use crate::support::{Node, Said, eventually};
 
 /// Of the nodes' flags: how long a child waits for a page.
 pub(super) const PAGE_DEADLINE: Duration = Duration::from_secs(2);
@@ -83,12 +84,10 @@ impl Stage {
     /// Asks the destination for children of an image, each to verify all of its memory.
     pub(super) fn ask(&self, digest: &str, children: u64, holders: &[&str]) -> Asked {
         let count = children.to_string();
-        let mut arguments = vec!["fork", digest, "-n", &count, "--verify", "--output", "json"];
+        let mut arguments = vec!["fork", digest, "-n", &count, "--verify"];
         holders.iter().for_each(|holder| arguments.extend(["--from", holder]));
-        let mut command = self.destination().command(&arguments);
-        let process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let carried = self.relay.counters().to_client.delivered_bytes;
-        Asked { process, children, began: Instant::now(), carried }
+        Asked { carried, ..Asked::start(self.destination(), &arguments, children) }
     }
 
     /// Waits until so many bytes of the answer have come through the relay, or it is over.
@@ -114,37 +113,7 @@ impl Stage {
 
     /// What became of each child, from a list that is closed: `complete`, the reason of its end, or the code of a refusal.
     pub(super) fn outcomes(&self, asked: Asked) -> Vec<String> {
-        let children = usize::try_from(asked.children).unwrap();
-        let said = asked.answer();
-        if said.code == Some(3) {
-            return vec![said.error_code(); children];
-        }
-        let ended = self.reasons();
-        if said.code == Some(4) {
-            let error: serde_json::Value = serde_json::from_str(&said.err).unwrap();
-            let reason = error["error"]["reason"].as_str().map_or_else(|| said.error_code(), str::to_owned);
-            return vec![reason; children];
-        }
-        let report: serde_json::Value = serde_json::from_str(&said.out).unwrap();
-        let verified = report["children"].as_array().unwrap().iter().map(|child| {
-            assert_eq!(child["verified_pages"].as_u64(), Some(PAGES), "{report}");
-            "complete".to_owned()
-        });
-        let failed = report["failures"].as_array().unwrap().iter().map(|failure| {
-            let code = failure["code"].as_str().unwrap();
-            if code == "ENDED" { ended[failure["id"].as_str().unwrap()].clone() } else { code.to_owned() }
-        });
-        let outcomes: Vec<_> = verified.chain(failed).collect();
-        assert_eq!(outcomes.len(), children, "{report}");
-        outcomes
-    }
-
-    /// Why machines of the destination have ended, by their ids.
-    pub(super) fn reasons(&self) -> BTreeMap<String, String> {
-        let listed = self.destination().json(&["ls", "--all"]);
-        let ended = listed["machines"].as_array().unwrap().iter().filter(|machine| machine["state"] == "ended");
-        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
-        ended.map(|machine| (text(&machine["id"]), text(&machine["ended"]["reason"]))).collect()
+        asked.outcomes(self.destination())
     }
 
     /// Forks from the image, and has that succeed.
@@ -213,17 +182,56 @@ pub(super) struct Asked {
 }
 
 impl Asked {
+    fn start(node: &Node, arguments: &[&str], children: u64) -> Self {
+        let mut command = node.command(&[arguments, &["--output", "json"]].concat());
+        let process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        Self { process, children, began: Instant::now(), carried: 0 }
+    }
+
     /// What the command line says in the end, which is not late.
     fn answer(mut self) -> Said {
         while self.process.try_wait().unwrap().is_none() {
-            assert!(self.began.elapsed() < DEADLINE, "no answer within {DEADLINE:?}");
+            assert!(self.began.elapsed() < LONGEST_ANSWER, "no answer within {LONGEST_ANSWER:?}");
             std::thread::sleep(Duration::from_millis(2));
         }
-        let took = self.began.elapsed();
-        let said = Said::of(self.process.wait_with_output().unwrap());
-        assert!(took < LONGEST_ANSWER, "an answer after {took:?}: {said:?}");
-        said
+        Said::of(self.process.wait_with_output().unwrap())
     }
+
+    fn outcomes(self, node: &Node) -> Vec<String> {
+        let children = usize::try_from(self.children).unwrap();
+        let said = self.answer();
+        if matches!(said.code, Some(3 | 4)) {
+            let error: Value = serde_json::from_str(&said.err).unwrap();
+            let reason = error["error"]["reason"].as_str().map_or_else(|| said.error_code(), str::to_owned);
+            return vec![reason; children];
+        }
+        let report: Value = serde_json::from_str(&said.out).unwrap_or_else(|error| panic!("{error}: {said:?}"));
+        let verified = report["children"].as_array().unwrap().iter().map(|child| {
+            assert_eq!(child["verified_pages"].as_u64(), Some(PAGES), "{report}");
+            "complete".to_owned()
+        });
+        let ended = reasons(node);
+        let failed = report["failures"].as_array().unwrap().iter().map(|failure| {
+            let code = failure["code"].as_str().unwrap();
+            if code == "ENDED" { ended[failure["id"].as_str().unwrap()].clone() } else { code.to_owned() }
+        });
+        let outcomes: Vec<_> = verified.chain(failed).collect();
+        assert_eq!(outcomes.len(), children, "{report}");
+        outcomes
+    }
+}
+
+/// What became of each child that these arguments ask a node for, as [`Stage::outcomes`] says it.
+pub(super) fn answer_of(node: &Node, arguments: &[&str], children: u64) -> Vec<String> {
+    Asked::start(node, arguments, children).outcomes(node)
+}
+
+/// Why machines of a node have ended, by their ids.
+fn reasons(node: &Node) -> BTreeMap<String, String> {
+    let listed = node.json(&["ls", "--all"]);
+    let ended = listed["machines"].as_array().unwrap().iter().filter(|machine| machine["state"] == "ended");
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    ended.map(|machine| (text(&machine["id"]), text(&machine["ended"]["reason"]))).collect()
 }
 
 /// How often what came of which fault.
