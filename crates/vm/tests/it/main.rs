@@ -6,6 +6,7 @@ mod escape;
 mod exits;
 mod fleet;
 mod fork;
+mod holes;
 mod leaks;
 mod probe;
 mod random_operations;

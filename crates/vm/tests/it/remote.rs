@@ -8,32 +8,30 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use types::manifest::encode_hash_page;
-use types::{Digest, ExtentIndex, Manifest, Reason};
-use vm::harness::guards::{Guard, take_out};
+use types::{Digest, ExtentIndex, Manifest};
 use vm::harness::{class, count, held, seed};
 use vm::host_image::{EXTENT_LEN, PublishError};
 use vm::image::Image;
 use vm::image::manifest::Content;
-use vm::jail::{Jail, Mechanism};
 use vm::machine::Ended;
-use vm::pool::{Jailed, Settings};
+use vm::pool::Jailed;
 use vm::probe::{self, Command};
 use vm::{HostImage, PageSource, Pool, Watched};
 
-use crate::workers::{check, fork, image, pool, settings, who};
+use crate::workers::{check, fork, image, pool, who};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-const MIB: u64 = 16;
-const PAGES: u64 = 2000;
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const MIB: u64 = 16;
+pub(crate) const PAGES: u64 = 2000;
 
 /// The least that a pager can be: one thread that serves every fault from an image of this process.
-struct Pager {
-    inner: Arc<Inner>,
+pub(crate) struct Pager {
+    pub(crate) inner: Arc<Inner>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-struct Inner {
-    source: Arc<Image>,
+pub(crate) struct Inner {
+    pub(crate) source: Arc<Image>,
     manifest: Arc<Manifest>,
     state: Mutex<State>,
     changed: Condvar,
@@ -42,21 +40,21 @@ struct Inner {
 }
 
 #[derive(Default)]
-struct State {
-    children: Vec<Arc<Watched>>,
+pub(crate) struct State {
+    pub(crate) children: Vec<Arc<Watched>>,
     wanted: VecDeque<(usize, u32)>,
     /// Faults are read and not answered.
     is_dead: bool,
     is_stopping: bool,
     /// Of every extent that was published, how often.
     published: Vec<(usize, ExtentIndex)>,
-    refused: Vec<PublishError>,
+    pub(crate) refused: Vec<PublishError>,
     /// Changes what is served.
-    liar: Option<fn(&mut [u8; EXTENT_LEN])>,
+    pub(crate) liar: Option<fn(&mut [u8; EXTENT_LEN])>,
 }
 
 impl Pager {
-    fn of(source: &Arc<Image>) -> Self {
+    pub(crate) fn of(source: &Arc<Image>) -> Self {
         let manifest = source.manifest(|_, _| {}).unwrap();
         let inner = Inner {
             source: Arc::clone(source),
@@ -70,7 +68,7 @@ impl Pager {
         Self { inner, thread: Some(std::thread::spawn(move || life.serve())) }
     }
 
-    fn open(&self, pool: &Pool) -> (Arc<HostImage>, Arc<Image>) {
+    pub(crate) fn open(&self, pool: &Pool) -> (Arc<HostImage>, Arc<Image>) {
         let head = self.inner.manifest.head().clone();
         let digest = Digest::of(&head.encode().unwrap());
         let source = Arc::clone(&self.inner) as Arc<dyn PageSource>;
@@ -83,14 +81,14 @@ impl Pager {
         (host_image, image)
     }
 
-    fn state<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
+    pub(crate) fn state<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
         let looked = look(&mut self.inner.state.lock().unwrap());
         self.inner.changed.notify_all();
         looked
     }
 
     /// From now on, faults are neither read nor answered; or again they are.
-    fn is_dead(&self, is_dead: bool) {
+    pub(crate) fn is_dead(&self, is_dead: bool) {
         let _between_rounds = self.inner.round.lock().unwrap();
         self.state(|state| state.is_dead = is_dead);
     }
@@ -185,13 +183,8 @@ impl Inner {
     }
 }
 
-fn ended(child: &Jailed) -> Ended {
+pub(crate) fn ended(child: &Jailed) -> Ended {
     child.wait_for_end(PATIENCE).unwrap_or_else(|| panic!("{} has not ended", child.id()))
-}
-
-fn pool_without(mechanism: Mechanism) -> Pool {
-    let settings = Settings { jail: Jail::without([mechanism]), ..settings() };
-    Pool::open(vm::harness::host(), settings).unwrap()
 }
 
 #[test]
@@ -364,188 +357,4 @@ fn a_child_is_paused_branched_and_killed_while_its_source_is_dead() {
     // Digest and all, as if it had never been absent.
     let manifest = frozen.image.manifest(|_, _| {}).unwrap();
     assert_eq!(frozen.image.digest(), Some(Digest::of(&manifest.head().encode().unwrap())));
-}
-
-#[test]
-fn bytes_that_do_not_verify_are_never_mapped() {
-    let pool = pool();
-    let pager = Pager::of(&image(&pool, class(MIB, 1), PAGES));
-    let (_, image) = pager.open(&pool);
-    let child = fork(&pool, &image, 1).remove(0);
-    pager.state(|state| state.liar = Some(|bytes| bytes[4097] ^= 1));
-    child.post(0, Command::Verify { first: probe::first_work_page(), count: 50, epoch: 7 }).unwrap();
-    let started = std::time::Instant::now();
-    while pager.state(|state| state.refused.len()) < 5 {
-        assert!(started.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    pager.state(|state| state.liar = None);
-    assert_eq!(child.answer(0).unwrap()[0], 0);
-    assert!(pager.state(|state| state.refused.iter().all(|error| matches!(error, PublishError::Wrong { .. }))));
-}
-
-/// The proof that the test above finds what it looks for.
-#[test]
-fn without_verification_a_wrong_byte_is_seen() {
-    take_out(Guard::Verification);
-    let pool = pool();
-    let pager = Pager::of(&image(&pool, class(MIB, 1), PAGES));
-    let (_, image) = pager.open(&pool);
-    let child = fork(&pool, &image, 1).remove(0);
-    pager.state(|state| state.liar = Some(|bytes| bytes[4097] ^= 1));
-    let verify = Command::Verify { first: probe::first_work_page(), count: 50, epoch: 7 };
-    assert!(child.call(0, verify).unwrap()[0] > 0);
-}
-
-/// A worker that has broken out of its thread's filter maps the host image behind the back of its userfaultfd and reads a hole:
-/// a page of zeros is in the file then, which is found out before anybody is shown it.
-fn hole_is_read(pool: &Pool) -> (Pager, Vec<Jailed>) {
-    let pager = Pager::of(&image(pool, class(MIB, 1), PAGES));
-    let (host_image, image) = pager.open(pool);
-    let children = fork(pool, &image, 3);
-    let last = ExtentIndex(u32::try_from(MIB * 16 / 4).unwrap());
-    assert!(!host_image.has(0, last));
-    let errno = children[0].read_hole(last.byte_offset() + 8192, false);
-    println!("reading a hole: {errno:?}");
-    (pager, children)
-}
-
-/// A command that touches the extent of [`hole_is_read`].
-fn touch_it() -> Command {
-    Command::Verify { first: types::PageIndex(MIB * 256 / 4), count: 16, epoch: 7 }
-}
-
-#[test]
-fn a_hole_that_a_worker_has_read_poisons_the_host_image() {
-    let pool = pool_without(Mechanism::Seccomp);
-    let (pager, children) = hole_is_read(&pool);
-    children[1].post(0, touch_it()).unwrap();
-    for child in &children {
-        assert_eq!(ended(child).reason, Reason::ImagePoisoned);
-    }
-    assert!(pager.state(|state| matches!(state.refused[..], [PublishError::Poisoned(_), ..])));
-}
-
-#[test]
-fn without_the_look_at_what_was_placed_zeros_are_seen() {
-    take_out(Guard::PresenceOnExists);
-    let pool = pool_without(Mechanism::Seccomp);
-    let (_pager, children) = hole_is_read(&pool);
-    assert!(children[1].call(0, touch_it()).unwrap()[0] > 0);
-}
-
-#[test]
-fn a_worker_in_its_jail_cannot_read_a_hole() {
-    let pool = pool();
-    let (pager, children) = hole_is_read(&pool);
-    assert_eq!(ended(&children[0]).reason, Reason::JailViolation);
-    assert_eq!(children[1].call(0, touch_it()).unwrap()[0], 0);
-    assert!(pager.state(|state| state.refused.is_empty()));
-}
-
-/// The very page of [`forked_reader`].
-fn touch_that_page() -> Command {
-    Command::Verify { first: types::PageIndex(MIB * 256 / 4 + 2), count: 1, epoch: 7 }
-}
-
-/// A worker that was taken over keeps to its filter, and has its copier read a hole: what the copier inherits is not watched.
-fn forked_reader(pool: &Pool) -> (Pager, Vec<Jailed>, Result<i32, vm::pool::PoolError>) {
-    let pager = Pager::of(&image(pool, class(MIB, 1), PAGES));
-    let (host_image, image) = pager.open(pool);
-    let children = fork(pool, &image, 2);
-    let at = MIB * 256 / 4 * 4096 + 8192;
-    assert!(!host_image.has(0, ExtentIndex(u32::try_from(at / types::EXTENT_SIZE).unwrap())));
-    let read = children[0].read_hole(at, true);
-    println!("reading a hole in a process of its own: {read:?}");
-    (pager, children, read)
-}
-
-#[test]
-fn a_worker_whose_memory_is_arriving_makes_no_process_that_could_read_a_hole() {
-    for settings in [settings(), Settings { groups: None, ..settings() }] {
-        let pool = Pool::open(vm::harness::host(), settings).unwrap();
-        let (_pager, children, read) = forked_reader(&pool);
-        assert_eq!(read.unwrap(), rustix::io::Errno::AGAIN.raw_os_error());
-        assert_eq!(children[1].call(0, touch_that_page()).unwrap()[0], 0);
-        // It can be branched all the same.
-        check(&fork(&pool, &children[0].freeze().unwrap().image, 1)[0], PAGES, 7);
-    }
-}
-
-#[test]
-fn without_that_a_sibling_reads_zeros_until_somebody_looks() {
-    take_out(Guard::NoProcesses);
-    let pool = pool();
-    let (_pager, children, read) = forked_reader(&pool);
-    assert_eq!(read.unwrap(), 0);
-    assert_eq!(children[1].call(0, touch_that_page()).unwrap()[0], 1);
-    let image = children[1].image().unwrap();
-    image.unsettled().unwrap().check_pages();
-    assert!(children.iter().all(|child| ended(child).reason == Reason::ImagePoisoned));
-
-/// A child is killed while it waits for a page. KVM may still wait for it on the child's behalf, in a thread of the kernel's. Says
-/// how many bytes that has put into the host image, and whether another child then sees what it should.
-fn one_is_killed_while_it_waits() -> (u64, bool) {
-    let pool = pool();
-    let pager = Pager::of(&image(&pool, class(MIB, 1), PAGES));
-    let (host_image, image) = pager.open(&pool);
-    let children = fork(&pool, &image, 2);
-    pager.is_dead(true);
-    let before = image.own_bytes().unwrap();
-    children[0].post(0, touch_it()).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
-    children[0].kill();
-    assert_eq!(ended(&children[0]).reason, Reason::Killed);
-    let started = std::time::Instant::now();
-    while host_image.resident().children > 1 {
-        assert!(started.elapsed() < PATIENCE, "the other is gone");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    std::thread::sleep(Duration::from_millis(200));
-    let bytes = image.own_bytes().unwrap() - before;
-    pager.is_dead(false);
-    (bytes, children[1].call(0, touch_it()).is_ok_and(|[differ, ..]| differ == 0))
-}
-
-#[test]
-fn a_child_that_is_killed_while_it_waits_leaves_no_zeros_to_the_others() {
-    assert_eq!(one_is_killed_while_it_waits(), (0, true));
-}
-
-#[test]
-fn without_refusing_what_the_dead_wait_for_zeros_appear() {
-    take_out(Guard::RefusalOfTheDead);
-    let (bytes, is_right) = one_is_killed_while_it_waits();
-    assert!(bytes > 0 && !is_right, "{bytes} bytes");
-}
-
-/// The node's descriptors close when its pager goes; those of the workers keep absent memory absent until they are dead.
-fn node_lets_go(pool: &Pool) -> (Arc<HostImage>, u64) {
-    let pager = Pager::of(&image(pool, class(MIB, 1), PAGES));
-    let (host_image, image) = pager.open(pool);
-    let child = fork(pool, &image, 1).remove(0);
-    pager.is_dead(true);
-    let before = image.own_bytes().unwrap();
-    child.post(0, touch_it()).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
-    child.let_go_of_host_image();
-    pager.state(|state| state.children.clear());
-    std::thread::sleep(Duration::from_millis(200));
-    let after = image.own_bytes().unwrap();
-    child.kill();
-    assert!(child.wait_for_end(PATIENCE).is_some());
-    (host_image, after - before)
-}
-
-#[test]
-fn a_node_that_lets_go_shows_no_child_a_page_of_zeros() {
-    let (_, bytes) = node_lets_go(&pool());
-    assert_eq!(bytes, 0);
-}
-
-#[test]
-fn without_a_workers_own_watch_zeros_appear() {
-    take_out(Guard::WorkersWatch);
-    let (_, bytes) = node_lets_go(&pool());
-    assert!(bytes > 0);
 }
