@@ -48,10 +48,10 @@ impl Kind {
     #[must_use]
     pub const fn body_max(self) -> usize {
         match self {
-            // A lease, an image and 512 hints of at most 12 bytes.
-            Self::Request => 8 << 10,
-            // A head, as much of hash pages, and 512 hints.
-            Self::Answer => 144 << 10,
+            // A lease, an image and 4,096 hints of at most 12 bytes.
+            Self::Request => 56 << 10,
+            // A head, as much of hash pages, and 4,096 hints.
+            Self::Answer => 192 << 10,
             Self::Extent => EXTENT_BYTES + EXTENT_HEADER_MAX,
             Self::Order => ORDER_SIZE_MAX,
             Self::OrderAnswer => ORDER_ANSWER_SIZE_MAX,

@@ -40,8 +40,8 @@ pub const ALPN_NODE: &[u8] = b"farfork-node/1";
 pub const EXTENTS_MAX: usize = 16;
 /// The most bytes of a lease's token.
 pub const LEASE_SIZE_MAX: usize = 512;
-/// The most runs of hints.
-pub const HINTS_MAX: usize = 512;
+/// The most runs of hints: more than a head has, since what children touch first is scattered.
+pub const HINTS_MAX: usize = 4096;
 /// The most bytes of a hash page: 1,024 digests.
 pub const HASH_PAGE_SIZE_MAX: usize = 32 << 10;
 /// The most bytes of hash pages that come with a head.
