@@ -6,7 +6,7 @@
 //! ```
 
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -48,6 +48,8 @@ pub enum JoinError {
     Trust(#[from] TrustError),
     #[error(transparent)]
     Start(#[from] pages::endpoint::StartError),
+    #[error("the server's thread cannot be started: {source}")]
+    Thread { source: std::io::Error },
 }
 
 impl JoinError {
@@ -59,6 +61,7 @@ impl JoinError {
             Self::File { .. } => "check the disk and the owner of the data directory".to_owned(),
             Self::Trust(error) => error.remedy(),
             Self::Start(error) => error.remedy().to_owned(),
+            Self::Thread { .. } => "raise the limits on threads and open files (ulimit -u, ulimit -n)".to_owned(),
         }
     }
 }
@@ -110,7 +113,7 @@ impl Credentials {
 /// A node's place among others.
 pub struct Joined {
     network: Network,
-    server: Option<Server>,
+    server: Option<ServerThread>,
     orders: Arc<LateOrders>,
 }
 
@@ -137,7 +140,7 @@ impl Joined {
         let client = Client::new(identity, trust, &Tuning::default())?;
         let orders = Arc::new(LateOrders::default());
         let server = settings.listen.map(|listen| {
-            Server::start(Setup {
+            let setup = Setup {
                 listen,
                 identity,
                 trust: trust.clone(),
@@ -145,19 +148,12 @@ impl Joined {
                 orders: Arc::clone(&orders) as _,
                 tuning: Tuning::default(),
                 limits: Limits::default(),
-            })
+            };
+            ServerThread::start(setup, Arc::downgrade(store))
         });
         let server = server.transpose()?;
-        let sweeping = Arc::downgrade(store);
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(SWEEP_EVERY).await;
-                let Some(store) = sweeping.upgrade() else { return };
-                store.sweep();
-            }
-        });
         let peers = Arc::new(QuicPeers { client, runtime: tokio::runtime::Handle::current() });
-        let listening = server.as_ref().map(Server::address);
+        let listening = server.as_ref().map(|server| server.address);
         let network = Network { listening, advertise: settings.advertise.clone(), trust: trust_store, peers };
         Ok(Self { network, server, orders })
     }
@@ -171,7 +167,7 @@ impl Joined {
 
 /// A server whose orders nobody takes yet.
 pub struct JoinedServer {
-    server: Option<Server>,
+    server: Option<ServerThread>,
     orders: Arc<LateOrders>,
 }
 
@@ -185,7 +181,7 @@ impl JoinedServer {
 }
 
 /// A server that other nodes reach.
-pub struct Listening(Option<Server>);
+pub struct Listening(Option<ServerThread>);
 
 impl Listening {
     /// Nobody does.
@@ -197,8 +193,59 @@ impl Listening {
     /// Tells the others, and lets nobody in any more.
     pub async fn stop(self) {
         if let Some(server) = self.0 {
-            server.stop(STOP_PATIENCE).await;
+            // Joining blocks; nobody else is served by this thread any more.
+            tokio::task::spawn_blocking(move || server.stop()).await.unwrap_or_default();
         }
+    }
+}
+
+/// The server, in a thread and a runtime of its own. With more threads each request would be handed from one to the other: waking
+/// one takes longer than reading an extent.
+struct ServerThread {
+    address: SocketAddr,
+    stop: tokio::sync::oneshot::Sender<()>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl ServerThread {
+    fn start(setup: Setup<'_>, store: Weak<Store>) -> Result<Self, JoinError> {
+        let failed = |source| JoinError::Thread { source };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        let server = {
+            let _within = runtime.enter();
+            Server::start(setup)?
+        };
+        let address = server.address();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let live = move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = sweep(store) => {}
+                    // An error: the node is gone.
+                    _ = stopped => {}
+                }
+                server.stop(STOP_PATIENCE).await;
+            });
+        };
+        let thread = std::thread::Builder::new().name("server".to_owned()).spawn(live).map_err(failed)?;
+        Ok(Self { address, stop, thread })
+    }
+
+    fn stop(self) {
+        // It has ended by itself otherwise.
+        self.stop.send(()).unwrap_or_default();
+        if self.thread.join().is_err() {
+            tracing::error!("the server panicked");
+        }
+    }
+}
+
+/// Looks through the leases now and then, for as long as there is a store.
+async fn sweep(store: Weak<Store>) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        let Some(store) = store.upgrade() else { return };
+        store.sweep();
     }
 }
 

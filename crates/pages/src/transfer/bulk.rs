@@ -1,6 +1,6 @@
 //! Extents that nobody waits for: the recorded working set in its order, then all others in address order.
 //!
-//! Nothing of either is asked for while a demand is under way. Each source gets as much as its [pace](super::pacing) allows, so
+//! Nothing is streamed while a demand is under way; the replay goes on. Each source gets as much as its [pace](super::pacing) allows, so
 //! that the work spreads by what the links carry.
 
 use std::collections::VecDeque;
@@ -73,7 +73,9 @@ impl Transfer {
     /// Sends whatever replay and stream may send now, and notes when they may send more.
     pub(super) fn pump(&mut self) {
         self.bulk_wake = None;
-        if !self.has_bulk_work() || self.is_demand_under_way() {
+        // The recorded working set is what would be demanded next: keeping it back would turn all of it into demands.
+        let streams = !self.is_demand_under_way();
+        if !self.has_bulk_work() || (!streams && self.replay.order.is_empty()) {
             return;
         }
         let (now, config) = (self.now, self.config);
@@ -84,7 +86,7 @@ impl Transfer {
         while std::mem::take(&mut sent) {
             wake = Duration::MAX;
             for (id, until) in &suspect_until {
-                let turn = if are_all_suspect || *until <= now { self.send_batch(*id) } else { Turn::Later(*until) };
+                let turn = if are_all_suspect || *until <= now { self.send_batch(*id, streams) } else { Turn::Later(*until) };
                 match turn {
                     Turn::Sent => sent = true,
                     Turn::Later(at) => wake = wake.min(at),
@@ -122,7 +124,7 @@ impl Transfer {
         !self.replay.order.is_empty() || (self.stream.is_on && !self.streamable.is_empty())
     }
 
-    fn send_batch(&mut self, id: SourceId) -> Turn {
+    fn send_batch(&mut self, id: SourceId, streams: bool) -> Turn {
         let now = self.now;
         let Some(source) = self.sources.get_mut(id) else { return Turn::Idle };
         source.forget_old(now);
@@ -132,7 +134,7 @@ impl Transfer {
         }
         let (most, lacks_until) = (source.pace.batch(), source.lacks_any_until());
         let (mut extents, mut urgency) = (self.take_replay(id, most), Urgency::Replay);
-        if extents.is_empty() && self.stream.is_on {
+        if extents.is_empty() && self.stream.is_on && streams {
             (extents, urgency) = (self.take_stream(id, most), Urgency::Stream);
         }
         if extents.is_empty() {

@@ -178,7 +178,7 @@ fn a_replay_that_fails_keeps_its_order() {
 }
 
 #[test]
-fn replay_and_stream_rest_while_a_demand_is_under_way() {
+fn the_stream_rests_while_a_demand_is_under_way_and_the_replay_does_not() {
     let mut books = image(200, &[A]);
     books.stream(true);
     let batches: Vec<RequestId> = books.live.keys().copied().collect();
@@ -190,8 +190,9 @@ fn replay_and_stream_rest_while_a_demand_is_under_way() {
     }
     assert_eq!(under_way(&books), [(A, Urgency::Demand, vec![100])]);
     books.replay(vec![at(150), at(50)]);
-    assert_eq!(books.live.len(), 1);
-    books.arrived(request_to(&books, A), at(100), GOOD);
+    assert_eq!(under_way(&books), [(A, Urgency::Demand, vec![100]), (A, Urgency::Replay, vec![150, 50])]);
+    let demand = books.live.iter().find(|(_, live)| live.urgency == Urgency::Demand).map(|(id, _)| *id);
+    books.arrived(demand.unwrap(), at(100), GOOD);
     // The working set first, in its order; then the stream, from behind what was demanded.
     assert_eq!(under_way(&books)[0], (A, Urgency::Replay, vec![150, 50]));
     assert_eq!(under_way(&books)[1].1, Urgency::Stream);
