@@ -265,7 +265,7 @@ pub enum LinkError {
     Unreachable { address: SocketAddr, why: String },
     #[error("there is no trust between this node and {address}")]
     NotTrusted { address: SocketAddr, source: NotTrusted },
-    #[error("the node refuses")]
+    #[error("the node refuses: {0}")]
     Refused(#[from] Refusal),
     #[error("the node broke the protocol")]
     Broken(#[from] Misbehaviour),

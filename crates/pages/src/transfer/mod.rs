@@ -316,7 +316,7 @@ impl Transfer {
             }
             Arrival::Absent => {
                 self.stats.absent_answers += 1;
-                source.does_not_have(extent, &self.absent, self.now, &self.config);
+                source.does_not_have(extent, question.urgency, &self.absent, self.now, &self.config);
             }
             Arrival::Wrong => {}
         }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use super::pacing::Pace;
 use super::set::Extents;
-use super::{Config, ExtentId, SourceId, SourceStats};
+use super::{Config, ExtentId, SourceId, SourceStats, Urgency};
 
 /// After the second failure in a row, doubled with each further one.
 const BACK_OFF_FIRST: Duration = Duration::from_millis(10);
@@ -71,6 +71,9 @@ pub(super) struct Source {
     pub(super) progress: Duration,
     /// What it said that it does not have, and until when that is believed.
     lacks: Option<(Extents, Duration)>,
+    /// Of that, what it said when somebody waited. What a holder has not got yet itself it fetches for those, but not for a
+    /// stream, so what it does not have for the stream is still asked of it when somebody waits.
+    lacks_for_all: BTreeSet<ExtentId>,
     pub(super) pace: Pace,
     pub(super) extents: u64,
     pub(super) wire_bytes: u64,
@@ -86,6 +89,7 @@ impl Source {
             failed_at: Duration::ZERO,
             progress: Duration::ZERO,
             lacks: None,
+            lacks_for_all: BTreeSet::new(),
             pace: Pace::new(config),
             extents: 0,
             wire_bytes: 0,
@@ -122,22 +126,25 @@ impl Source {
         }
     }
 
-    /// It does not have `extent`. `all` is any set of the image's extents.
-    pub(super) fn does_not_have(&mut self, extent: ExtentId, all: &Extents, now: Duration, config: &Config) {
+    /// It does not have `extent`, not even for those who wait if it was asked for them. `all` is any set of the image's extents.
+    pub(super) fn does_not_have(&mut self, extent: ExtentId, urgency: Urgency, all: &Extents, now: Duration, config: &Config) {
         self.absent_answers += 1;
         self.forget_old(now);
         let (lacks, _) = self.lacks.get_or_insert_with(|| (all.none_of(), now + config.absent_pause));
         lacks.insert(extent);
+        if urgency != Urgency::Stream {
+            self.lacks_for_all.insert(extent);
+        }
     }
 
-    /// What it is not to be asked for.
+    /// What it is not to be asked for while nobody waits.
     pub(super) fn lacks(&self) -> Option<&Extents> {
         self.lacks.as_ref().map(|(lacks, _)| lacks)
     }
 
-    /// Until when it is not to be asked for `extent`.
+    /// Until when it is not to be asked for `extent`, even if somebody waits.
     pub(super) fn lacks_until(&self, extent: ExtentId) -> Duration {
-        self.lacks.as_ref().filter(|(lacks, _)| lacks.contains(extent)).map_or(Duration::ZERO, |(_, until)| *until)
+        self.lacks.as_ref().filter(|_| self.lacks_for_all.contains(&extent)).map_or(Duration::ZERO, |(_, until)| *until)
     }
 
     /// When it is next to be asked again for something that it did not have.
@@ -147,7 +154,9 @@ impl Source {
 
     /// It may have got since what it did not have.
     pub(super) fn forget_old(&mut self, now: Duration) {
-        self.lacks.take_if(|(_, until)| *until <= now);
+        if self.lacks.take_if(|(_, until)| *until <= now).is_some() {
+            self.lacks_for_all.clear();
+        }
     }
 
     /// Not before then, for whatever it is.

@@ -235,6 +235,21 @@ fn who_does_not_have_it_is_asked_again_after_the_others() {
     assert_eq!(under_way(&books), [(A, Urgency::Stream, vec![0])]);
 }
 
+/// A holder that is itself still fetching does so in turn for those who wait, and not for a stream.
+#[test]
+fn who_does_not_have_it_for_the_stream_is_asked_at_once_when_somebody_waits() {
+    let mut books = image(4, &[A]);
+    books.stream(true);
+    let request = request_to(&books, A);
+    (0..4).for_each(|extent| books.arrived(request, at(extent), Arrival::Absent));
+    assert!(books.live.is_empty());
+    books.demand(at(2), Waiter(0));
+    assert_eq!(under_way(&books), [(A, Urgency::Demand, vec![2])]);
+    // Not even for them.
+    books.arrived(request_to(&books, A), at(2), Arrival::Absent);
+    assert!(books.live.is_empty());
+}
+
 #[test]
 fn a_liar_is_set_aside_for_good() {
     let mut books = image(64, &[A, B]);
