@@ -1,12 +1,14 @@
 //! `bench`: how long things take, each beside its control of the same run. The rows are those of docs/specification.md.
 #![forbid(unsafe_code)]
 
+mod daemon;
 mod firecracker;
 mod floor;
 mod http;
 mod local;
 mod node;
 mod proof;
+mod remote;
 mod report;
 mod workers;
 
@@ -57,6 +59,13 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
     },
+    /// Remote fork (rows R1 to R9): real nodes in network namespaces, or given ones
+    Remote {
+        #[command(flatten)]
+        run: Run,
+        #[command(flatten)]
+        remote: remote::Arguments,
+    },
     /// The process that workers are forked from; what `workers` starts
     #[command(hide = true)]
     Zygote,
@@ -97,6 +106,7 @@ fn main() -> ExitCode {
             workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
         Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
+        Verb::Remote { run, remote } => remote::run(run.json.as_deref(), run.quick, &remote),
         Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib, idle_us } => floor::print_sample(mib, Duration::from_micros(idle_us)),
     };

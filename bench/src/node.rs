@@ -2,29 +2,30 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use serde_json::Value;
 use types::MemorySize;
 use vm::pool::Settings;
-use vm::probe::{self, Command as Probe, PATIENCE};
+use vm::probe::{self, Command as Probe};
 use vm::{Class, Pool};
 
+use crate::daemon::{self, Daemon};
 use crate::report::{Report, Row, Samples, announce};
 use crate::{floor, http, proof};
+
+/// Options of the daemon.
+const NO_MORE: [&str; 0] = [];
 
 pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>) -> Result<()> {
     let host = floor::open_host()?;
     let mut report = Report::new(&host, quick);
-    let beside_this = || -> Result<PathBuf> { Ok(std::env::current_exe()?.with_file_name("farfork")) };
-    let program = farfork.map_or_else(beside_this, |path| Ok(path.to_owned()))?;
+    let program = daemon::program(farfork)?;
     let n = if quick { 30 } else { 300 };
     announce("C2: the daemon and a warm image");
-    let mut node = Node::start(&program)?;
+    let mut node = Daemon::start(Command::new(&program), NO_MORE)?;
     let warm = node.ask("POST", "/v1/forks", r#"{"from":{"guest":"probe"},"memory_bytes":536870912,"verify":true}"#)?;
     ensure!(warm["children"][0]["verified_pages"].as_u64().is_some(), "the first child did not verify its memory: {warm}");
     let image = warm["image"]["id"].as_str().context("an image")?.to_owned();
@@ -34,7 +35,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>) -> R
 }
 
 /// C2: from the request until its answer is read, on a connection that is open.
-fn round_trips(report: &mut Report, node: &mut Node, image: &str, n: usize) -> Result<()> {
+fn round_trips(report: &mut Report, node: &mut Daemon, image: &str, n: usize) -> Result<()> {
     announce("C2: round trips of a fork");
     let order = format!(r#"{{"from":{{"image":"{image}"}}}}"#);
     let (mut trips, mut firsts) = (Vec::with_capacity(n), Vec::with_capacity(n));
@@ -62,7 +63,7 @@ fn round_trips(report: &mut Report, node: &mut Node, image: &str, n: usize) -> R
 }
 
 /// What the API's users feel of a child that writes over all of its memory without a pause.
-fn storm(report: &mut Report, node: &mut Node, n: usize) -> Result<()> {
+fn storm(report: &mut Report, node: &mut Daemon, n: usize) -> Result<()> {
     announce("C2: the API at rest and beside an allocation storm");
     let quiet = listings(node, n)?;
     stormy_image(&node.directory.path().join("data/images"))?;
@@ -90,7 +91,7 @@ fn storm(report: &mut Report, node: &mut Node, n: usize) -> Result<()> {
     Ok(())
 }
 
-fn listings(node: &mut Node, n: usize) -> Result<Vec<Duration>> {
+fn listings(node: &mut Daemon, n: usize) -> Result<Vec<Duration>> {
     let one = |_| -> Result<Duration> {
         std::thread::sleep(Duration::from_millis(2));
         let started = Instant::now();
@@ -113,61 +114,4 @@ fn stormy_image(store: &Path) -> Result<()> {
     let directory = std::fs::File::open(store).with_context(|| store.display().to_string())?;
     vm::image::save_in(&image, directory.as_fd(), "storm.img".as_ref(), |_, _| {})?;
     Ok(())
-}
-
-/// The daemon, and a connection to it.
-struct Node {
-    directory: tempfile::TempDir,
-    child: Child,
-    connection: UnixStream,
-}
-
-impl Node {
-    fn start(program: &Path) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let socket = directory.path().join("run/socket");
-        let mut child = Command::new(program)
-            .arg("node")
-            .arg("--data")
-            .arg(directory.path().join("data"))
-            .arg("--socket")
-            .arg(&socket)
-            .env("FARFORK_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .with_context(|| format!("starting {} (build it, or name it with --farfork PATH)", program.display()))?;
-        let started = Instant::now();
-        let connection = loop {
-            if let Ok(connection) = UnixStream::connect(&socket) {
-                break connection;
-            }
-            if let Some(status) = child.try_wait()? {
-                return Err(anyhow!("{} ended with {status}", program.display()));
-            }
-            ensure!(started.elapsed() < PATIENCE, "the daemon does not open its socket");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        connection.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { directory, child, connection })
-    }
-
-    fn ask(&mut self, verb: &str, path: &str, body: &str) -> Result<Value> {
-        http::json(&http::request(&mut self.connection, verb, path, body)?)
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // It stops its machines and removes its groups; a node that does not is ended.
-        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
-            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap_or_default();
-        }
-        let started = Instant::now();
-        while matches!(self.child.try_wait(), Ok(None)) && started.elapsed() < PATIENCE {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        self.child.kill().unwrap_or_default();
-        self.child.wait().map(drop).unwrap_or_default();
-    }
 }

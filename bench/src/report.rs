@@ -69,6 +69,10 @@ impl Samples {
         self.0[rank - 1]
     }
 
+    pub(crate) fn n(&self) -> usize {
+        self.0.len()
+    }
+
     pub(crate) fn p50(&self) -> f64 {
         self.percentile(50)
     }
@@ -81,7 +85,7 @@ impl Row {
             id: id.to_owned(),
             what: what.into(),
             unit: "us",
-            n: samples.0.len(),
+            n: samples.n(),
             p50: samples.p50(),
             p99: samples.percentile(99),
             floor_p50,
@@ -92,14 +96,28 @@ impl Row {
     }
 
     /// The samples are not microseconds but MiB.
-    pub(crate) fn in_mib(mut self) -> Self {
-        self.unit = "MiB";
+    pub(crate) fn in_mib(self) -> Self {
+        self.in_unit("MiB")
+    }
+
+    /// The samples are not microseconds.
+    pub(crate) fn in_unit(mut self, unit: &'static str) -> Self {
+        self.unit = unit;
         self
     }
 
     pub(crate) fn reaching(mut self, reach: impl Into<String>, met: bool) -> Self {
         self.reach = reach.into();
         self.met = Some(met);
+        self
+    }
+
+    /// Whether what the target asks for can be measured here. Where it cannot, the row informs of what was measured instead.
+    pub(crate) fn measurable(mut self, is_measurable: bool) -> Self {
+        if !is_measurable {
+            self.reach = format!("not measurable here: {}", self.reach);
+            self.met = None;
+        }
         self
     }
 }

@@ -163,6 +163,25 @@ pub(crate) async fn kill(
     kill_these(&app, request).await
 }
 
+/// Has a machine's probe carry out commands. Only in builds for benchmarks, so not in the API's description.
+#[cfg(feature = "bench")]
+pub(crate) async fn probe(
+    Shared(app): Shared<App>,
+    PathText(id): PathText,
+    JsonBody(commands): JsonBody<Vec<vm::probe::Command>>,
+) -> Result<Json<Vec<Probed>>, ApiError> {
+    let probed = app.act(move |service| service.probe(&id, &commands)).await?;
+    Ok(Json(probed.iter().map(|probed| Probed { reply: probed.reply, took_us: probed.took.as_secs_f64() * 1e6 }).collect()))
+}
+
+/// What a probe answered.
+#[cfg(feature = "bench")]
+#[derive(serde::Serialize)]
+pub(crate) struct Probed {
+    reply: vm::probe::Reply,
+    took_us: f64,
+}
+
 /// Milliseconds since 1970.
 pub(super) fn unix_ms(time: SystemTime) -> u64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();

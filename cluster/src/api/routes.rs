@@ -134,7 +134,10 @@ impl App {
 
 /// The routes. Each connection adds its [`Peer`] to its requests.
 pub fn router(app: App) -> Router {
-    Router::new()
+    let router = Router::new();
+    #[cfg(feature = "bench")]
+    let router = router.route("/v1/machines/{id}/probe", post(machines::probe));
+    router
         .route("/v1/forks", post(machines::fork))
         .route("/v1/machines", get(machines::list))
         .route("/v1/machines/kill", post(machines::kill))

@@ -58,6 +58,16 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError`] of kind [`ErrorKind::WrongProof`] if the proof is wrong.
     fn verify(&self, machine: MachineId) -> Result<Proof, EngineError>;
 
+    /// Has the probe on a machine's first vCPU carry out commands, one after the other.
+    ///
+    /// # Errors
+    /// [`EngineError`] of the first command without a reply, or of kind [`ErrorKind::Host`] if this engine runs no guests.
+    #[cfg(feature = "bench")]
+    fn probe(&self, _machine: MachineId, _commands: &[vm::probe::Command]) -> Result<Vec<Probed>, EngineError> {
+        let message = "this engine runs no guests".to_owned();
+        Err(EngineError { kind: ErrorKind::Host, message, remedy: "use a node with KVM".to_owned() })
+    }
+
     /// Ends a machine and gives back what it had. Ending one that has ended by itself forgets it.
     ///
     /// # Errors
@@ -290,6 +300,16 @@ pub struct FreezeFacts {
 pub struct Proof {
     /// Pages that the guest compared.
     pub pages: u64,
+}
+
+/// What a probe answered to a command.
+#[cfg(feature = "bench")]
+#[derive(Clone, Copy, Debug)]
+pub struct Probed {
+    /// Its words.
+    pub reply: vm::probe::Reply,
+    /// From the command's leaving this process until its reply was here.
+    pub took: Duration,
 }
 
 /// What a machine costs, in bytes. Read from the kernel at the time of the call.

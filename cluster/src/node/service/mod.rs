@@ -163,6 +163,15 @@ impl Service {
         Ok(MachineView { machine, usage, console, console_dropped_bytes, residency })
     }
 
+    /// Has the probe of a running machine carry out commands.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is no such machine, or a command has no reply.
+    #[cfg(feature = "bench")]
+    pub fn probe(&self, given: &str, commands: &[vm::probe::Command]) -> Result<Vec<crate::node::engine::Probed>, NodeError> {
+        Ok(self.engine.probe(self.registry.running_machine(given)?, commands)?)
+    }
+
     /// Images in memory and in the store.
     ///
     /// # Errors

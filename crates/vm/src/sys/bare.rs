@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_irqchip, kvm_msr_entry};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_dtable, kvm_pit_config, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use types::GuestAddress;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use types::{GuestAddress, HostAddress};
 
 use super::kvm::{from_errno, set_memory_slot, set_xsave};
 use super::slot::{Content, Piece, Slot};
+use super::uffd::{Alias, Device, Stop, Watch};
 use crate::Host;
 use crate::image::memfd;
 
@@ -77,21 +79,7 @@ pub fn fork(host: &Host, bytes: u64, idle: Duration) -> io::Result<BareFork> {
 /// # Errors
 /// What a system call failed with.
 pub fn touch(host: &Host, bytes: u64, pages: u32, touch: Touch) -> io::Result<Duration> {
-    let access: &[u8] = match touch {
-        Touch::Read => &[0x8A, 0x07],  // mov al, [rdi]
-        Touch::Write => &[0x88, 0x07], // mov [rdi], al
-    };
-    let mut code = vec![0xE6, 0x10]; // out 0x10, al
-    code.extend([0x48, 0xC7, 0xC7]); // mov rdi, TOUCHED
-    code.extend(u32::try_from(TOUCHED).map_err(io::Error::other)?.to_le_bytes());
-    code.extend([0x48, 0xC7, 0xC1]); // mov rcx, pages
-    code.extend(pages.to_le_bytes());
-    let top = code.len();
-    code.extend(access);
-    code.extend([0x48, 0x81, 0xC7, 0x00, 0x10, 0x00, 0x00]); // add rdi, 4096
-    code.extend([0x48, 0xFF, 0xC9, 0x75]); // dec rcx; jnz top
-    code.push(u8::try_from(256 + top - (code.len() + 1)).map_err(io::Error::other)?);
-    code.extend([0xE6, 0x11, 0xEB, 0xFE]); // out 0x11, al
+    let code = touching(pages, 4096, touch)?;
     let memfd = guest(bytes, &code)?;
     let file = std::fs::File::from(memfd);
     let ones = vec![1; pages as usize * 4096];
@@ -118,6 +106,99 @@ pub fn copy(bytes: u64) -> io::Result<Duration> {
     let started = Instant::now();
     std::os::unix::fs::FileExt::write_all_at(&memfd, &source, 0)?;
     Ok(started.elapsed())
+}
+
+/// What a fault costs that another thread answers, and what placing an extent costs: each the mean of many.
+#[derive(Clone, Copy, Debug)]
+pub struct BareFault {
+    /// From the touch until the guest goes on: one page was placed, and the guest woken.
+    pub fault: Duration,
+    /// One `UFFDIO_COPY` of 16 pages into a file that others map.
+    pub publication: Duration,
+}
+
+/// Has a guest touch `count` pages, each of another extent, that are not in the memfd until this places them; and then places
+/// as many extents that nobody waits for.
+///
+/// # Errors
+/// What a system call failed with.
+pub fn fault(host: &Host, count: u32) -> io::Result<BareFault> {
+    const EXTENT: u32 = 1 << 16;
+    let (each, first) = (u64::from(EXTENT), TOUCHED as u64);
+    let touched = first..first + u64::from(count) * each;
+    let bytes = (touched.end + u64::from(count) * each).next_multiple_of(2 << 20);
+    let memfd = std::fs::File::from(guest(bytes, &touching(count, EXTENT, Touch::Read)?)?);
+    let device = Device::open()?;
+    let alias = Alias::of(&memfd, bytes, &device)?;
+    let memfd = OwnedFd::from(memfd);
+    let mut shell = BareShell::build(host, bytes)?;
+    let saved = Saved::of(host, &shell)?;
+    shell.map(&memfd, bytes)?;
+    let watch = device.watch()?;
+    watch.register(&shell.slot, &touched)?;
+    saved.restore(&shell)?;
+    expect_port(&mut shell.vcpu)?;
+    let start = shell.slot.start().0;
+    let fault = std::thread::scope(|scope| -> io::Result<Duration> {
+        let answers = scope.spawn(|| answer(&watch, &alias, start, count));
+        let began = Instant::now();
+        expect_port(&mut shell.vcpu)?;
+        let took = began.elapsed();
+        answers.join().expect("it does not panic")?;
+        Ok(took)
+    })?;
+    let extent = vec![7; EXTENT as usize];
+    let began = Instant::now();
+    for number in 0..u64::from(count) {
+        placed(alias.place(touched.end + number * each, &extent), extent.len())?;
+    }
+    Ok(BareFault { fault: fault / count, publication: began.elapsed() / count })
+}
+
+/// Answers so many faults, each with a page of its own.
+fn answer(watch: &Watch, alias: &Alias, start: usize, count: u32) -> io::Result<()> {
+    let page = [7; 4096];
+    let mut answered = 0;
+    while answered < count {
+        let mut waiting = [PollFd::new(watch, PollFlags::IN)];
+        let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+        if rustix::event::poll(&mut waiting, Some(&patience))? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let mut touched = Vec::new();
+        watch.read(|at| touched.push(HostAddress(at.0 & !4095)))?;
+        for at in touched {
+            placed(alias.place((at.0 - start) as u64, &page), page.len())?;
+            watch.wake(at, page.len())?;
+            answered += 1;
+        }
+    }
+    Ok(())
+}
+
+fn placed((bytes, stop): (usize, Option<Stop>), due: usize) -> io::Result<()> {
+    if bytes == due { Ok(()) } else { Err(io::Error::other(format!("{bytes} of {due} bytes were placed: {stop:?}"))) }
+}
+
+/// Code that writes to a port, touches so many pages, each `stride` bytes after the last, and writes to another port.
+fn touching(pages: u32, stride: u32, touch: Touch) -> io::Result<Vec<u8>> {
+    let access: &[u8] = match touch {
+        Touch::Read => &[0x8A, 0x07],  // mov al, [rdi]
+        Touch::Write => &[0x88, 0x07], // mov [rdi], al
+    };
+    let mut code = vec![0xE6, 0x10]; // out 0x10, al
+    code.extend([0x48, 0xC7, 0xC7]); // mov rdi, TOUCHED
+    code.extend(u32::try_from(TOUCHED).map_err(io::Error::other)?.to_le_bytes());
+    code.extend([0x48, 0xC7, 0xC1]); // mov rcx, pages
+    code.extend(pages.to_le_bytes());
+    let top = code.len();
+    code.extend(access);
+    code.extend([0x48, 0x81, 0xC7]); // add rdi, stride
+    code.extend(stride.to_le_bytes());
+    code.extend([0x48, 0xFF, 0xC9, 0x75]); // dec rcx; jnz top
+    code.push(u8::try_from(256 + top - (code.len() + 1)).map_err(io::Error::other)?);
+    code.extend([0xE6, 0x11, 0xEB, 0xFE]); // out 0x11, al
+    Ok(code)
 }
 
 /// A memfd with the guest's tables and code.

@@ -1,0 +1,116 @@
+//! R5: one image to many hosts over slow links: down a tree, and all from one.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use types::EXTENT_SIZE;
+
+use super::Run;
+use super::bed::{Bed, Site, befriend};
+use super::bytes::{in_mib, mib};
+use super::workload::WorkingSet;
+use crate::report::{Report, Row, Samples, announce};
+
+const DEGREE: usize = 2;
+const RATE_MBIT: u64 = 100;
+
+/// Who is asked for pages by a host.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// The first host alone.
+    Star,
+    /// Its parent in a tree, which asks its own.
+    Tree,
+    /// Its parent, and the first host too.
+    TreeAndRoot,
+}
+
+impl Shape {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Star => "star",
+            Self::Tree => "tree",
+            Self::TreeAndRoot => "tree, with the root as a second holder",
+        }
+    }
+
+    /// Host 0 has the image; hosts 1 and up want it.
+    fn holders(self, host: usize, sites: &[SocketAddr]) -> Vec<SocketAddr> {
+        let parent = sites[(host - 1) / DEGREE];
+        match self {
+            Self::Star => vec![sites[0]],
+            Self::TreeAndRoot if parent != sites[0] => vec![parent, sites[0]],
+            Self::Tree | Self::TreeAndRoot => vec![parent],
+        }
+    }
+}
+
+pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
+    if !bed.network.is_isolated() {
+        report.note("R5: not measured: it takes links of their own");
+        return Ok(());
+    }
+    let mib_of_image = if run.quick { 128 } else { 512 };
+    let set = WorkingSet::of(mib_of_image)?;
+    let set_bytes = set.extents * EXTENT_SIZE;
+    let mut makespans = Vec::new();
+    for shape in [Shape::Star, Shape::Tree, Shape::TreeAndRoot] {
+        let mut took = Vec::new();
+        let mut sent = Vec::new();
+        for round in 0..run.n(1, 3) {
+            announce(&format!("R5: {} over {} hosts, round {}", shape.name(), run.hosts, round + 1));
+            let (makespan, egress) = fan_out(bed, run.hosts, mib_of_image, shape, &set)?;
+            took.push(makespan);
+            sent.push(in_mib(egress));
+        }
+        let (took, sent) = (Samples::of(&took), Samples::from_us(sent));
+        let hosts = run.hosts;
+        report.keep(&format!("R5 makespan, {}", shape.name()), &took);
+        report.keep(&format!("R5 bytes that the first host sent, MiB, {}", shape.name()), &sent);
+        let what = format!("working set done on {hosts} hosts, {RATE_MBIT} Mbit/s links, {}; beside the star", shape.name());
+        let star: f64 = makespans.first().copied().unwrap_or_else(|| took.p50());
+        let row = Row::new("R5", what, &took, Some(star));
+        let speed = star / took.p50();
+        report.add(if shape == Shape::Star { row } else { row.reaching(format!("star >= 2.5x ({speed:.2}x)"), speed >= 2.5) });
+        let most = in_mib(set_bytes) * 2.0;
+        let what = format!("  bytes that the first host sent, {}; beside {DEGREE} working sets", shape.name());
+        let row = Row::new("R5", what, &sent, Some(most)).in_mib();
+        // Headers of frames of 1,500 bytes are 5 %.
+        report.add(if shape == Shape::Star {
+            row
+        } else {
+            row.reaching("<= 1x, headers of 6 % aside", sent.p50() <= 1.06 * most)
+        });
+        makespans.push(took.p50());
+    }
+    report.add(Row::new("R5", "  a working set's extents", &mib(set_bytes), None).in_mib());
+    Ok(())
+}
+
+/// From the first request until the last host's child has done its work; and what the first host has sent.
+fn fan_out(bed: &Bed, hosts: usize, mib_of_image: u64, shape: Shape, set: &WorkingSet) -> Result<(Duration, u64)> {
+    // What children do not touch does not travel.
+    let mut sites: Vec<Site> = (0..=hosts).map(|host| bed.site(host, &["--no-stream"])).collect::<Result<_>>()?;
+    befriend(&mut sites)?;
+    let (_, digest) = sites[0].load(&bed.images, mib_of_image)?;
+    let addresses: Vec<SocketAddr> = sites.iter().map(|site| site.address).collect();
+    bed.set_rate(hosts + 1, Some(RATE_MBIT))?;
+    let before = bed.traffic(0)?.sent;
+    let began = Instant::now();
+    // A parent has to know of the image before it is asked: level by level, which takes a round trip each.
+    let mut children = Vec::new();
+    for host in 1..=hosts {
+        children.push(sites[host].open(&digest, &shape.holders(host, &addresses), 1)?.ids.remove(0));
+    }
+    std::thread::scope(|scope| {
+        let work = |(site, child): (&mut Site, &String)| site.touch(child, set).map(drop);
+        let threads: Vec<_> = sites[1..].iter_mut().zip(&children).map(|pair| scope.spawn(move || work(pair))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
+    })?;
+    let makespan = began.elapsed();
+    let sent = bed.traffic(0)?.sent - before;
+    bed.set_rate(hosts + 1, None)?;
+    ensure!(sent > set.extents * EXTENT_SIZE, "the first host sent {sent} bytes: less than a working set");
+    Ok((makespan, sent))
+}

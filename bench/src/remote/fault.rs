@@ -1,0 +1,117 @@
+//! R6, R7: one fault on memory that another host has: beside bulk traffic, and beside the sum of its parts.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use vm::bare;
+
+use super::Run;
+use super::bed::{Bed, Site};
+use super::path;
+use super::workload::WorkingSet;
+use crate::floor;
+use crate::report::{Report, Row, Samples, announce};
+
+const MIB: u64 = 1024;
+
+/// R6: faults while an image streams, and while nothing else goes on.
+pub(super) fn beside_bulk(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
+    let [mut here, mut lazy, mut eager] = bed.sites([&[], &["--no-stream", "--no-replay"], &["--no-replay"]])?;
+    let (_, digest) = here.load(&bed.images, MIB)?;
+    let n = run.n(100, 300);
+    let holder = here.address;
+    let able = path::flat_out(bed.network.host(1), &mut here, holder, &digest, MIB)?.mbit();
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousand Mbit/s")]
+    let rate = run.rate_mbit.min((able / 1.3) as u64 / 50 * 50).max(50);
+    bed.set_rate(3, Some(rate))?;
+    // Faults come from the end of memory, the stream from its start: spread so that they do not meet.
+    let streamed = Duration::from_secs_f64(512.0 * 8.388_608 / f64::from(u32::try_from(rate)?));
+    let pause = streamed.mul_f64(0.4) / u32::try_from(n)?;
+    let mut quiet = Vec::new();
+    let mut busy = Vec::new();
+    for round in 0..run.n(1, 3) {
+        announce(&format!("R6: faults at {rate} Mbit/s, round {}", round + 1));
+        let set = WorkingSet::singles_from_the_end(MIB, n as u64)?;
+        let (took, _) = faults(&mut lazy, &here, &digest, &set, pause)?;
+        quiet.extend(took);
+        let (took, resident) = faults(&mut eager, &here, &digest, &set, pause)?;
+        busy.extend(took);
+        ensure!(resident < 0.95, "the stream had ended before the last fault: {resident:.2} of it was there");
+        if resident < 0.2 {
+            report.note(format!("R6: only {:.0} % had been streamed when the last fault came", resident * 100.0));
+        }
+    }
+    bed.set_rate(3, None)?;
+    let (quiet, busy) = (Samples::from_us(quiet), Samples::from_us(busy));
+    report.keep("R6 fault, nothing else", &quiet);
+    report.keep("R6 fault beside a stream", &busy);
+    let [p99, quiet_p99] = [busy.percentile(99), quiet.percentile(99)];
+    let what = format!("fault of one extent beside a stream, {rate} Mbit/s, p99; beside the p99 of one with nothing else");
+    report.add(Row::new("R6", what, &Samples::from_us(vec![p99]), Some(quiet_p99)).reaching("<= 2x", p99 <= 2.0 * quiet_p99));
+    report.add(Row::new("R6", "  all faults beside a stream; beside the median with nothing else", &busy, Some(quiet.p50())));
+    report.add(Row::new("R6", "  all faults with nothing else", &quiet, None));
+    Ok(())
+}
+
+/// How long the touches took that faulted, less what a touch of a page takes that is there; and how much of the image was there
+/// after the last.
+fn faults(site: &mut Site, holder: &Site, digest: &str, set: &WorkingSet, pause: Duration) -> Result<(Vec<f64>, f64)> {
+    let forked = site.open(digest, &[holder.address], 1)?;
+    let child = &forked.ids[0];
+    let mut took = Vec::new();
+    let before = site.here(&forked.image)?;
+    for one in set.each() {
+        std::thread::sleep(pause);
+        took.extend(site.touch(child, &one)?);
+    }
+    let after = site.here(&forked.image)?;
+    let there = set.each().map(|one| site.touch(child, &one)).collect::<Result<Vec<_>>>()?.concat();
+    let overhead = Samples::from_us(there).p50();
+    ensure!(after.faults - before.faults >= set.extents, "{before:?}, {after:?}: not every touch faulted");
+    site.close(&forked.image)?;
+    #[expect(clippy::cast_precision_loss, reason = "bytes of an image, far below 2^52")]
+    let resident = after.resident_bytes as f64 / after.data_bytes as f64;
+    Ok((took.into_iter().map(|us| us - overhead).collect(), resident))
+}
+
+/// R7: one fault, and what it is made of.
+pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
+    let [mut here, mut lazy] = bed.sites([&[], &["--no-stream", "--no-replay"]])?;
+    let (_, digest) = here.load(&bed.images, MIB)?;
+    let n = run.n(200, 1000);
+    let host = floor::open_host()?;
+    announce("R7: the raw parts");
+    let (from, to) = (bed.network.host(1), bed.network.host(0));
+    let quic = Samples::of(&path::quic_reads(from, to, n)?);
+    let raw: Vec<bare::BareFault> = (0..run.n(10, 50)).map(|_| bare::fault(&host, 100)).collect::<Result<_, _>>()?;
+    let fault = Samples::of(&raw.iter().map(|raw| raw.fault).collect::<Vec<_>>());
+    let publication = Samples::of(&raw.iter().map(|raw| raw.publication).collect::<Vec<_>>());
+    announce("R7: faults");
+    let before = lazy.fault_stages()?;
+    let mut took = Vec::new();
+    for _ in 0..n.div_ceil(200) {
+        let set = WorkingSet::singles_from_the_end(MIB, 200)?;
+        took.extend(faults(&mut lazy, &here, &digest, &set, Duration::from_millis(1))?.0);
+    }
+    let after = lazy.fault_stages()?;
+    let took = Samples::from_us(took);
+    for (what, samples) in
+        [("fault", &took), ("raw QUIC 64 KiB", &quic), ("raw uffd fault", &fault), ("publication of 16 pages", &publication)]
+    {
+        report.keep(&format!("R7 {what}"), samples);
+    }
+    let sum = quic.p50() + fault.p50() + publication.p50();
+    let what = "fault of one remote extent, as its child feels it; beside the sum of its raw parts";
+    report.add(Row::new("R7", what, &took, Some(sum)).reaching("<= 1.3x", took.p50() <= 1.3 * sum));
+    report.add(Row::new("R7", "  raw: 64 KiB by QUIC", &quic, None));
+    report.add(Row::new("R7", "  raw: fault answered by another thread, nothing placed but its page", &fault, None));
+    report.add(Row::new("R7", "  raw: placing 16 pages", &publication, None));
+    for stage in ["uffd_read", "queue", "wire", "verify", "publish", "wake", "total"] {
+        let of = |stages: &std::collections::BTreeMap<String, (f64, f64)>| stages.get(stage).copied().unwrap_or_default();
+        let ((sum, count), (sum_before, count_before)) = (of(&after), of(&before));
+        let mean = Samples::from_us(vec![(sum - sum_before) * 1e6 / (count - count_before).max(1.0)]);
+        report.keep(&format!("R7 mean of stage {stage}"), &mean);
+        report.add(Row::new("R7", format!("  mean of the pager's stage {stage}"), &mean, None));
+    }
+    Ok(())
+}
