@@ -18,11 +18,17 @@ pub(crate) fn program(named: Option<&Path>) -> Result<PathBuf> {
     named.map_or_else(beside_this, |path| Ok(path.to_owned()))
 }
 
+/// The daemon closes connections that are idle for 10 s.
+const IDLE_MAX: Duration = Duration::from_secs(5);
+/// Nothing that it is asked takes so long.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(600);
+
 /// A daemon, and a connection to it.
 pub(crate) struct Daemon {
     pub(crate) directory: tempfile::TempDir,
     child: Child,
-    pub(crate) connection: UnixStream,
+    connection: UnixStream,
+    used: Instant,
 }
 
 impl Daemon {
@@ -60,17 +66,28 @@ impl Daemon {
             ensure!(started.elapsed() < PATIENCE, "the daemon does not open its socket");
             std::thread::sleep(Duration::from_millis(5));
         };
-        connection.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { directory, child, connection })
+        connection.set_read_timeout(Some(ANSWER_PATIENCE))?;
+        Ok(Self { directory, child, connection, used: Instant::now() })
     }
 
     /// Another connection to it.
     pub(crate) fn connect(&self) -> Result<UnixStream> {
-        Ok(UnixStream::connect(socket_in(&self.directory))?)
+        let connection = UnixStream::connect(socket_in(&self.directory))?;
+        connection.set_read_timeout(Some(ANSWER_PATIENCE))?;
+        Ok(connection)
+    }
+
+    /// The connection to it, open.
+    pub(crate) fn connection(&mut self) -> Result<&mut UnixStream> {
+        if self.used.elapsed() > IDLE_MAX {
+            self.connection = self.connect()?;
+        }
+        self.used = Instant::now();
+        Ok(&mut self.connection)
     }
 
     pub(crate) fn ask(&mut self, verb: &str, path: &str, body: &str) -> Result<Value> {
-        http::json(&http::request(&mut self.connection, verb, path, body)?)
+        http::json(&http::request(self.connection()?, verb, path, body)?)
     }
 
     /// Ends it as a crash would, and starts `command` in its place: with the same data directory.

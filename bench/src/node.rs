@@ -43,8 +43,9 @@ fn round_trips(report: &mut Report, node: &mut Daemon, image: &str, n: usize) ->
     for _ in 0..n {
         // Long enough for a shell to be there again.
         std::thread::sleep(Duration::from_millis(10));
+        let connection = node.connection()?;
         let started = Instant::now();
-        let answer = http::request(&mut node.connection, "POST", "/v1/forks", &order)?;
+        let answer = http::request(connection, "POST", "/v1/forks", &order)?;
         trips.push(started.elapsed());
         let answer = http::json(&answer)?;
         let child = &answer["children"][0];

@@ -119,6 +119,9 @@ pub(super) struct Site {
     pub(super) certificate: String,
 }
 
+/// The stages of a fork, in order.
+pub(super) const STAGES: [&str; 5] = ["shell", "send", "map", "restore", "run"];
+
 /// Children that run.
 pub(super) struct Children {
     pub(super) ids: Vec<String>,
@@ -128,6 +131,8 @@ pub(super) struct Children {
     pub(super) took: Duration,
     /// What the node that runs them says: from the call of its engine to the first instruction, in microseconds.
     pub(super) first_us: Vec<f64>,
+    /// How that time was spent, of the first child: the stages of [`STAGES`], in microseconds.
+    pub(super) stages_us: [f64; 5],
     pub(super) had_shell: bool,
 }
 
@@ -144,7 +149,6 @@ pub(super) struct Here {
 
 impl Site {
     fn of(mut daemon: Daemon, address: SocketAddr) -> Result<Self> {
-        daemon.connection.set_read_timeout(Some(PATIENCE))?;
         let own = daemon.ask("GET", "/v1/trust/own", "")?;
         let certificate = text(&own["pem"])?;
         Ok(Self { daemon, address, certificate })
@@ -181,8 +185,9 @@ impl Site {
     }
 
     fn order(&mut self, order: &Value) -> Result<Children> {
-        let (began, order) = (Instant::now(), order.to_string());
-        let answer = http::request(&mut self.daemon.connection, "POST", "/v1/forks", &order)?;
+        let (connection, order) = (self.daemon.connection()?, order.to_string());
+        let began = Instant::now();
+        let answer = http::request(connection, "POST", "/v1/forks", &order)?;
         let took = began.elapsed();
         let answer = http::json(&answer)?;
         ensure!(answer["failures"].as_array().is_some_and(Vec::is_empty), "not all children run: {answer}");
@@ -192,20 +197,20 @@ impl Site {
             image: text(&answer["image"]["id"])?,
             took,
             first_us: children.iter().map(|child| child["first_us"].as_f64().context("first_us")).collect::<Result<_>>()?,
+            stages_us: STAGES.map(|stage| answer["children"][0]["stages_us"][stage].as_f64().unwrap_or(f64::NAN)),
             had_shell: children.iter().all(|child| child["had_shell"] == true),
         })
     }
 
     /// Has a child touch a working set, and checks what it read: how long each command took, in microseconds.
     pub(super) fn touch(&mut self, child: &str, set: &WorkingSet) -> Result<Vec<f64>> {
-        touch_by(&mut self.daemon.connection, child, set)
+        touch_by(self.daemon.connection()?, child, set)
     }
 
     /// The same by many children at once.
     pub(super) fn touch_all(&self, children: &[String], set: &WorkingSet) -> Result<()> {
         let one = |child: &String| -> Result<()> {
             let mut connection = self.daemon.connect()?;
-            connection.set_read_timeout(Some(PATIENCE))?;
             touch_by(&mut connection, child, set).map(drop)
         };
         std::thread::scope(|scope| {
@@ -235,8 +240,8 @@ impl Site {
         let began = Instant::now();
         loop {
             let here = self.here(image)?;
-            if here.is_settled {
-                return here.settled_after.context("an image that was opened");
+            if let (true, Some(after)) = (here.is_settled, here.settled_after) {
+                return Ok(after);
             }
             if began.elapsed() > PATIENCE {
                 bail!("the image does not settle: {here:?}");
@@ -296,7 +301,7 @@ impl Site {
 
     /// Seconds and number of the faults that were answered so far, by stage.
     pub(super) fn fault_stages(&mut self) -> Result<BTreeMap<String, (f64, f64)>> {
-        let text = http::request(&mut self.daemon.connection, "GET", "/metrics", "")?;
+        let text = http::request(self.daemon.connection()?, "GET", "/metrics", "")?;
         let mut stages: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         for line in text.lines() {
             let Some((name, rest)) = line.split_once("{stage=\"") else { continue };

@@ -46,7 +46,6 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
         let opened = there.open(&digest, &[relay.address()], 1)?;
         bed.set_rate(1, Some(PACE_MBIT))?;
         let mut connection = there.daemon.connect()?;
-        connection.set_read_timeout(Some(Duration::from_secs(60)))?;
         let wait = Duration::from_millis(dice.u64(20..300));
         let (outcome, lasted) = std::thread::scope(|scope| -> Result<_> {
             let work = scope.spawn(|| (touch_by(&mut connection, &opened.ids[0], &set), Instant::now()));

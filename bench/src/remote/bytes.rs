@@ -83,7 +83,7 @@ fn settled(report: &mut Report, bed: &Bed, here: &Site, eager: &mut Site, digest
     let what = "bytes of extents until settled; beside the bytes that are not zero";
     let row = Row::new("R3", what, &mib(wire_bytes), Some(in_mib(written_bytes))).in_mib();
     report.add(row.reaching("<= 1.02x", ratio(wire_bytes, written_bytes) <= 1.02));
-    let what = "  the same on the link, with headers of 1,500-byte frames";
+    let what = "  the same on the link, with headers, those of datagrams sent in one go once";
     report.add(Row::new("R3", what, &mib(on_the_link), Some(in_mib(written_bytes))).in_mib());
     eager.close(&opened.image)
 }

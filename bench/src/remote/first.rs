@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use types::MemorySize;
 
 use super::Run;
-use super::bed::Bed;
+use super::bed::{Bed, STAGES};
 use super::path;
 use super::workload::WorkingSet;
 use crate::floor;
@@ -12,6 +12,9 @@ use crate::report::{Report, Row, Samples, announce};
 
 /// Of the host's memory, what images of all sizes may take: they are half full.
 const SIZES: [u64; 4] = [64, 512, 1024, 4096];
+
+/// The size of which the table has the stages.
+const STAGES_OF_MIB: u64 = 1024;
 
 pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let host = floor::open_host()?;
@@ -58,6 +61,7 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
                 size.local_first.extend(local.first_us);
                 size.remote.push(remote.took.as_secs_f64() * 1e6);
                 size.remote_first.extend(remote.first_us);
+                size.stages.push(remote.stages_us);
             }
         }
     }
@@ -82,6 +86,7 @@ struct Size {
     local_first: Vec<f64>,
     remote: Vec<f64>,
     remote_first: Vec<f64>,
+    stages: Vec<[f64; 5]>,
 }
 
 impl Size {
@@ -105,6 +110,13 @@ impl Size {
         report.add(Row::new("R1", what, &local, None));
         let what = format!("  {mib} MiB: of the remote one: call of that node's engine to first; beside the local one's");
         report.add(Row::new("R1", what, &remote_first, Some(local_first.p50())));
+        for (number, name) in STAGES.iter().enumerate() {
+            let stage = Samples::from_us(self.stages.iter().map(|stages| stages[number]).collect());
+            report.keep(&format!("R1 {mib} MiB: remote, stage {name}"), &stage);
+            if mib == STAGES_OF_MIB {
+                report.add(Row::new("R1", format!("    {mib} MiB: stage {name} of that"), &stage, None));
+            }
+        }
         remote
     }
 }
