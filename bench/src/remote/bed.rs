@@ -73,26 +73,18 @@ impl Bed {
         Ok(self.network.host(host).run_in(|| Relay::start(config))?)
     }
 
-    /// Bytes that the host has sent and received, with all headers.
-    pub(super) fn traffic(&self, host: usize) -> Result<Traffic> {
+    /// Bytes that the host has received on its link, with all headers; those of datagrams that were sent in one go count once.
+    pub(super) fn received_bytes(&self, host: usize) -> Result<u64> {
         let output = self.network.host(host).command("cat").arg("/proc/net/dev").output()?;
         let text = String::from_utf8(output.stdout)?;
         let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("no interface eth0")?;
         let numbers: Vec<u64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-        let [received, sent] = [numbers.first(), numbers.get(8)];
-        Ok(Traffic { received: *received.context("bytes received")?, sent: *sent.context("bytes sent")? })
+        Ok(*numbers.first().context("bytes received")?)
     }
 
     fn command(&self, host: usize) -> Result<std::process::Command> {
         Ok(self.network.host(host).command(self.program.to_str().context("a path in UTF-8")?))
     }
-}
-
-/// What went over a host's link.
-#[derive(Clone, Copy)]
-pub(super) struct Traffic {
-    pub(super) received: u64,
-    pub(super) sent: u64,
 }
 
 fn options(address: SocketAddr, more: &[&str]) -> Vec<String> {
@@ -297,6 +289,13 @@ impl Site {
         self.daemon.ask("DELETE", &format!("/v1/images/{image}"), "")?;
         std::thread::sleep(CLOSING);
         Ok(())
+    }
+
+    /// Bytes of extents that were given to other nodes so far.
+    pub(super) fn served_bytes(&mut self) -> Result<u64> {
+        let text = http::request(self.daemon.connection()?, "GET", "/metrics", "")?;
+        let served = text.lines().find_map(|line| line.strip_prefix("farfork_page_bytes_total{kind=\"served\"} "));
+        Ok(served.context("no counter of bytes served")?.trim().parse()?)
     }
 
     /// Seconds and number of the faults that were answered so far, by stage.

@@ -40,10 +40,10 @@ struct One {
 /// R3: streaming off, so that only what a child touches travels.
 fn touched(report: &mut Report, bed: &Bed, here: &Site, lazy: &mut Site, digest: &str, set: &WorkingSet) -> Result<One> {
     announce("R3: bytes for a working set, streaming off");
-    let before = bed.traffic(1)?.received;
+    let before = bed.received_bytes(1)?;
     let forked = lazy.open(digest, &[here.address], 1)?;
     lazy.touch(&forked.ids[0], set)?;
-    let on_the_link = bed.traffic(1)?.received - before;
+    let on_the_link = bed.received_bytes(1)? - before;
     let here_now = lazy.here(&forked.image)?;
     let touched_bytes = set.extents * EXTENT_SIZE;
     report.keep("R3 bytes received on the link", &counts(&[on_the_link]));
@@ -72,10 +72,10 @@ fn touched(report: &mut Report, bed: &Bed, here: &Site, lazy: &mut Site, digest:
 /// R3: everything, once.
 fn settled(report: &mut Report, bed: &Bed, here: &Site, eager: &mut Site, digest: &str) -> Result<()> {
     announce("R3: bytes until settled");
-    let before = bed.traffic(2)?.received;
+    let before = bed.received_bytes(2)?;
     let opened = eager.open(digest, &[here.address], 1)?;
     eager.settled(&opened.image)?;
-    let on_the_link = bed.traffic(2)?.received - before;
+    let on_the_link = bed.received_bytes(2)? - before;
     let wire_bytes = eager.here(&opened.image)?.wire_bytes;
     let written_bytes = written(MIB)?.1 * PAGE_SIZE;
     report.keep("R3 bytes received on the link until settled", &counts(&[on_the_link]));
