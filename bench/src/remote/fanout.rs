@@ -100,8 +100,8 @@ fn fan_out(bed: &Bed, hosts: usize, mib_of_image: u64, shape: Shape, set: &Worki
     let began = Instant::now();
     // A parent has to know of the image before it is asked: level by level, which takes a round trip each.
     let mut children = Vec::new();
-    for host in 1..=hosts {
-        children.push(sites[host].open(&digest, &shape.holders(host, &addresses), 1)?.ids.remove(0));
+    for (host, site) in sites.iter_mut().enumerate().skip(1) {
+        children.push(site.open(&digest, &shape.holders(host, &addresses), 1)?.ids.remove(0));
     }
     std::thread::scope(|scope| {
         let work = |(site, child): (&mut Site, &String)| site.touch(child, set).map(drop);

@@ -67,3 +67,19 @@ fn run(chain: Chain, is_of_branch: bool) -> Vec<String> {
 fn is_settled(node: &Node, image: &str) -> bool {
     node.json(&["show", image])["residency"]["is_settled"].as_bool().unwrap()
 }
+
+/// The third has a lease on what failed at the second, and reads what the second has opened in its place.
+#[test]
+fn real_hosts_give_what_they_have_opened_anew_after_it_failed() {
+    let node = || listening(tempfile::tempdir().unwrap(), &["--page-deadline", "2s", "--no-stream"], "");
+    let ((first, at_first), (second, at_second), (third, _)) = (node(), node(), node());
+    introduce(&[&first, &second, &third]);
+    let (_, digest) = warm(&first, "16MiB");
+    second.json(&["fork", &digest, "--from", &at_first]);
+    third.json(&["fork", &digest, "--from", &at_second]);
+    second.signal(Signal::USR2);
+    eventually("its pager's children have ended", || second.machines().is_empty());
+    second.json(&["fork", &digest, "--from", &at_first]);
+    let outcomes = answer_of(&third, &["fork", &digest, "-n", "3", "--verify", "--from", &at_second], CHILDREN);
+    only(&outcomes, &["complete"]);
+}
