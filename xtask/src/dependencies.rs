@@ -15,7 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("farfork-control", &["farfork-types"]),
     ("farfork-agent", &["farfork-types"]),
     ("farfork", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control"]),
-    ("farfork-bench", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork"]),
+    ("farfork-bench", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork", "farfork-chaos"]),
     ("farfork-chaos", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork"]),
     ("xtask", &[]),
 ];
