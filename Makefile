@@ -36,13 +36,17 @@ setup: ## install what the build and the tests need: a C compiler, libclang, car
 build: setup-build ## build everything, optimised
 	cargo build --release --workspace
 
-bench: setup-build ## measure the floor and the local rows of the specification, into target/bench (BENCH_ARGS=--quick)
+bench: setup-build ## measure the floor and the rows of the specification, local and remote, into target/bench (BENCH_ARGS=--quick)
 	@mkdir -p target/bench
 	cargo run --quiet --release --package farfork-bench -- floor --json target/bench/floor.json
 	cargo run --quiet --release --package farfork-bench -- local --json target/bench/local.json $(BENCH_ARGS)
 	cargo run --quiet --release --package farfork-bench -- workers --json target/bench/workers.json $(BENCH_ARGS)
 	cargo build --quiet --release --package farfork
 	cargo run --quiet --release --package farfork-bench -- node --json target/bench/node.json $(BENCH_ARGS)
+	@# Its children touch memory by command, which takes a build of its own.
+	cargo build --quiet --release --package farfork --features farfork/bench --target-dir target/for-bench
+	cargo run --quiet --release --package farfork-bench -- remote --json target/bench/remote.json \
+		--farfork target/for-bench/release/farfork $(BENCH_ARGS)
 
 soak: setup ## the same tests with their full counts, by seed, resumable; writes target/soak/soak.json (SEEDS=1 SOAK_ARGS="--only TEXT")
 	cargo xtask soak --seeds $(SEEDS) $(SOAK_ARGS)

@@ -57,17 +57,17 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let mut makespans = Vec::new();
     for shape in [Shape::Star, Shape::Tree, Shape::TreeAndRoot] {
         let mut took = Vec::new();
-        let mut sent = Vec::new();
+        let mut given = Vec::new();
         for round in 0..run.n(1, 3) {
             announce(&format!("R5: {} over {} hosts, round {}", shape.name(), run.hosts, round + 1));
             let (makespan, egress) = fan_out(bed, run.hosts, mib_of_image, shape, &set)?;
             took.push(makespan);
-            sent.push(in_mib(egress));
+            given.push(in_mib(egress));
         }
-        let (took, sent) = (Samples::of(&took), Samples::from_us(sent));
+        let (took, given) = (Samples::of(&took), Samples::from_us(given));
         let hosts = run.hosts;
         report.keep(&format!("R5 makespan, {}", shape.name()), &took);
-        report.keep(&format!("R5 bytes of extents that the first host gave, MiB, {}", shape.name()), &sent);
+        report.keep(&format!("R5 bytes of extents that the first host gave, MiB, {}", shape.name()), &given);
         let what = format!("working set done on {hosts} hosts, {RATE_MBIT} Mbit/s links, {}; beside the star", shape.name());
         let star: f64 = makespans.first().copied().unwrap_or_else(|| took.p50());
         let row = Row::new("R5", what, &took, Some(star));
@@ -75,13 +75,9 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
         report.add(if shape == Shape::Star { row } else { row.reaching(format!("star >= 2.5x ({speed:.2}x)"), speed >= 2.5) });
         let most = in_mib(set_bytes) * 2.0;
         let what = format!("  bytes of extents that the first host gave, {}; beside {DEGREE} working sets", shape.name());
-        let row = Row::new("R5", what, &sent, Some(most)).in_mib();
-        // Headers of frames of 1,500 bytes are 5 %.
-        report.add(if shape == Shape::Star {
-            row
-        } else {
-            row.reaching("<= 1x, headers of 6 % aside", sent.p50() <= 1.06 * most)
-        });
+        let row = Row::new("R5", what, &given, Some(most)).in_mib();
+        // Each child touches a few extents more than its working set: those that the guest itself runs on.
+        report.add(if shape == Shape::Star { row } else { row.reaching("<= 1.01x", given.p50() <= 1.01 * most) });
         makespans.push(took.p50());
     }
     report.add(Row::new("R5", "  a working set's extents", &mib(set_bytes), None).in_mib());
@@ -98,7 +94,7 @@ fn fan_out(bed: &Bed, hosts: usize, mib_of_image: u64, shape: Shape, set: &Worki
     bed.set_rate(hosts + 1, Some(RATE_MBIT))?;
     let before = sites[0].served_bytes()?;
     let began = Instant::now();
-    // A parent has to know of the image before it is asked: level by level, which takes a round trip each.
+    // A parent has to know of the image before it is asked for it.
     let mut children = Vec::new();
     for (host, site) in sites.iter_mut().enumerate().skip(1) {
         children.push(site.open(&digest, &shape.holders(host, &addresses), 1)?.ids.remove(0));
@@ -109,8 +105,8 @@ fn fan_out(bed: &Bed, hosts: usize, mib_of_image: u64, shape: Shape, set: &Worki
         threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
     })?;
     let makespan = began.elapsed();
-    let sent = sites[0].served_bytes()? - before;
+    let given = sites[0].served_bytes()? - before;
     bed.set_rate(hosts + 1, None)?;
-    ensure!(sent >= set.extents * EXTENT_SIZE, "the first host gave {sent} bytes: less than a working set");
-    Ok((makespan, sent))
+    ensure!(given >= set.extents * EXTENT_SIZE, "the first host gave {given} bytes: less than a working set");
+    Ok((makespan, given))
 }

@@ -91,15 +91,16 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, arguments: &Arguments) -> Re
     crate::local::warm_host_memory();
     let delay = Duration::from_secs_f64(arguments.delay / 1000.0);
     let run = Run { quick, hosts: arguments.hosts, delay, rate_mbit: arguments.rate };
-    for (ids, rows) in ROWS {
-        let is_asked_for = arguments.rows.is_empty() || ids.iter().any(|id| arguments.rows.iter().any(|row| row == id));
-        if !is_asked_for {
-            continue;
-        }
+    let is_asked = |ids: &[&str]| arguments.rows.is_empty() || ids.iter().any(|id| arguments.rows.iter().any(|row| row == id));
+    let mut failed = Vec::new();
+    for (ids, rows) in ROWS.into_iter().filter(|(ids, _)| is_asked(ids)) {
+        // The others are worth having all the same.
         if let Err(error) = rows(&mut report, &bed, &run) {
-            eprintln!("{}: {error:#}", ids.join(", "));
             report.note(format!("{}: not measured: {error:#}", ids.join(", ")));
+            failed.push(format!("{}: {error:#}", ids.join(", ")));
         }
     }
-    report.finish(json)
+    report.finish(json)?;
+    ensure!(failed.is_empty(), "not all was measured: {}", failed.join("; "));
+    Ok(())
 }

@@ -24,7 +24,7 @@ use super::workload;
 const REQUESTS: usize = 6;
 const BATCH: u64 = 16;
 
-/// Round trips of a small datagram from one host to another, through `to` if it is named.
+/// Round trips of a small datagram from one host to another.
 pub(super) fn round_trips(from: &Host, to: &Host, n: usize) -> Result<Vec<Duration>> {
     let (address, bound) = channel();
     let here = to.address();

@@ -144,7 +144,12 @@ impl Store {
         let ask = Ask { reader: peer.node, image, tenants: &tenants, regions: &regions, extents };
         let tenant = state.leases.check(self.began.elapsed(), lease, &ask).map_err(refusal)?;
         let of_tenant = held.iter().find(|held| Some(&held.offered.tenant) == tenant.as_ref());
-        of_tenant.cloned().ok_or_else(|| unknown(image))
+        let Held { offered, manifest } = of_tenant.cloned().ok_or_else(|| unknown(image))?;
+        drop(state);
+        let has_failed = offered.image.unsettled().is_some_and(|host_image| host_image.failed().is_some());
+        // It may have been opened anew since, under the same name.
+        let anew = if has_failed { self.catalogue.find(&offered.tenant, image) } else { None };
+        Ok(Held { offered: anew.unwrap_or(offered), manifest })
     }
 
     async fn open(&self, peer: &Peer, tenant: &Tenant, image: Digest) -> Result<Opened, Refusal> {

@@ -5,13 +5,14 @@
 //! data directory/node.pem, node.key    made at the first start, and again when they have expired
 //! ```
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use pages::client::{Client, LinkError};
+use pages::client::{Client, Link, LinkError};
 use pages::endpoint::{Limits, Tuning};
 use pages::server::{Orders, Server, Setup};
 use pages::wire::{Refusal, RefusalCode};
@@ -29,6 +30,8 @@ const CERTIFICATE: &str = "node.pem";
 const KEY: &str = "node.key";
 /// The most bytes of either file.
 const PEM_SIZE_MAX: usize = 16 << 10;
+/// The most nodes whose links are kept.
+const LINKS_MAX: usize = 256;
 /// Before this much is left of a certificate's validity, the log says so.
 const WARN_BEFORE: Duration = Duration::from_hours(30 * 24);
 /// How often leases are looked through.
@@ -152,7 +155,7 @@ impl Joined {
             ServerThread::start(setup, Arc::downgrade(store))
         });
         let server = server.transpose()?;
-        let peers = Arc::new(QuicPeers { client, runtime: tokio::runtime::Handle::current() });
+        let peers = Arc::new(QuicPeers { client, links: Mutex::default(), runtime: tokio::runtime::Handle::current() });
         let listening = server.as_ref().map(|server| server.address);
         let network = Network { listening, advertise: settings.advertise.clone(), trust: trust_store, peers };
         Ok(Self { network, server, orders })
@@ -268,12 +271,20 @@ impl Orders for LateOrders {
 /// Orders to others, over QUIC.
 struct QuicPeers {
     client: Client,
+    /// The way to each node, kept: a new one costs a handshake.
+    links: Mutex<HashMap<SocketAddr, Link>>,
     runtime: tokio::runtime::Handle,
 }
 
 impl Peers for QuicPeers {
     fn fork_on(&self, address: SocketAddr, order: &PeerForkOrder) -> Result<PeerForkReport, PeerError> {
-        let link = self.client.link(address, None);
+        let link = {
+            let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+            if links.len() >= LINKS_MAX {
+                links.clear();
+            }
+            links.entry(address).or_insert_with(|| self.client.link(address, None)).clone()
+        };
         let bytes = Order::Fork(order.clone()).encode();
         let answer = self.runtime.block_on(link.order(&bytes, order.deadline)).map_err(|error| of_link(address, &error))?;
         let answer = Answer::decode(&answer);

@@ -141,6 +141,7 @@ impl Fetch {
             has_room: Cell::new(true),
             tasks: RefCell::default(),
         });
+        shared.all.borrow_mut().push(Rc::downgrade(&fetch));
         let keep_time = Rc::clone(&fetch);
         fetch.spawn(async move { keep_time.keep_time().await });
         fetch
@@ -176,7 +177,7 @@ impl Fetch {
             let is_known = self.state.borrow().sources.values().any(|source| source.link.address() == *address);
             let count = self.state.borrow().sources.len();
             if !is_known && count < SOURCES_MAX && !self.host_image.is_settled() {
-                self.add_source(self.shared.client.link(*address, None), None);
+                self.add_source(self.shared.link(*address), None);
             }
         }
     }

@@ -17,6 +17,7 @@ mod learn;
 mod room;
 mod source;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -26,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use pages::client::Client;
+use pages::client::{Client, Link};
 use pages::endpoint::Tuning;
 use pages::{Identity, Trust};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -47,6 +48,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often images are looked for that nobody needs any more.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
+/// The most nodes whose links are kept.
+const LINKS_MAX: usize = 256;
 /// The most images of other nodes at a time.
 const FETCHES_MAX: usize = 4096;
 
@@ -149,9 +152,33 @@ struct Shared {
     /// For who fails them when the thread panics.
     open: Arc<Mutex<Vec<Weak<HostImage>>>>,
     began: tokio::time::Instant,
+    /// The way to each node, kept: a new one costs handshakes.
+    links: RefCell<HashMap<SocketAddr, Link>>,
+    /// Every fetch, for who needs memory.
+    all: RefCell<Vec<std::rc::Weak<Fetch>>>,
 }
 
 impl Shared {
+    /// The way to a node: the same for all images.
+    fn link(&self, address: SocketAddr) -> Link {
+        let mut links = self.links.borrow_mut();
+        if links.len() >= LINKS_MAX {
+            // Who uses one keeps it.
+            links.clear();
+        }
+        links.entry(address).or_insert_with(|| self.client.link(address, None)).clone()
+    }
+
+    /// The fetches that have memory to give back, the largest first.
+    fn largest(&self) -> Vec<Rc<Fetch>> {
+        let mut all = self.all.borrow_mut();
+        all.retain(|fetch| fetch.strong_count() > 0);
+        let mut open: Vec<Rc<Fetch>> = all.iter().filter_map(std::rc::Weak::upgrade).collect();
+        open.retain(|fetch| fetch.is_good() && !fetch.host_image.is_settled());
+        open.sort_by_key(|fetch| std::cmp::Reverse(fetch.host_image.resident_bytes()));
+        open
+    }
+
     /// Time since the pager began.
     fn now(&self) -> Duration {
         self.began.elapsed()
@@ -331,6 +358,8 @@ fn run(
             orders: orders.clone(),
             open: Arc::clone(open),
             began: tokio::time::Instant::now(),
+            links: RefCell::default(),
+            all: RefCell::default(),
         });
         serve(&shared, received).await;
         shared.client.close();
@@ -338,9 +367,9 @@ fn run(
 }
 
 async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
-    let fetches: Rc<std::cell::RefCell<HashMap<Key, Rc<Fetch>>>> = Rc::default();
+    let fetches: Rc<RefCell<HashMap<Key, Rc<Fetch>>>> = Rc::default();
     // Those who open an image that is being opened wait for the first of them.
-    let opening: Rc<std::cell::RefCell<HashMap<Key, Rc<tokio::sync::Mutex<()>>>>> = Rc::default();
+    let opening: Rc<RefCell<HashMap<Key, Rc<tokio::sync::Mutex<()>>>>> = Rc::default();
     let of = |key: &Key| fetches.borrow().get(key).cloned();
     let of_child = |child: &Watched| {
         let is_it = |fetch: &&Rc<Fetch>| Arc::ptr_eq(&fetch.host_image, child.host_image());

@@ -28,7 +28,8 @@ impl Fetch {
             // What has to be fetched again at once is not worth fetching ahead.
             self.state.borrow_mut().transfer.stream(now, false);
             self.has_room.set(false);
-            if self.evict(batch) == 0 {
+            tracing::debug!(image = %self.key.1, "over the budget");
+            if self.evict_somewhere(batch) == 0 {
                 self.found_none.set(Some(now));
             }
         }
@@ -54,7 +55,7 @@ impl Fetch {
     pub(super) fn make_room(&self) -> bool {
         let now = self.shared.now();
         self.short_since.set(Some(now));
-        if self.evict(BATCH) > 0 {
+        if self.evict_somewhere(BATCH) > 0 {
             return true;
         }
         // What one that was ended had takes a moment to come back.
@@ -69,6 +70,12 @@ impl Fetch {
             child.end(vm::Ended { reason: Reason::Oom, detail });
         }
         false
+    }
+
+    /// Gives back up to so many extents of the largest image that has any to give. Says how many.
+    fn evict_somewhere(&self, count: usize) -> usize {
+        let largest = self.shared.largest();
+        largest.iter().map(|fetch| fetch.evict(count)).find(|evicted| *evicted > 0).unwrap_or(0)
     }
 
     /// Gives back up to so many extents, oldest first. Says how many.

@@ -74,8 +74,7 @@ impl Fetch {
     /// Asks all holders at once for the image's head. The first good answer opens it; the others become sources too.
     pub(super) async fn open(shared: &Rc<Shared>, key: Key, holders: &[std::net::SocketAddr]) -> Result<Rc<Self>, EngineError> {
         let (tenant, digest) = &key;
-        let links: Vec<Link> =
-            holders.iter().take(super::fetch::SOURCES_MAX).map(|address| shared.client.link(*address, None)).collect();
+        let links: Vec<Link> = holders.iter().take(super::fetch::SOURCES_MAX).map(|address| shared.link(*address)).collect();
         let within = shared.settings.open_deadline;
         let ask = |link: &Link| {
             let link = link.clone();
