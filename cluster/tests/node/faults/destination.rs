@@ -1,6 +1,7 @@
 //! Faults of the node that children run on.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use fastrand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
@@ -63,6 +64,10 @@ fn inject(stage: &mut Stage, dice: &mut Rng, fault: Fault) -> Vec<String> {
         Fault::WorkersKilled => only(&outcomes, &["complete", "WORKER_CRASHED"]),
     }
     stage.forks_well(&digest);
+    if fault != Fault::WorkersKilled {
+        // A holder keeps the connections of readers that died until they have been idle for 5 s, and a reader has 12.
+        std::thread::sleep(Duration::from_millis(2500));
+    }
     outcomes
 }
 

@@ -86,20 +86,11 @@ fn inject(stage: &mut Stage, dice: &mut Rng, Fault { falsehood, is_alone }: Faul
 /// The proof that the test above finds what it looks for.
 #[test]
 fn real_children_without_verification_see_what_a_holder_made_up() {
-    // Once all is there the root is looked at as well, which may be sooner than the children have compared everything.
-    for _ in 0..20 {
-        let stage = Stage::new(seed(), &["--no-stream"], "verification");
-        let digest = stage.warm();
-        let liar = Liar::start(stage.source(), stage.source_address(), &[stage.destination()]);
-        liar.tell(Falsehood::Extents(Lie::Flipped), 1, 0);
-        let outcomes = {
-            let asked = stage.ask(&digest, CHILDREN, &[&liar.address().to_string()]);
-            stage.outcomes(asked)
-        };
-        only(&outcomes, &["WRONG_PROOF", "IMAGE_POISONED"]);
-        if outcomes.iter().any(|outcome| outcome == "WRONG_PROOF") {
-            return;
-        }
-    }
-    panic!("nobody has seen what was made up");
+    // An image that settles is looked at as a whole, which may find it out sooner than the children do; this one has no room to.
+    let stage = Stage::new(seed(), &["--no-stream", "--host-image-memory", "1MiB"], "verification");
+    let digest = stage.warm();
+    let liar = Liar::start(stage.source(), stage.source_address(), &[stage.destination()]);
+    liar.tell(Falsehood::Extents(Lie::Flipped), 1, 0);
+    let asked = stage.ask(&digest, CHILDREN, &[&liar.address().to_string()]);
+    only(&stage.outcomes(asked), &["WRONG_PROOF"]);
 }

@@ -201,6 +201,7 @@ impl Asked {
         let children = usize::try_from(self.children).unwrap();
         let said = self.answer();
         if matches!(said.code, Some(3 | 4)) {
+            println!("{}", said.err.trim_end());
             let error: Value = serde_json::from_str(&said.err).unwrap();
             let reason = error["error"]["reason"].as_str().map_or_else(|| said.error_code(), str::to_owned);
             return vec![reason; children];
@@ -210,10 +211,16 @@ impl Asked {
             assert_eq!(child["verified_pages"].as_u64(), Some(PAGES), "{report}");
             "complete".to_owned()
         });
-        let ended = reasons(node);
-        let failed = report["failures"].as_array().unwrap().iter().map(|failure| {
-            let code = failure["code"].as_str().unwrap();
-            if code == "ENDED" { ended[failure["id"].as_str().unwrap()].clone() } else { code.to_owned() }
+        let failures = report["failures"].as_array().unwrap();
+        let is_end = |failure: &&Value| failure["code"] == "ENDED";
+        let id = |failure: &Value| failure["id"].as_str().unwrap().to_owned();
+        let mut ended = BTreeMap::new();
+        eventually("the ends are written down", || {
+            ended = reasons(node);
+            failures.iter().filter(is_end).all(|failure| ended.contains_key(&id(failure)))
+        });
+        let failed = failures.iter().map(|failure| {
+            if is_end(&failure) { ended[&id(failure)].clone() } else { failure["code"].as_str().unwrap().to_owned() }
         });
         let outcomes: Vec<_> = verified.chain(failed).collect();
         assert_eq!(outcomes.len(), children, "{report}");
