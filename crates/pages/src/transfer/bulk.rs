@@ -74,8 +74,15 @@ impl Transfer {
     pub(super) fn pump(&mut self) {
         self.bulk_wake = None;
         // The recorded working set is what would be demanded next: keeping it back would turn all of it into demands.
-        let streams = !self.is_demand_under_way();
-        if !self.has_bulk_work() || (!streams && self.replay.order.is_empty()) {
+        if self.is_demand_under_way() {
+            self.quiet_until = self.now.saturating_add(self.config.quiet);
+        }
+        let streams = self.quiet_until <= self.now;
+        if !self.has_bulk_work() {
+            return;
+        }
+        if !streams && self.replay.order.is_empty() {
+            self.bulk_wake = Some(self.quiet_until);
             return;
         }
         let (now, config) = (self.now, self.config);
@@ -94,7 +101,9 @@ impl Transfer {
                 }
             }
         }
-        self.bulk_wake = Some(wake).filter(|wake| *wake != Duration::MAX && self.has_bulk_work());
+        let quiet_until = (!streams).then_some(self.quiet_until);
+        let wake = Some(wake).filter(|wake| *wake != Duration::MAX).into_iter().chain(quiet_until).min();
+        self.bulk_wake = wake.filter(|_| self.has_bulk_work());
     }
 
     /// A replay or stream request will not bring `extent`.

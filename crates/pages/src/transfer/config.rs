@@ -25,6 +25,9 @@ pub struct Config {
     /// How long it is remembered which extents a source did not have, from the first of them on. 250 ms. Then all is forgotten
     /// and asked for again: it may have fetched them itself.
     pub absent_pause: Duration,
+    /// How long nothing is streamed after the last demand. 3 ms. A child that faults once faults again: what is streamed in between
+    /// is in the way of its next page. Less, and children wait behind the stream; much more, and images settle late.
+    pub quiet: Duration,
     /// Failures in a row that make a source suspect: it is asked last. 3.
     pub suspect_after: u32,
     /// How long it stays suspect without another failure or a good answer. 5 s.
@@ -49,6 +52,7 @@ impl Default for Config {
             stall: Duration::from_secs(2),
             patience: Duration::from_secs(10),
             absent_pause: Duration::from_millis(250),
+            quiet: Duration::from_millis(3),
             suspect_after: 3,
             suspect_for: Duration::from_secs(5),
             link_percent: 90,

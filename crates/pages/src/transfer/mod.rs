@@ -17,7 +17,7 @@
 //!
 //! - **Single flight.** It is under way in at most one replay or stream request, and as a demand at most once per source: a
 //!   second time only when a hedge is due, or when it sits behind others in a replay or stream request.
-//! - **Demand before replay before stream.** Nothing is streamed while a demand is under way; the replay goes on, since it is what
+//! - **Demand before replay before stream.** Nothing is streamed while a demand is under way and a little longer; the replay goes on, since it is what
 //!   would be demanded next.
 //! - **Every waiter is told once**: woken, or given up [`Config::deadline`] after it came. Never both, never neither.
 //! - **A source that lies is not asked again**, one that fails is asked last, one that does not have an extent is asked for it
@@ -88,6 +88,8 @@ pub struct Transfer {
     latencies: Latencies,
     timers: BTreeSet<(Duration, Timer)>,
     bulk_wake: Option<Duration>,
+    /// Nothing is streamed before.
+    quiet_until: Duration,
     commands: VecDeque<Command>,
     has_told_settled: bool,
     stats: Stats,
@@ -134,6 +136,7 @@ impl Transfer {
             latencies: Latencies::new(),
             timers: BTreeSet::new(),
             bulk_wake: None,
+            quiet_until: Duration::ZERO,
             commands: VecDeque::new(),
             has_told_settled: false,
             stats: Stats::default(),
