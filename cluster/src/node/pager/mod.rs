@@ -16,6 +16,8 @@ mod fetch;
 mod learn;
 mod room;
 mod source;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -453,23 +455,6 @@ async fn serve(shared: &Rc<Shared>, received: &mut UnboundedReceiver<Order>) {
     }
     for fetch in fetches.borrow().values() {
         fetch.close();
-    }
-}
-
-/// What tests do to a node's pager.
-#[cfg(feature = "testing")]
-pub(crate) mod testing {
-    use std::sync::OnceLock;
-
-    use super::{Order, UnboundedSender};
-
-    pub(super) static FIRST: OnceLock<UnboundedSender<Order>> = OnceLock::new();
-
-    /// Has this process's pager panic, or a task of each fetch.
-    pub(crate) fn panic(of_task: bool) {
-        if let Some(pager) = FIRST.get() {
-            pager.send(Order::Panic { of_task }).unwrap_or_default();
-        }
     }
 }
 

@@ -17,8 +17,8 @@
 //!
 //! - **Single flight.** It is under way in at most one replay or stream request, and as a demand at most once per source: a
 //!   second time only when a hedge is due, or when it sits behind others in a replay or stream request.
-//! - **Demand before replay before stream.** Nothing is streamed while a demand is under way and a little longer; the replay goes on, since it is what
-//!   would be demanded next.
+//! - **Demand before replay before stream.** Nothing is streamed while a demand is under way and [`Config::quiet`] longer; the
+//!   replay goes on, since it is what would be demanded next.
 //! - **Every waiter is told once**: woken, or given up [`Config::deadline`] after it came. Never both, never neither.
 //! - **A source that lies is not asked again**, one that fails is asked last, one that does not have an extent is asked for it
 //!   again when the others have been and a while has passed.

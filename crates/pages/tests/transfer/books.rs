@@ -102,8 +102,11 @@ impl Books {
     pub(crate) fn demand(&mut self, extent: ExtentId, waiter: Waiter) {
         self.log.push(format!("{:?} {waiter} demands {extent}", self.now));
         if self.absent.contains(&extent) {
+            let next_of = next_of(&self.live, extent);
             self.stories.entry(extent).or_insert_with(|| Story {
-                next_of: next_of(&self.live, extent).map(|request| (request, self.now)),
+                next_of: next_of.map(|request| (request, self.now)),
+                // It was asked for it, if not as a demand.
+                asked: next_of.map(|request| self.live[&request].source).into_iter().collect(),
                 ..Story::default()
             });
         }
