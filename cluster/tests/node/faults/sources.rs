@@ -111,9 +111,9 @@ fn inject(stage: &mut Stage, dice: &mut Rng, fault: Fault) -> Vec<String> {
         Fault::Killed | Fault::OneOfTwoKilled => stage.replace_source(),
         Fault::Stopped | Fault::OneOfTwoStopped => {
             stage.source().signal(Signal::CONT);
-            stage.forks_well(&digest);
+            stage.recovers(&digest);
         }
-        _ => stage.forks_well(&digest),
+        _ => stage.recovers(&digest),
     }
     outcomes
 }

@@ -13,6 +13,9 @@ use serde_json::Value;
 use crate::between::{introduce, listening, warm};
 use crate::support::{Node, Said, eventually};
 
+/// How long after a fault forks may still fail of it: five times what the longest one lasts.
+const LONGEST_RECOVERY: Duration = Duration::from_secs(30);
+
 /// Of the nodes' flags: how long a child waits for a page.
 pub(super) const PAGE_DEADLINE: Duration = Duration::from_secs(2);
 /// Small enough to be quick, and yet some hundred milliseconds on the wire. A quarter of it is written.
@@ -120,6 +123,20 @@ impl Stage {
     pub(super) fn forks_well(&self, digest: &str) {
         let asked = self.ask(digest, 1, &[&self.holder()]);
         assert_eq!(self.outcomes(asked), ["complete"]);
+    }
+
+    /// Forks from the image until that succeeds. A connection that was cut off probes ever more seldom, so that it carries again
+    /// only after up to as long as that lasted; what is asked for until then may end for that reason and no other.
+    pub(super) fn recovers(&self, digest: &str) {
+        let began = Instant::now();
+        loop {
+            let outcomes = self.outcomes(self.ask(digest, 1, &[&self.holder()]));
+            if outcomes == ["complete"] {
+                return;
+            }
+            assert!(outcomes == ["PAGE_SOURCE_LOST"] || outcomes == ["UNREACHABLE"], "{outcomes:?}");
+            assert!(began.elapsed() < LONGEST_RECOVERY, "{outcomes:?} long after all was well again");
+        }
     }
 
     /// The source is dead: another one takes its place, with its name and without its images.

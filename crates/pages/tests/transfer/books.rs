@@ -144,6 +144,7 @@ impl Books {
         self.log.push(format!("{:?} {request} {extent} {arrival:?}", self.now));
         let live = self.live.get_mut(&request).filter(|live| live.awaited.contains(&extent));
         let (expected, source) = (live.is_some(), live.as_ref().map(|live| live.source));
+        let is_for_stream = live.as_ref().is_some_and(|live| live.urgency == Urgency::Stream);
         if let Some(live) = live {
             live.awaited.retain(|awaited| *awaited != extent);
             if live.awaited.is_empty() {
@@ -153,7 +154,8 @@ impl Books {
         match arrival {
             Arrival::Published { .. } => self.is_present(extent),
             Arrival::Absent => {
-                if let (Some(story), Some(source)) = (self.stories.get_mut(&extent), source) {
+                // Who does not have it for the stream may have it for somebody who waits.
+                if let (Some(story), Some(source), false) = (self.stories.get_mut(&extent), source, is_for_stream) {
                     story.absent_at.insert(source);
                 }
                 self.is_odd.extend(source.filter(|_| !self.stories.contains_key(&extent)));
