@@ -73,6 +73,13 @@ impl Bed {
         Ok(self.network.host(host).run_in(|| Relay::start(config))?)
     }
 
+    /// What is on a host of an image came since its link had received `before` bytes: it was not there already.
+    pub(super) fn ensure_new(&self, host: usize, before: u64, here: &Here) -> Result<()> {
+        let received = self.received_bytes(host)? - before;
+        ensure!(here.wire_bytes <= received, "the image was there before: {received} bytes came, and it says {here:?}");
+        Ok(())
+    }
+
     /// Bytes that the host has received on its link, with all headers; those of datagrams that were sent in one go count once.
     pub(super) fn received_bytes(&self, host: usize) -> Result<u64> {
         let output = self.network.host(host).command("cat").arg("/proc/net/dev").output()?;

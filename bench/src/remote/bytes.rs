@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use types::{EXTENT_SIZE, PAGE_SIZE};
 
 use super::Run;
@@ -26,7 +26,7 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     one_more(report, run, (&mut here, &local), &mut lazy, &one, &set)?;
     std::thread::sleep(TOLD);
     lazy.close(&one.image)?;
-    many(report, &here, &mut lazy, &digest, &set, &one)?;
+    many(report, bed, (&here, &mut lazy), &digest, &set, &one)?;
     replayed(report, run, &here, &mut knowing, &digest, &set, &one)
 }
 
@@ -126,10 +126,18 @@ fn worked(site: &mut Site, image: &str, set: &WorkingSet) -> Result<Vec<f64>> {
 }
 
 /// R4: many at once.
-fn many(report: &mut Report, here: &Site, lazy: &mut Site, digest: &str, set: &WorkingSet, one: &One) -> Result<()> {
+fn many(
+    report: &mut Report,
+    bed: &Bed,
+    (here, lazy): (&Site, &mut Site),
+    digest: &str,
+    set: &WorkingSet,
+    one: &One,
+) -> Result<()> {
     announce("R4: many children at once");
+    let before = bed.received_bytes(1)?;
     let forked = lazy.open(digest, &[here.address], MANY)?;
-    ensure!(lazy.here(&forked.image)?.wire_bytes < one.wire_bytes / 2, "the image was there before");
+    bed.ensure_new(1, before, &lazy.here(&forked.image)?)?;
     lazy.touch_all(&forked.ids, set)?;
     let bytes = lazy.here(&forked.image)?.wire_bytes;
     report.keep("R4 bytes of extents for many", &counts(&[bytes]));

@@ -48,10 +48,10 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
             if round > 0 {
                 there.await_shell(size.mib)?;
             }
+            let before = bed.received_bytes(1)?;
             let remote = here.fork_on(&size.image, there.address)?;
             let image = there.only_image()?;
-            let resident = there.here(&image)?;
-            ensure!(resident.resident_bytes < resident.data_bytes / 2, "the image was there before: {resident:?}");
+            bed.ensure_new(1, before, &there.here(&image)?)?;
             there.touch(&remote.ids[0], &size.set)?;
             there.close(&image)?;
             // The first of a size finds no shell there, and no connection.
