@@ -4,7 +4,7 @@
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::support::Node;
+use crate::support::{Node, eventually};
 
 /// Nodes on loopback that trust one another, each with its address.
 pub(crate) fn nodes(count: usize, more: &[&str]) -> Vec<(Node, String)> {
@@ -64,4 +64,23 @@ fn real_children_run_on_another_node_before_their_memory_is_there_and_settle() {
     let again = b.json(&["fork", "--from", there["id"].as_str().unwrap(), "-n", "2", "--verify"]);
     assert_eq!(again["children"].as_array().unwrap().len(), 2);
     assert_eq!(b.machines().len(), 5);
+}
+
+#[test]
+fn real_images_that_nobody_has_any_more_are_let_go_of() {
+    // Most of its memory is still absent then.
+    let nodes = nodes(2, &["--no-stream"]);
+    let [(a, _), (b, b_address)] = &nodes[..] else { unreachable!() };
+    let (image, _) = warm(a, "256MiB");
+    let is_held = || b.http("GET", "/metrics", b"").body.contains("farfork_read_leases{state=\"held\"} 1");
+    for _ in 0..3 {
+        a.json(&["fork", "--from", &image, "-n", "3", "--on", b_address]);
+        eventually("it holds a lease", is_held);
+        let there = b.json(&["image", "ls"])["images"][0]["id"].as_str().unwrap().to_owned();
+        let children = b.machines();
+        let killed = b.cli(&[&["kill"][..], &children.iter().map(String::as_str).collect::<Vec<_>>()].concat());
+        assert_eq!(killed.code, Some(0), "{killed:?}");
+        assert_eq!(b.cli(&["image", "rm", &there]).code, Some(0));
+        eventually("the lease is given back", || !is_held());
+    }
 }

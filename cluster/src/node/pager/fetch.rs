@@ -150,9 +150,12 @@ impl Fetch {
     /// A task that ends with the fetch. If it panics, faults may go without an answer: then the image has failed, and its children
     /// end.
     pub(super) fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) -> AbortHandle {
-        let host_image = Arc::clone(&self.host_image);
+        // No more than that, or its image would be needed as long as it has tasks.
+        let host_image = Arc::downgrade(&self.host_image);
         let task = async move {
-            if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+            if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await
+                && let Some(host_image) = host_image.upgrade()
+            {
                 super::fail_after_panic(&host_image, &*panic);
             }
         };
