@@ -88,6 +88,7 @@ fn send(relay: &Relay, length: usize, batch: usize, duration: Duration, mbit: Op
 /// The bytes that came.
 fn swallow(socket: &UdpSocket, is_over: &AtomicBool) -> f64 {
     let state = UdpSocketState::new(socket.into()).expect("a socket");
+    // A host may allow less; then more of what is sent does not come.
     let _ = state.set_recv_buffer_size(socket.into(), 4 << 20);
     let mut room = vec![0; 32 << 16];
     let mut metas = [RecvMeta::default(); 32];

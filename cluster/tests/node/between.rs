@@ -1,5 +1,5 @@
 //! Real machines of one node on another: what a user of two nodes does and sees. Needs KVM, and root for the control groups.
-//! (The name of the file begins none of the names below with `real`, which is how they are left out where there is no KVM.)
+//! (Their names begin with `real_`, which is how they are left out where there is no KVM.)
 
 use rustix::process::Signal;
 use tempfile::TempDir;
