@@ -304,7 +304,8 @@ fn stages(stages: &ForkStages) -> Stages {
 }
 
 fn failure(id: String, error: &NodeError) -> Failure {
-    Failure { id, code: error.code().to_owned(), message: error.to_string(), remedy: error.remedy() }
+    let reason = error.reason().map(|reason| reason.code().to_owned());
+    Failure { id, code: error.code().to_owned(), message: error.to_string(), remedy: error.remedy(), reason }
 }
 
 fn us(duration: Duration) -> u64 {

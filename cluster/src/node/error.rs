@@ -172,6 +172,7 @@ impl NodeError {
         match self {
             Self::Ended { reason, .. } => Some(*reason),
             Self::Engine(EngineError { kind: ErrorKind::Ended(reason), .. }) => Some(*reason),
+            Self::Peer(PeerError::Refused { refusal, .. }) => refusal.reason,
             _ => None,
         }
     }

@@ -19,6 +19,8 @@ pub mod fake;
 #[cfg(feature = "testing")]
 pub mod fake_network;
 mod files;
+#[cfg(feature = "testing")]
+pub mod fuzzing;
 pub mod kvm;
 pub mod metrics;
 pub mod name;

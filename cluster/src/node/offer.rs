@@ -46,7 +46,7 @@ pub(crate) struct About {
 }
 
 impl About {
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         postcard::to_stdvec(self).expect("plain data")
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::{Digest, MachineId, NodeId, Tenant};
+use types::{Digest, MachineId, NodeId, Reason, Tenant};
 
 use super::engine::Forked;
 use super::error::NodeError;
@@ -85,6 +85,8 @@ pub struct PeerRefusal {
     pub message: String,
     /// For people: what to do.
     pub remedy: String,
+    /// Why the machine ended, if that is what happened.
+    pub reason: Option<Reason>,
 }
 
 impl PeerRefusal {
@@ -98,7 +100,12 @@ impl PeerRefusal {
             text.truncate(text.floor_char_boundary(Self::TEXT_BYTES_MAX));
             text
         };
-        Self { code: error.code().to_owned(), message: short(error.to_string()), remedy: short(error.remedy()) }
+        Self {
+            code: error.code().to_owned(),
+            message: short(error.to_string()),
+            remedy: short(error.remedy()),
+            reason: error.reason(),
+        }
     }
 }
 
@@ -263,7 +270,8 @@ mod tests {
     fn messages_are_read_as_they_were_written() {
         let order = order();
         assert_eq!(Order::decode(&order.encode()), Ok(order));
-        let refusal = PeerRefusal { code: "X".repeat(32), message: "m".repeat(160), remedy: "r".repeat(160) };
+        let refusal =
+            PeerRefusal { code: "X".repeat(32), message: "m".repeat(160), remedy: "r".repeat(160), reason: Some(Reason::Oom) };
         let id = MachineId::from_uuid(Uuid::max());
         let failures = vec![PeerFailure { id, refusal: refusal.clone() }; 10_000];
         let node = NodeId::from_uuid(Uuid::max());

@@ -302,6 +302,7 @@ fn of_link(address: SocketAddr, error: &LinkError) -> PeerError {
                 code: refusal.code.to_string(),
                 message: refusal.message(),
                 remedy: refusal.remedy().to_owned(),
+                reason: None,
             };
             PeerError::Refused { address, refusal }
         }

@@ -215,7 +215,7 @@ fn what_another_node_says_is_looked_at() {
         node.cli(&["fork", &image, "-n", "2", "--on", &on])
     };
     let text = "\u{1b}[2Jgone".to_owned();
-    let refusal = PeerRefusal { code: "REFUSED".to_owned(), message: text.clone(), remedy: text };
+    let refusal = PeerRefusal { code: "REFUSED".to_owned(), message: text.clone(), remedy: text, reason: None };
     let said = fork(&Answer::Refused(refusal).encode());
     assert!(said.code == Some(4) && said.err.contains("\u{FFFD}[2Jgone") && !said.err.contains('\u{1b}'), "{said:?}");
     let none = PeerForkReport { node: types::NodeId::from_uuid(uuid::Uuid::nil()), children: Vec::new(), failures: Vec::new() };

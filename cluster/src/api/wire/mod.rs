@@ -143,6 +143,8 @@ pub struct Failure {
     pub message: String,
     /// For people: what to do.
     pub remedy: String,
+    /// For programs: why the machine ended, if that is what happened.
+    pub reason: Option<String>,
 }
 
 /// An image in memory.

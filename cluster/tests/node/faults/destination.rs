@@ -49,7 +49,7 @@ fn inject(stage: &mut Stage, dice: &mut Rng, fault: Fault) -> Vec<String> {
             None => println!("SKIPPED: only root may limit memory, by control groups of version 1"),
         },
     }
-    let outcomes = stage.outcomes(asked);
+    let outcomes = asked.outcomes();
     match fault {
         Fault::PagerPanics => only(&outcomes, &["complete", "PAGE_SOURCE_LOST"]),
         Fault::NodeKilled => {
@@ -79,7 +79,7 @@ fn real_children_are_right_where_their_image_does_not_fit() {
     for _ in 0..count(2, 50) {
         let digest = stage.warm();
         let asked = stage.ask(&digest, CHILDREN, &[&stage.holder()]);
-        only(&stage.outcomes(asked), &["complete"]);
+        only(&asked.outcomes(), &["complete"]);
         stage.clear();
     }
     stage.end();

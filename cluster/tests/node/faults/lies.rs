@@ -58,7 +58,7 @@ fn inject(stage: &mut Stage, dice: &mut Rng, Fault { falsehood, is_alone }: Faul
     let (address, honest) = (liar.address().to_string(), stage.holder());
     let holders: &[&str] = if is_alone { &[&address] } else { &[&address, &honest] };
     let asked = stage.ask(&digest, CHILDREN, holders);
-    let outcomes = stage.outcomes(asked);
+    let outcomes = asked.outcomes();
     match falsehood {
         _ if !is_alone => only(&outcomes, &["complete"]),
         Falsehood::None | Falsehood::Extents(Lie::Slow(_)) => only(&outcomes, &["complete"]),
@@ -92,5 +92,5 @@ fn real_children_without_verification_see_what_a_holder_made_up() {
     let liar = Liar::start(stage.source(), stage.source_address(), &[stage.destination()]);
     liar.tell(Falsehood::Extents(Lie::Flipped), 1, 0);
     let asked = stage.ask(&digest, CHILDREN, &[&liar.address().to_string()]);
-    only(&stage.outcomes(asked), &["WRONG_PROOF"]);
+    only(&asked.outcomes(), &["WRONG_PROOF"]);
 }

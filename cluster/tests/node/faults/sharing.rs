@@ -81,7 +81,7 @@ fn real_readers_that_are_trusted_no_longer_get_nothing_more() {
         // What was being read at that moment may still be counted.
         std::thread::sleep(std::time::Duration::from_millis(100));
         let served = page_bytes(stage.source(), "served");
-        let outcomes = stage.outcomes(asked);
+        let outcomes = asked.outcomes();
         println!("{} holders: {outcomes:?}", holders.len());
         match another {
             Some(_) => only(&outcomes, &["complete"]),

@@ -97,7 +97,7 @@ fn inject(stage: &mut Stage, dice: &mut Rng, fault: Fault) -> Vec<String> {
             stage.impair(&BOTH, Impairment { reorder: chance, hold_back, ..paced() });
         }
     }
-    let outcomes = stage.outcomes(asked);
+    let outcomes = asked.outcomes();
     match fault {
         // Nobody could tell the difference, and there was somebody to ask.
         Fault::Duplicating | Fault::Reordering | Fault::OneOfTwoKilled | Fault::OneOfTwoStopped | Fault::OneOfTwoCutOff => {

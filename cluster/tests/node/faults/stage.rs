@@ -13,8 +13,8 @@ use serde_json::Value;
 use crate::between::{introduce, listening, warm};
 use crate::support::{Node, Said, eventually};
 
-/// How long after a fault forks may still fail of it: five times what the longest one lasts.
-const LONGEST_RECOVERY: Duration = Duration::from_secs(30);
+/// How long after a fault forks may still fail of it: five times the longest pause before a lost connection is made anew.
+const LONGEST_RECOVERY: Duration = Duration::from_secs(10);
 
 /// Of the nodes' flags: how long a child waits for a page.
 pub(super) const PAGE_DEADLINE: Duration = Duration::from_secs(2);
@@ -114,23 +114,18 @@ impl Stage {
         self.impair(&[Direction::ToClient], paced());
     }
 
-    /// What became of each child, from a list that is closed: `complete`, the reason of its end, or the code of a refusal.
-    pub(super) fn outcomes(&self, asked: Asked) -> Vec<String> {
-        asked.outcomes(self.destination())
-    }
-
     /// Forks from the image, and has that succeed.
     pub(super) fn forks_well(&self, digest: &str) {
         let asked = self.ask(digest, 1, &[&self.holder()]);
-        assert_eq!(self.outcomes(asked), ["complete"]);
+        assert_eq!(asked.outcomes(), ["complete"]);
     }
 
-    /// Forks from the image until that succeeds. A connection that was cut off probes ever more seldom, so that it carries again
-    /// only after up to as long as that lasted; what is asked for until then may end for that reason and no other.
+    /// Forks from the image until that succeeds. A connection that is silent is replaced, and one that was lost made anew, but
+    /// not at once; what is asked for until then may end for that reason and no other.
     pub(super) fn recovers(&self, digest: &str) {
         let began = Instant::now();
         loop {
-            let outcomes = self.outcomes(self.ask(digest, 1, &[&self.holder()]));
+            let outcomes = self.ask(digest, 1, &[&self.holder()]).outcomes();
             if outcomes == ["complete"] {
                 return;
             }
@@ -214,7 +209,8 @@ impl Asked {
         Said::of(self.process.wait_with_output().unwrap())
     }
 
-    fn outcomes(self, node: &Node) -> Vec<String> {
+    /// What became of each child, from a list that is closed: `complete`, the reason of its end, or the code of a refusal.
+    pub(super) fn outcomes(self) -> Vec<String> {
         let children = usize::try_from(self.children).unwrap();
         let said = self.answer();
         if matches!(said.code, Some(3 | 4)) {
@@ -229,33 +225,17 @@ impl Asked {
             "complete".to_owned()
         });
         let failures = report["failures"].as_array().unwrap();
-        let is_end = |failure: &&Value| failure["code"] == "ENDED";
-        let id = |failure: &Value| failure["id"].as_str().unwrap().to_owned();
-        let mut ended = BTreeMap::new();
-        eventually("the ends are written down", || {
-            ended = reasons(node);
-            failures.iter().filter(is_end).all(|failure| ended.contains_key(&id(failure)))
-        });
-        let failed = failures.iter().map(|failure| {
-            if is_end(&failure) { ended[&id(failure)].clone() } else { failure["code"].as_str().unwrap().to_owned() }
-        });
+        // The reason of its end, or why it was refused.
+        let failed = failures.iter().map(|failure| failure["reason"].as_str().or(failure["code"].as_str()).unwrap().to_owned());
         let outcomes: Vec<_> = verified.chain(failed).collect();
         assert_eq!(outcomes.len(), children, "{report}");
         outcomes
     }
 }
 
-/// What became of each child that these arguments ask a node for, as [`Stage::outcomes`] says it.
+/// What became of each child that these arguments ask a node for, as [`Asked::outcomes`] says it.
 pub(super) fn answer_of(node: &Node, arguments: &[&str], children: u64) -> Vec<String> {
-    Asked::start(node, arguments, children).outcomes(node)
-}
-
-/// Why machines of a node have ended, by their ids.
-fn reasons(node: &Node) -> BTreeMap<String, String> {
-    let listed = node.json(&["ls", "--all"]);
-    let ended = listed["machines"].as_array().unwrap().iter().filter(|machine| machine["state"] == "ended");
-    let text = |value: &Value| value.as_str().unwrap().to_owned();
-    ended.map(|machine| (text(&machine["id"]), text(&machine["ended"]["reason"]))).collect()
+    Asked::start(node, arguments, children).outcomes()
 }
 
 /// How often what came of which fault.

@@ -12,7 +12,7 @@ use pages::{Certificate, Identity, Trust};
 use types::{Digest, Tenant};
 
 use crate::common::{PATIENCE, Reader, count, fetch, identity, request, seed};
-use crate::corpora::{entries, mutated};
+use chaos::corpus::{entries, mutated};
 
 const MIB: u64 = 1 << 20;
 
