@@ -190,6 +190,8 @@ fn transport(tuning: &Tuning) -> Result<TransportConfig, StartError> {
         // An extent is of use only when it is whole: the stream that came first is sent first.
         .send_fairness(false)
         .congestion_controller_factory(Arc::new(cubic))
+        // Before the first answer: the default, 333 ms, has a lost first packet repeated after a second.
+        .initial_rtt(Duration::from_millis(50))
         .keep_alive_interval(Some(tuning.keep_alive))
         .max_idle_timeout(Some(idle))
         .max_concurrent_uni_streams(VarInt::from_u32(0))

@@ -9,7 +9,8 @@ use quinn::ConnectionError;
 use tokio::time::Instant;
 use types::NodeId;
 
-use super::{LinkError, Shared};
+use super::silence::Silence;
+use super::{CLOSE_DONE, LinkError, Shared};
 use crate::identity::Peer;
 use crate::server::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, peer_of};
 use crate::trust::NotTrusted;
@@ -17,6 +18,8 @@ use crate::wire::{Refusal, RefusalCode};
 
 /// How long connecting may take: the transport itself would try for the idle timeout.
 const CONNECT_TIME: Duration = Duration::from_secs(3);
+/// How long it may take beside a connection that is silent: then the next attempt begins, whose probes are frequent again.
+const BESIDE_TIME: Duration = Duration::from_secs(1);
 /// The pause before connecting again after a failure; doubled by each further one, up to the longest.
 const BACK_OFF: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
@@ -106,6 +109,45 @@ impl Lane {
                 failures.last = Some(error.clone());
                 Err(error)
             }
+        }
+    }
+
+    /// What a call over this connection brings. If the node falls silent meanwhile, the lane gets another connection as soon as
+    /// the way carries again: QUIC probes a silent way ever more rarely, and would notice it only after as long again.
+    ///
+    /// What reads from the old connection ends then, to be asked for anew. Orders are left to theirs: they may have been carried
+    /// out.
+    pub(crate) async fn watching<T>(
+        &self,
+        connection: &quinn::Connection,
+        call: impl Future<Output = Result<T, LinkError>>,
+    ) -> Result<T, LinkError> {
+        let watch = async {
+            let mut silence = Silence::new(connection);
+            loop {
+                silence.wait(connection).await;
+                self.replace(connection).await;
+            }
+        };
+        tokio::select! { biased; result = call => result, () = watch => unreachable!("it has no end") }
+    }
+
+    /// One attempt to connect beside a connection that is silent. The first of many calls makes it for all.
+    async fn replace(&self, silent: &quinn::Connection) {
+        let Ok(_connecting) = self.connecting.try_lock() else { return };
+        let is_it = |standing: &(quinn::Connection, Peer)| standing.0.stable_id() == silent.stable_id();
+        if !self.standing().as_ref().is_some_and(is_it) {
+            return;
+        }
+        let heard = silent.stats().udp_rx.datagrams;
+        let Ok(Ok((connection, peer))) = tokio::time::timeout(BESIDE_TIME, self.connect()).await else { return };
+        if silent.stats().udp_rx.datagrams != heard && silent.close_reason().is_none() {
+            // It speaks again, and has what is under way.
+            return connection.close(CLOSE_DONE, b"not needed");
+        }
+        *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection, peer));
+        if self.which == Which::Pages {
+            silent.close(CLOSE_DONE, b"silent for too long");
         }
     }
 

@@ -2,13 +2,15 @@
 //!
 //! A [`Link`] has up to three connections to its node: demand, which nothing large may delay; bulk, for replay and streaming;
 //! and orders. Each is made when it is first needed, and made anew by the first call after it was lost, not sooner than a
-//! back-off after the last failure. A deadline covers all of a call, connecting included.
+//! back-off after the last failure. A deadline covers all of a call, connecting included. Where a way falls silent under a
+//! call, another connection is tried beside it.
 //!
 //! What comes back is typed and within bounds, and was asked for; whether bytes are those of the image is for the caller to
 //! verify. Everything here works in a current-thread runtime.
 
 mod ask;
 mod lane;
+mod silence;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -28,6 +30,9 @@ use crate::wire::{
     Renewed, Request, Urgency,
 };
 use lane::{Lane, Which};
+
+/// Nothing is wanted of a connection any more.
+pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
 
 /// A socket of one's own, from which any number of nodes is asked. Clones share it.
 #[derive(Clone)]
@@ -80,7 +85,7 @@ impl Client {
     /// Closes every connection of every link.
     pub fn close(&self) {
         for endpoint in [Some(&self.shared.v4), self.shared.v6.as_ref()].into_iter().flatten() {
-            endpoint.close(VarInt::from_u32(0), b"the reader is done");
+            endpoint.close(CLOSE_DONE, b"the reader is done");
         }
     }
 }
@@ -185,7 +190,11 @@ impl Link {
         each: impl FnMut(ExtentAnswer),
     ) -> Result<(), LinkError> {
         let lane = if request.urgency == Urgency::Demand { &self.inner.demand } else { &self.inner.bulk };
-        timed(within, async { ask::extents(&lane.connection().await?, request, each).await }).await
+        timed(within, async {
+            let connection = lane.connection().await?;
+            lane.watching(&connection, ask::extents(&connection, request, each)).await
+        })
+        .await
     }
 
     /// Asks for a longer term of a lease.
@@ -221,7 +230,12 @@ impl Link {
     /// [`LinkError`].
     pub async fn order(&self, body: &[u8], within: Duration) -> Result<Bytes, LinkError> {
         let frame = wire::order_frame(Kind::Order, body).map_err(LinkError::Order)?;
-        timed(within, async { ask::order(&self.inner.orders.connection().await?, frame).await }).await
+        let lane = &self.inner.orders;
+        timed(within, async {
+            let connection = lane.connection().await?;
+            lane.watching(&connection, ask::order(&connection, frame)).await
+        })
+        .await
     }
 
     async fn tell(&self, request: &Request, within: Duration) -> Result<(), LinkError> {
@@ -232,7 +246,12 @@ impl Link {
     }
 
     async fn ask(&self, request: &Request, within: Duration) -> Result<Answer, LinkError> {
-        timed(within, async { ask::answer(&self.inner.demand.connection().await?, request).await }).await
+        let lane = &self.inner.demand;
+        timed(within, async {
+            let connection = lane.connection().await?;
+            lane.watching(&connection, ask::answer(&connection, request)).await
+        })
+        .await
     }
 }
 

@@ -114,14 +114,14 @@ pub(crate) fn identity() -> Identity {
 
 impl Holder {
     pub(crate) fn of(gate: impl Gate, images: impl IntoIterator<Item = MemoryImage>) -> Self {
-        Self::with(gate, images, Arc::new(NoOrders), Limits::default())
+        Self::with(gate, images, Arc::new(NoOrders), (Tuning::default(), Limits::default()))
     }
 
     pub(crate) fn with(
         gate: impl Gate,
         images: impl IntoIterator<Item = MemoryImage>,
         orders: Arc<dyn Orders>,
-        limits: Limits,
+        (tuning, limits): (Tuning, Limits),
     ) -> Self {
         let identity = identity();
         let trust = Trust::new();
@@ -132,10 +132,36 @@ impl Holder {
             trust: trust.clone(),
             store: Arc::clone(&store) as _,
             orders,
-            tuning: Tuning::default(),
+            tuning,
             limits,
         };
         let server = Server::start(setup).unwrap();
+        Self { identity, trust, store, server }
+    }
+
+    /// Stops, and starts anew where it was.
+    pub(crate) async fn restart(self, tuning: &Tuning) -> Self {
+        let Self { identity, trust, store, server } = self;
+        let listen = server.address();
+        server.stop(PATIENCE).await;
+        let setup = || Setup {
+            listen,
+            identity: &identity,
+            trust: trust.clone(),
+            store: Arc::clone(&store) as _,
+            orders: Arc::new(NoOrders),
+            tuning: tuning.clone(),
+            limits: Limits::default(),
+        };
+        // The port is free when the last task of the old server has ended.
+        let deadline = std::time::Instant::now() + PATIENCE;
+        let server = loop {
+            match Server::start(setup()) {
+                Err(error) if std::time::Instant::now() > deadline => panic!("{error}"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Ok(server) => break server,
+            }
+        };
         Self { identity, trust, store, server }
     }
 
@@ -156,8 +182,12 @@ impl Holder {
 
 impl Reader {
     pub(crate) fn of(identity: Identity) -> Self {
+        Self::tuned(identity, &Tuning::default())
+    }
+
+    pub(crate) fn tuned(identity: Identity, tuning: &Tuning) -> Self {
         let trust = Trust::new();
-        let client = Client::new(&identity, &trust, &Tuning::default()).unwrap();
+        let client = Client::new(&identity, &trust, tuning).unwrap();
         Self { identity, trust, client }
     }
 

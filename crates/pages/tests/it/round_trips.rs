@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use chaos::relay::{Config, Direction, Impairment, Relay};
 use futures_util::future::BoxFuture;
+use pages::endpoint::{Limits, Tuning};
 use pages::fakes::{MemoryImage, OpenGate};
 use pages::identity::Peer;
 use pages::server::Orders;
@@ -104,7 +106,7 @@ impl Orders for Reverser {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn orders_are_taken_and_refused() {
-    let holder = Holder::with(LeaseGate::new(), [], Arc::new(Reverser), pages::endpoint::Limits::default());
+    let holder = Holder::with(LeaseGate::new(), [], Arc::new(Reverser), (Tuning::default(), Limits::default()));
     let (_reader, link) = holder.reader(&[]);
     assert_eq!(link.order(b"fork", PATIENCE).await.unwrap(), "krof");
     let longest = vec![7; 64 << 10];
@@ -129,28 +131,38 @@ async fn a_link_connects_again_to_a_holder_that_was_away() {
 
     let first = link.connect(PATIENCE).await.unwrap();
     assert_eq!(first.node, holder.identity.node());
-    let address = holder.server.address();
-    let Holder { identity, trust, store, server } = holder;
-    server.stop(PATIENCE).await;
-    let setup = || pages::server::Setup {
-        listen: address,
-        identity: &identity,
-        trust: trust.clone(),
-        store: Arc::clone(&store) as _,
-        orders: Arc::new(pages::server::NoOrders),
-        tuning: pages::endpoint::Tuning::default(),
-        limits: pages::endpoint::Limits::default(),
-    };
-    // The port is free when the last task of the old server has ended.
-    let deadline = std::time::Instant::now() + PATIENCE;
-    let _server = loop {
-        match pages::Server::start(setup()) {
-            Err(error) if std::time::Instant::now() > deadline => panic!("{error}"),
-            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
-            Ok(server) => break server,
-        }
-    };
+    let _holder = holder.restart(&Tuning::default()).await;
     link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+}
+
+/// A holder that was killed and started again does not know its connections, and cannot say so. What reads from it would wait
+/// for the idle timeout.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_has_fallen_silent_is_replaced() {
+    let image = image();
+    let patient = Tuning { idle_timeout: 3 * PATIENCE, ..Tuning::default() };
+    let orders = Arc::new(pages::server::NoOrders);
+    let holder = Holder::with(OpenGate, [image.clone()], orders, (patient.clone(), Limits::default()));
+    let relay = Relay::start(Config::to(holder.server.address())).unwrap();
+    let reader = Reader::tuned(identity(), &patient);
+    holder.meet(&reader, &["default"]);
+    let link = reader.client.link(relay.address(), Some(holder.identity.node()));
+    let tenant = Tenant::default_tenant();
+    link.open(&tenant, image.digest(), PATIENCE).await.unwrap();
+
+    let set = |impairment| [Direction::ToUpstream, Direction::ToClient].iter().for_each(|way| relay.set(*way, impairment));
+    set(Impairment::blocked());
+    let call = tokio::spawn({
+        let (link, tenant, digest) = (link.clone(), tenant.clone(), image.digest());
+        async move { link.open(&tenant, digest, PATIENCE).await }
+    });
+    let holder = holder.restart(&patient).await;
+    assert!(!call.is_finished(), "nothing is answered over a way that is blocked");
+    set(Impairment::default());
+    let error = call.await.unwrap().unwrap_err();
+    assert!(matches!(error, LinkError::Unreachable { .. }), "{error}");
+    link.open(&tenant, image.digest(), PATIENCE).await.unwrap();
+    assert_eq!(holder.server.counters().accepted, 1);
 }
 
 /// As the pager does: one thread, nothing that needs `Send`.
