@@ -51,8 +51,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<bool> {
             if record.rows.iter().any(|row| row.test == test.name && row.seed == seed && row.passed) {
                 continue;
             }
-            let row = soak_one(test, seed, &path.with_extension("log"))?;
+            let log = path.with_extension("log");
+            let row = soak_one(test, seed, &log)?;
             let outcome = if row.passed { "held" } else { "FAILED" };
+            if !row.passed {
+                let kept = log.with_file_name(format!("{}-{seed}.log", test.case.replace("::", "-")));
+                fs::rename(&log, &kept)?;
+                println!("all of its output: {}", kept.display());
+            }
             println!("[{done}/{total}] {outcome} {} seed {seed} in {:.1} s {}", test.name, row.seconds, row.held.join("; "));
             record.rows.retain(|old| old.test != row.test || old.seed != row.seed);
             record.rows.push(row);

@@ -16,7 +16,7 @@ pub(super) fn of_ended(ended: vm::Ended) -> Ended {
 
 pub(super) fn of_pool(error: PoolError) -> EngineError {
     let kind = match &error {
-        PoolError::Ended(ended) => ErrorKind::Ended(ended.reason),
+        PoolError::Ended(ended) | PoolError::NeverRan(ended) => ErrorKind::Ended(ended.reason),
         PoolError::Stopping => ErrorKind::Stopping,
         PoolError::Limit { .. } => ErrorKind::Unfit,
         PoolError::Absent(AwaitError::Failed(ended)) => ErrorKind::Ended(ended.reason),

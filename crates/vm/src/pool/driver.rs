@@ -214,8 +214,8 @@ fn drain(worker: &Arc<Worker>, buffer: &mut Vec<u8>) -> Said {
 
 /// A worker is gone.
 fn see_off(inner: &Inner, worker: &Arc<Worker>, how: Option<crate::worker::protocol::Exit>) {
-    let (machine, ended, was_killed) = worker.has_exited(how);
-    if let (Some(machine), false) = (machine, was_killed) {
+    let (machine, ended) = worker.has_exited(how);
+    if let Some(machine) = machine {
         inner.lock().ends.retain(|subscriber| subscriber.send((machine, ended.clone())).is_ok());
     }
     forget(inner, worker);

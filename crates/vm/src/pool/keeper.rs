@@ -33,7 +33,7 @@ const ROUND: Duration = Duration::from_secs(5);
 /// The shells of one class.
 #[derive(Debug, Default)]
 pub(super) struct Shelf {
-    ready: Vec<Arc<Worker>>,
+    pub(super) ready: Vec<Arc<Worker>>,
     pub(super) building: u32,
     /// Forks that wait for a shell.
     waiting: u32,

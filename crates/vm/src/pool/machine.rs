@@ -1,4 +1,4 @@
-//! Machines in their workers: fork, boot, freeze, and what they answer.
+//! Machines in their workers: boot, freeze, and what they answer.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use types::MachineId;
 
-use super::mail::Running;
 use super::worker::Worker;
-use super::{ForkOptions, Inner, PoolError, keeper};
+use super::{Inner, PoolError, keeper};
 use crate::class::{Class, ram_regions};
 use crate::image::complete::{CompleteError, complete};
 use crate::image::{Image, check_map, memfd};
@@ -16,11 +15,7 @@ use crate::jail::cgroup::CgroupError;
 use crate::machine::state::MachineState;
 use crate::machine::{Ended, FreezeReport, Frozen};
 use crate::probe::{Command, Reply};
-use crate::worker::monotonic_ns;
-use crate::worker::protocol::{self, DESCRIPTORS_MAX, ToWorker, WireFrozen};
-
-/// The fewest bytes of pages that a machine must be allowed to write: what its first instructions write.
-const LIMIT_MIN: u64 = 1 << 20;
+use crate::worker::protocol::{self, ToWorker, WireFrozen};
 
 /// How long somebody who only looks waits.
 const LOOK_PATIENCE: Duration = Duration::from_secs(5);
@@ -53,22 +48,6 @@ enum RestsOn {
     },
 }
 
-/// How a fork spent its time. In this order; the sum of the stages is `first`.
-#[derive(Clone, Copy, Debug)]
-#[expect(missing_docs, reason = "see `cluster` and docs/specification.md, L1")]
-pub struct ForkTimes {
-    /// From the call until the first instruction was observed. Up to the last stage where none was: a guest that computes
-    /// without an exit.
-    pub first: Duration,
-    pub shell: Duration,
-    pub send: Duration,
-    pub map: Duration,
-    pub restore: Duration,
-    pub run: Duration,
-    /// Whether a shell was ready.
-    pub had_shell: bool,
-}
-
 /// What a machine costs, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Memory {
@@ -80,91 +59,6 @@ pub struct Memory {
     pub page_table_bytes: u64,
     /// CPU time so far.
     pub cpu: Duration,
-}
-
-pub(super) fn fork_all(
-    inner: &Arc<Inner>,
-    image: &Arc<Image>,
-    ids: &[MachineId],
-    options: ForkOptions,
-) -> Vec<Result<(Jailed, ForkTimes), PoolError>> {
-    let started = monotonic_ns();
-    let mut demand = keeper::Demand::of(inner, image.class(), ids.len());
-    // All are sent before any is waited for.
-    let sent: Vec<_> = ids.iter().map(|id| send_fork(inner, &mut demand, image, *id, options)).collect();
-    let forked = sent
-        .into_iter()
-        .map(|sent| {
-            let (jailed, had_shell, shell_ns) = sent?;
-            let running = jailed.worker.wait(|mail| mail.running)?;
-            Ok((jailed, times(started, shell_ns, running, had_shell)))
-        })
-        .collect();
-    drop(demand);
-    forked
-}
-
-fn times(started: u64, shell_ns: u64, running: Running, had_shell: bool) -> ForkTimes {
-    let Running { received_ns, first_ns, map_ns, restore_ns } = running;
-    let ns = Duration::from_nanos;
-    // Another process's numbers: they are not trusted to be in order.
-    let first = if first_ns == 0 { received_ns.saturating_add(map_ns).saturating_add(restore_ns) } else { first_ns };
-    let after = |later: u64, earlier: u64| ns(later.saturating_sub(earlier));
-    ForkTimes {
-        first: after(first, started),
-        shell: after(shell_ns, started),
-        send: after(received_ns, shell_ns),
-        map: ns(map_ns),
-        restore: ns(restore_ns),
-        run: after(first, received_ns.saturating_add(map_ns).saturating_add(restore_ns)),
-        had_shell,
-    }
-}
-
-fn send_fork(
-    inner: &Arc<Inner>,
-    demand: &mut keeper::Demand<'_>,
-    image: &Arc<Image>,
-    id: MachineId,
-    options: ForkOptions,
-) -> Result<(Jailed, bool, u64), PoolError> {
-    let class = image.class();
-    let limit_bytes = options.limit_bytes.unwrap_or(class.memory().bytes()).min(class.memory().bytes());
-    if limit_bytes < LIMIT_MIN.min(class.memory().bytes()) {
-        return Err(PoolError::Limit { asked_bytes: limit_bytes, least_bytes: LIMIT_MIN });
-    }
-    let layers = image.read_only_layers().map_err(|source| PoolError::Step { step: "opening the image to read", source })?;
-    let (worker, had_shell) = demand.take()?;
-    let shell_ns = monotonic_ns();
-    worker.deliver(|mail| mail.machine = Some(id));
-    let rests_on = RestsOn::Image { image: Arc::clone(image), branched_bytes: 0, was_first_parent: false };
-    // From here on dropping it kills the worker.
-    let jailed = Jailed { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(rests_on), limit_bytes };
-    if options.limit_bytes.is_some() {
-        jailed.limit_memory(0)?;
-    }
-    let bytes = image.wire().to_vec();
-    let fork = match image.unsettled() {
-        None => ToWorker::Fork { id, image: bytes },
-        Some(host_image) => {
-            jailed.worker.await_watched(host_image);
-            // A process that it forks has its memory and no watch over it: what that reads of absent memory would be zeros, in the
-            // image, for all to see.
-            let is_alone = !jailed.worker.lock_processes(true).map_err(of_groups)?;
-            let keeps_watch = true;
-            #[cfg(feature = "testing")]
-            let keeps_watch = keeps_watch && !crate::harness::guards::is_off(crate::harness::guards::Guard::WorkersWatch);
-            ToWorker::ForkWatched { id, image: bytes, arriving: image.arriving_layers(), is_alone, keeps_watch }
-        }
-    };
-    let fork = protocol::encode(&fork);
-    let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
-    let (first, last) = descriptors.split_at((descriptors.len().max(1) - 1) / DESCRIPTORS_MAX * DESCRIPTORS_MAX);
-    for some in first.chunks(DESCRIPTORS_MAX) {
-        jailed.worker.send(&ToWorker::Layers, some)?;
-    }
-    jailed.worker.sent(jailed.worker.channel.send_bytes(&fork, last))?;
-    Ok((jailed, had_shell, shell_ns))
 }
 
 pub(super) fn boot_probe(inner: &Arc<Inner>, class: Class, id: MachineId) -> Result<Jailed, PoolError> {
@@ -182,6 +76,12 @@ pub(super) fn boot_probe(inner: &Arc<Inner>, class: Class, id: MachineId) -> Res
 }
 
 impl Jailed {
+    /// A child of an image, in a worker that knows nothing of it yet.
+    pub(super) fn child(id: MachineId, inner: &Arc<Inner>, worker: Arc<Worker>, image: &Arc<Image>, limit_bytes: u64) -> Self {
+        let rests_on = RestsOn::Image { image: Arc::clone(image), branched_bytes: 0, was_first_parent: false };
+        Self { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(rests_on), limit_bytes }
+    }
+
     /// Who it is.
     #[must_use]
     pub fn id(&self) -> MachineId {
@@ -348,7 +248,7 @@ impl Jailed {
     }
 
     /// Lets the worker have its own pages, what runs it, and so many bytes more.
-    fn limit_memory(&self, more_bytes: u64) -> Result<(), PoolError> {
+    pub(super) fn limit_memory(&self, more_bytes: u64) -> Result<(), PoolError> {
         let bytes = self.limit_bytes + keeper::overhead_bytes(self.class()) + more_bytes;
         match &*self.worker.group.lock().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(()),
@@ -453,7 +353,7 @@ impl Jailed {
     }
 }
 
-fn of_groups(error: CgroupError) -> PoolError {
+pub(super) fn of_groups(error: CgroupError) -> PoolError {
     PoolError::Step { step: "limiting the worker's processes", source: std::io::Error::other(error) }
 }
 

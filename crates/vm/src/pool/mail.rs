@@ -30,6 +30,8 @@ pub(super) struct Mail {
     /// Why the pool has ended it.
     pub(super) verdict: Option<Ended>,
     pub(super) was_killed: bool,
+    /// Somebody else killed the worker, before its machine ran.
+    pub(super) never_ran: bool,
     /// What it was in truth; the worker is gone.
     pub(super) ended: Option<Ended>,
 }

@@ -10,6 +10,7 @@
 //! image's descriptors, and waits. Without a shell of the class a fork waits for one to be built: slower, never a failure.
 
 mod driver;
+mod fork;
 mod keeper;
 mod machine;
 mod mail;
@@ -39,9 +40,10 @@ use crate::jail::{Jail, Mechanism};
 use crate::machine::Ended;
 use crate::worker::channel::Channel;
 use crate::worker::protocol::Failure;
+pub use fork::ForkTimes;
 use keeper::Shelf;
 pub use keeper::machine_cost_bytes;
-pub use machine::{ForkTimes, Jailed, Memory};
+pub use machine::{Jailed, Memory};
 use worker::Worker;
 
 /// How long a worker may take for what it usually does within milliseconds. Generous: hosts of tests are slow and shared.
@@ -97,6 +99,8 @@ pub enum PoolError {
     Failed(Failure),
     #[error("the machine has ended ({0})")]
     Ended(Ended),
+    #[error("a worker was killed from outside before its machine ran ({0}), and so were those that took its place")]
+    NeverRan(Ended),
     #[error("the worker did not answer within {0:?}, and was killed")]
     Stuck(Duration),
     #[error("{step} failed: {source}")]
@@ -124,6 +128,9 @@ impl PoolError {
                 _ => "run farfork doctor: it lists what is missing, and what to do",
             },
             Self::Ended(_) | Self::Lie { .. } => "fork again from its image",
+            Self::NeverRan(_) => {
+                "look in the kernel log for what kills farfork's processes: most likely the host has too little memory"
+            }
             Self::Stuck(_) => "look for what keeps it in the kernel log, then fork again from its image",
             Self::Absent(_) => "look for its holders with farfork show; branch again when one can be reached",
             Self::Stopping => "ask again when the node has started",
@@ -284,7 +291,7 @@ impl Pool {
         ids: &[MachineId],
         options: ForkOptions,
     ) -> Vec<Result<(Jailed, ForkTimes), PoolError>> {
-        machine::fork_all(&self.inner, image, ids, options)
+        fork::fork_all(&self.inner, image, ids, options)
     }
 
     /// Boots a first parent that runs the probe.

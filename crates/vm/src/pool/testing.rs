@@ -2,10 +2,18 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::{Jailed, PoolError};
+use super::{Jailed, Pool, PoolError};
 use crate::harness::Crash;
 use crate::harness::attempts::Order;
 use crate::worker::protocol::ToWorker;
+
+impl Pool {
+    /// The processes of the shells that wait.
+    #[must_use]
+    pub fn shell_pids(&self) -> Vec<i32> {
+        self.inner.lock().shelves.values().flat_map(|shelf| &shelf.ready).filter_map(|shell| shell.mail().pid).collect()
+    }
+}
 
 impl Jailed {
     /// Ends its worker in some way, for the tests of ends.

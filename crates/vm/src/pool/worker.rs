@@ -112,7 +112,7 @@ impl Worker {
                 return Err(PoolError::Failed(failure));
             }
             if let Some(ended) = mail.ended.clone() {
-                return Err(PoolError::Ended(ended));
+                return Err(if mail.never_ran { PoolError::NeverRan(ended) } else { PoolError::Ended(ended) });
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -283,14 +283,17 @@ impl Worker {
         }
     }
 
-    /// The worker is gone. Says what that means, and whether anybody had asked for it.
-    pub(super) fn has_exited(&self, how: Option<Exit>) -> (Option<MachineId>, Ended, bool) {
+    /// The worker is gone. Says what that means, and of which machine it is news: whoever forked one that never ran is told as the
+    /// outcome of that, and who asked for the end knows it.
+    pub(super) fn has_exited(&self, how: Option<Exit>) -> (Option<MachineId>, Ended) {
         let group = self.group.lock().unwrap_or_else(PoisonError::into_inner).take();
         let oom_kills = group.as_ref().map_or(0, WorkerGroup::oom_kills);
         let mut mail = self.mail();
         let was_killed = mail.was_killed;
         // The kernel's word before the pool's, and the pool's before the worker's.
         let said = mail.verdict.take().or(mail.said_end.take());
+        let is_unasked = said.is_none() && !was_killed && oom_kills == 0;
+        mail.never_ran = is_unasked && mail.running.is_none() && how == Some(Exit::Signal(libc::SIGKILL));
         let ended = match (said, how) {
             (_, Some(Exit::Signal(libc::SIGKILL))) if oom_kills > 0 => {
                 Ended { reason: Reason::Oom, detail: "it went over its memory limit, and the kernel killed it".to_owned() }
@@ -313,12 +316,12 @@ impl Worker {
         };
         mail.ended = Some(ended.clone());
         mail.pidfd = None;
-        let machine = mail.machine;
+        let machine = mail.machine.filter(|_| mail.running.is_some() && !was_killed);
         drop(mail);
         self.changed.notify_all();
         // Back where it is removed, once the kernel has let go of its last process.
         *self.group.lock().unwrap_or_else(PoisonError::into_inner) = group;
-        (machine, ended, was_killed)
+        (machine, ended)
     }
 }
 

@@ -326,6 +326,30 @@ fn create_and_kill_leaves_nothing_behind() {
     held("lives of workers that left nothing behind", rounds);
 }
 
+/// As the kernel does when the host has no memory left: what it kills it may not be done with when the next fork comes.
+#[test]
+fn shells_that_are_killed_are_no_forks_failure() {
+    let settings = vm::pool::Settings { shells_min: 4, shells_max: 4, ..crate::workers::settings() };
+    let pool = Pool::open(vm::harness::host(), settings).unwrap();
+    let image = image(&pool, class(MIB, 1), 200);
+    let mut dice = fastrand::Rng::with_seed(seed());
+    let (rounds, mut killed) = (count(20, 500), 0);
+    for _ in 0..rounds {
+        assert!(pool.wait_for_shells(class(MIB, 1), 4, PATIENCE));
+        for pid in pool.shell_pids() {
+            if dice.bool() {
+                kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+                killed += 1;
+            }
+        }
+        for child in fork(&pool, &image, 3) {
+            child.call(0, Command::Who).unwrap();
+        }
+    }
+    held("forks beside shells that were killed", rounds * 3);
+    println!("{killed} shells were killed");
+}
+
 #[test]
 fn a_zygote_killed_at_any_moment_leaves_nothing_behind() {
     let seed = seed();
