@@ -13,6 +13,8 @@ use crate::floor;
 use crate::report::{Report, Row, Samples, announce};
 
 const MIB: u64 = 1024;
+/// About what passes between the answer to one fault of R7 and the next.
+const BETWEEN_FAULTS: Duration = Duration::from_micros(300);
 
 /// R6: faults while an image streams, and while nothing else goes on.
 pub(super) fn beside_bulk(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
@@ -86,7 +88,8 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let host = floor::open_host()?;
     announce("R7: the raw parts");
     let (from, to) = (bed.network.host(1), bed.network.host(0));
-    let quic = Samples::of(&path::quic_reads(from, to, n)?);
+    let quic = Samples::of(&path::quic_reads(from, to, n, Duration::ZERO)?);
+    let rested = Samples::of(&path::quic_reads(from, to, n, BETWEEN_FAULTS)?);
     let raw: Vec<bare::BareFault> = (0..run.n(10, 50)).map(|_| bare::fault(&host, 100)).collect::<Result<_, _>>()?;
     let fault = Samples::of(&raw.iter().map(|raw| raw.fault).collect::<Vec<_>>());
     let publication = Samples::of(&raw.iter().map(|raw| raw.publication).collect::<Vec<_>>());
@@ -99,15 +102,21 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     }
     let after = lazy.fault_stages()?;
     let took = Samples::from_us(took);
-    for (what, samples) in
-        [("fault", &took), ("raw QUIC 64 KiB", &quic), ("raw uffd fault", &fault), ("publication of 16 pages", &publication)]
-    {
+    for (what, samples) in [
+        ("fault", &took),
+        ("raw QUIC 64 KiB", &quic),
+        ("raw QUIC 64 KiB after a pause", &rested),
+        ("raw uffd fault", &fault),
+        ("publication of 16 pages", &publication),
+    ] {
         report.keep(&format!("R7 {what}"), samples);
     }
     let sum = quic.p50() + fault.p50() + publication.p50();
     let what = "fault of one remote extent, as its child feels it; beside the sum of its raw parts";
     report.add(Row::new("R7", what, &took, Some(sum)).reaching("<= 1.3x", took.p50() <= 1.3 * sum));
     report.add(Row::new("R7", "  raw: 64 KiB by QUIC", &quic, None));
+    let what = format!("  raw: the same, {BETWEEN_FAULTS:?} after the one before, which is how they come");
+    report.add(Row::new("R7", what, &rested, None));
     report.add(Row::new("R7", "  raw: fault answered by another thread, nothing placed but its page", &fault, None));
     report.add(Row::new("R7", "  raw: placing 16 pages", &publication, None));
     for stage in ["uffd_read", "queue", "wire", "verify", "publish", "wake", "total"] {

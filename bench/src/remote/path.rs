@@ -59,8 +59,9 @@ pub(super) fn round_trips(from: &Host, to: &Host, n: usize) -> Result<Vec<Durati
     })
 }
 
-/// Raw QUIC: 64 KiB asked for by a small request on a stream of its own, one after the other, without client certificates.
-pub(super) fn quic_reads(from: &Host, to: &Host, n: usize) -> Result<Vec<Duration>> {
+/// Raw QUIC: 64 KiB asked for by a small request on a stream of its own, one after the other with a pause before each, without
+/// client certificates.
+pub(super) fn quic_reads(from: &Host, to: &Host, n: usize, pause: Duration) -> Result<Vec<Duration>> {
     let own = rcgen::generate_simple_self_signed(["server".to_owned()])?;
     let certificate = CertificateDer::from(own.cert);
     let key = PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
@@ -96,6 +97,8 @@ pub(super) fn quic_reads(from: &Host, to: &Host, n: usize) -> Result<Vec<Duratio
                 let connection = client.connect_with(config, there, "server")?.await?;
                 let mut trips = Vec::with_capacity(n);
                 for _ in 0..n {
+                    // All of this side rests, as it does while a child computes.
+                    std::thread::sleep(pause);
                     let began = Instant::now();
                     let (mut question, mut answer) = connection.open_bi().await?;
                     question.write_all(&[1; 96]).await?;
