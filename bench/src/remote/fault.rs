@@ -20,7 +20,7 @@ const BETWEEN_FAULTS: Duration = Duration::from_micros(300);
 pub(super) fn beside_bulk(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let [mut here, mut lazy, mut eager] = bed.sites([&[], &["--no-stream", "--no-replay"], &["--no-replay"]])?;
     let (_, digest) = here.load(&bed.images, MIB)?;
-    let n = run.n(100, 300);
+    let n = run.n(100, 150);
     let holder = here.address;
     let able = path::flat_out(bed.network.host(1), &mut here, holder, &digest, MIB)?.mbit();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousand Mbit/s")]
@@ -31,7 +31,7 @@ pub(super) fn beside_bulk(report: &mut Report, bed: &Bed, run: &Run) -> Result<(
     let pause = streamed.mul_f64(0.4) / u32::try_from(n)?;
     let mut quiet = Vec::new();
     let mut busy = Vec::new();
-    for round in 0..run.n(1, 3) {
+    for round in 0..run.n(1, 6) {
         announce(&format!("R6: faults at {rate} Mbit/s, round {}", round + 1));
         let set = WorkingSet::singles_from_the_end(MIB, n as u64)?;
         let (took, _) = faults(&mut lazy, &here, &digest, &set, pause)?;
@@ -55,8 +55,8 @@ pub(super) fn beside_bulk(report: &mut Report, bed: &Bed, run: &Run) -> Result<(
     Ok(())
 }
 
-/// How long the touches took that faulted, with a pause before each or one right after the other, less what a touch of a page takes that is there; and how much of the image was there
-/// after the last.
+/// How long the touches took that faulted, with a pause before each or one right after the other, less what a touch of a page takes
+/// that is there; and how much of the image was there after the last.
 fn faults(site: &mut Site, holder: &Site, digest: &str, set: &WorkingSet, pause: Duration) -> Result<(Vec<f64>, f64)> {
     let forked = site.open(digest, &[holder.address], 1)?;
     let child = &forked.ids[0];

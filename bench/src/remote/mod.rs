@@ -100,7 +100,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, arguments: &Arguments) -> Re
             failed.push(format!("{}: {error:#}", ids.join(", ")));
         }
     }
-    report.finish(json)?;
+    let finished = report.finish(json);
     ensure!(failed.is_empty(), "not all was measured: {}", failed.join("; "));
-    Ok(())
+    finished
 }

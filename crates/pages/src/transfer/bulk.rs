@@ -137,9 +137,11 @@ impl Transfer {
         let now = self.now;
         let Some(source) = self.sources.get_mut(id) else { return Turn::Idle };
         source.forget_old(now);
-        let Some(at) = source.pace.next_send().map(|at| at.max(source.ready_at())) else { return Turn::Idle };
-        if at > now {
-            return Turn::Later(at);
+        if !source.pace.has_room() {
+            return Turn::Idle;
+        }
+        if source.ready_at() > now {
+            return Turn::Later(source.ready_at());
         }
         let (most, lacks_until) = (source.pace.batch(), source.lacks_any_until());
         let (mut extents, mut urgency) = (self.take_replay(id, most), Urgency::Replay);

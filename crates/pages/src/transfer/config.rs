@@ -32,8 +32,6 @@ pub struct Config {
     pub suspect_after: u32,
     /// How long it stays suspect without another failure or a good answer. 5 s.
     pub suspect_for: Duration,
-    /// The part of a link that replay and stream may take. 90 %. The rest is room for demands, and for the measurement.
-    pub link_percent: u64,
     /// The most bytes of replay and stream that a source may owe. 8 MiB. More hides what a link can do, and a demand waits
     /// behind it.
     pub window_max_bytes: u64,
@@ -55,7 +53,6 @@ impl Default for Config {
             quiet: Duration::from_millis(3),
             suspect_after: 3,
             suspect_for: Duration::from_secs(5),
-            link_percent: 90,
             window_max_bytes: 8 << 20,
             explore_one_in: 64,
         }
@@ -93,9 +90,6 @@ impl Config {
         if let Some((knob, _)) = least_one.into_iter().find(|(_, is_zero)| *is_zero) {
             return Err(ConfigError::Zero { knob });
         }
-        if self.link_percent == 0 || self.link_percent > 100 {
-            return Err(ConfigError::Percent { percent: self.link_percent });
-        }
         Ok(())
     }
 }
@@ -109,12 +103,6 @@ pub enum ConfigError {
         /// The field of [`Config`].
         knob: &'static str,
     },
-    /// No part of a link.
-    #[error("link_percent is {percent}")]
-    Percent {
-        /// What it is.
-        percent: u64,
-    },
 }
 
 impl ConfigError {
@@ -123,7 +111,6 @@ impl ConfigError {
     pub const fn remedy(&self) -> &'static str {
         match self {
             Self::Zero { .. } => "set it to more than 0, or leave it at its default",
-            Self::Percent { .. } => "set it to 1 to 100; 90 is the default",
         }
     }
 }

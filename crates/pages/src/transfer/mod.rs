@@ -314,7 +314,8 @@ impl Transfer {
                     source.has_taken(question.age);
                     self.latencies.add(question.age);
                 } else {
-                    source.pace.arrived(self.now, wire_bytes, question.is_first.then_some(question.age));
+                    let round_trip = question.is_first.then_some(question.age);
+                    source.pace.arrived(self.now, wire_bytes, round_trip, question.urgency);
                 }
             }
             Arrival::Absent => {

@@ -302,8 +302,6 @@ fn a_stream_finds_out_what_its_link_carries() {
         let found = source.link_bytes_per_second.expect("it was measured");
         println!("{mbit} Mbit/s, {delay} ms: {time:?} of {ideal:?}, {found} of {rate} B/s");
         assert!(time < ideal * 7 / 5 + Duration::from_millis(delay * 20), "{mbit} Mbit/s, {delay} ms: {time:?}, not {ideal:?}");
-        // Three of a hundred at least are left for others; below 100 Mbit/s four seconds do not pay off what was owed at first.
-        assert!(mbit < 100 || time > ideal * 103 / 100, "{mbit} Mbit/s, {delay} ms: nothing was left of the link");
         assert!(found >= rate * 8 / 10 && found <= rate * 12 / 10, "{mbit} Mbit/s, {delay} ms: found {found} of {rate}");
     }
 }

@@ -449,11 +449,6 @@ fn knobs_that_cannot_be_are_refused() {
     assert_eq!(new(Config::default()), Ok(()));
     assert_eq!(new(Config { stall: Duration::ZERO, ..config() }), Err(ConfigError::Zero { knob: "stall" }));
     assert_eq!(new(Config::with_deadline(Duration::ZERO)), Err(ConfigError::Zero { knob: "deadline" }));
-    for percent in [0, 101] {
-        let error = new(Config { link_percent: percent, ..config() }).unwrap_err();
-        assert_eq!(error, ConfigError::Percent { percent });
-        assert!(error.to_string().contains(&percent.to_string()) && !error.remedy().is_empty());
-    }
     let beyond = Region { extents: 4, absent: std::iter::once(2..9).collect() };
     let transfer = Transfer::new(config(), &[beyond], 0).unwrap();
     assert_eq!(transfer.stats().absent, 2, "what is no extent of the region is none that could be fetched");
