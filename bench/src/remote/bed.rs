@@ -305,21 +305,34 @@ impl Site {
         Ok(served.context("no counter of bytes served")?.trim().parse()?)
     }
 
-    /// Seconds and number of the faults that were answered so far, by stage.
-    pub(super) fn fault_stages(&mut self) -> Result<BTreeMap<String, (f64, f64)>> {
+    /// Seconds and number of what a histogram of the node has counted so far, by stage.
+    pub(super) fn stages(&mut self, histogram: &str) -> Result<Stages> {
         let text = http::request(self.daemon.connection()?, "GET", "/metrics", "")?;
-        let mut stages: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        let mut stages = Stages::default();
         for line in text.lines() {
             let Some((name, rest)) = line.split_once("{stage=\"") else { continue };
             let Some((stage, value)) = rest.split_once("\"} ") else { continue };
             let value: f64 = value.trim().parse().unwrap_or(0.0);
-            match name {
-                "farfork_fault_seconds_sum" => stages.entry(stage.to_owned()).or_default().0 = value,
-                "farfork_fault_seconds_count" => stages.entry(stage.to_owned()).or_default().1 = value,
+            match name.strip_prefix(histogram) {
+                Some("_sum") => stages.0.entry(stage.to_owned()).or_default().0 = value,
+                Some("_count") => stages.0.entry(stage.to_owned()).or_default().1 = value,
                 _ => {}
             }
         }
         Ok(stages)
+    }
+}
+
+/// Seconds and number, by stage.
+#[derive(Default)]
+pub(super) struct Stages(BTreeMap<String, (f64, f64)>);
+
+impl Stages {
+    /// The mean of a stage in microseconds, over what was counted after `before`.
+    pub(super) fn mean_us_since(&self, before: &Self, stage: &str) -> f64 {
+        let of = |stages: &Self| stages.0.get(stage).copied().unwrap_or_default();
+        let ((sum, count), (sum_before, count_before)) = (of(self), of(before));
+        (sum - sum_before) * 1e6 / (count - count_before).max(1.0)
     }
 }
 

@@ -94,13 +94,13 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let fault = Samples::of(&raw.iter().map(|raw| raw.fault).collect::<Vec<_>>());
     let publication = Samples::of(&raw.iter().map(|raw| raw.publication).collect::<Vec<_>>());
     announce("R7: faults");
-    let before = lazy.fault_stages()?;
+    let before = lazy.stages("farfork_fault_seconds")?;
     let mut took = Vec::new();
     for _ in 0..n.div_ceil(200) {
         let set = WorkingSet::singles_from_the_end(MIB, 200)?;
         took.extend(faults(&mut lazy, &here, &digest, &set, Duration::ZERO)?.0);
     }
-    let after = lazy.fault_stages()?;
+    let after = lazy.stages("farfork_fault_seconds")?;
     let took = Samples::from_us(took);
     for (what, samples) in [
         ("fault", &took),
@@ -120,9 +120,7 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     report.add(Row::new("R7", "  raw: fault answered by another thread, nothing placed but its page", &fault, None));
     report.add(Row::new("R7", "  raw: placing 16 pages", &publication, None));
     for stage in ["uffd_read", "queue", "wire", "verify", "publish", "wake", "total"] {
-        let of = |stages: &std::collections::BTreeMap<String, (f64, f64)>| stages.get(stage).copied().unwrap_or_default();
-        let ((sum, count), (sum_before, count_before)) = (of(&after), of(&before));
-        let mean = Samples::from_us(vec![(sum - sum_before) * 1e6 / (count - count_before).max(1.0)]);
+        let mean = Samples::from_us(vec![after.mean_us_since(&before, stage)]);
         report.keep(&format!("R7 mean of stage {stage}"), &mean);
         report.add(Row::new("R7", format!("  mean of the pager's stage {stage}"), &mean, None));
     }

@@ -39,6 +39,7 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     report.keep("R1 round trip of a datagram", &trips);
     report.add(Row::new("R1", "round trip of a datagram between the hosts", &trips, None));
     announce("R1: forks on another host");
+    let opened_before = there.stages("farfork_open_seconds")?;
     for round in 0..=run.n(5, 30) {
         for size in &mut sizes {
             here.await_shell_or_fork(&size.image, size.mib)?;
@@ -64,6 +65,12 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
                 size.stages.push(remote.stages_us);
             }
         }
+    }
+    let opened = there.stages("farfork_open_seconds")?;
+    for stage in ["ask", "place", "plan", "total"] {
+        let mean = Samples::from_us(vec![opened.mean_us_since(&opened_before, stage)]);
+        report.keep(&format!("R1 mean of opening's stage {stage}"), &mean);
+        report.add(Row::new("R1", format!("  opening the image there, all sizes, mean of stage {stage}"), &mean, None));
     }
     let mut medians = Vec::new();
     for size in sizes {

@@ -26,6 +26,7 @@ const MACHINES: &str = "farfork_machines";
 const IMAGES: &str = "farfork_images";
 const SHELLS: &str = "farfork_shells";
 const FAULT: &str = "farfork_fault_seconds";
+const OPEN: &str = "farfork_open_seconds";
 const PAGE_BYTES: &str = "farfork_page_bytes_total";
 const READ_LEASES: &str = "farfork_read_leases";
 const HOST_IMAGES: &str = "farfork_host_images";
@@ -150,6 +151,25 @@ pub fn fault(stages: &FaultStages) {
     }
 }
 
+/// How the time until an image of another node could be forked from was spent, in this order.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenStages {
+    /// Until a holder had answered.
+    pub ask: Duration,
+    /// Until there was memory for it, watched.
+    pub place: Duration,
+    /// Until it was known what is to be fetched, and of whom.
+    pub plan: Duration,
+}
+
+/// An image was opened.
+pub fn opened(stages: &OpenStages) {
+    let OpenStages { ask, place, plan } = *stages;
+    for (stage, spent) in [("ask", ask), ("place", place), ("plan", plan), ("total", ask + place + plan)] {
+        histogram!(OPEN, "stage" => stage).record(spent);
+    }
+}
+
 /// What became of bytes of memory that an image has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageBytes {
@@ -218,8 +238,13 @@ pub const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 fn handle() -> &'static PrometheusHandle {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     HANDLE.get_or_init(|| {
-        let buckets =
-            [(FORK_STAGE, STAGE_BUCKETS), (FORK_FIRST, STAGE_BUCKETS), (FREEZE_STALL, STAGE_BUCKETS), (FAULT, FAULT_BUCKETS)];
+        let buckets = [
+            (FORK_STAGE, STAGE_BUCKETS),
+            (FORK_FIRST, STAGE_BUCKETS),
+            (FREEZE_STALL, STAGE_BUCKETS),
+            (FAULT, FAULT_BUCKETS),
+            (OPEN, FAULT_BUCKETS),
+        ];
         let handle = buckets
             .into_iter()
             .try_fold(PrometheusBuilder::new(), |builder, (name, buckets)| {

@@ -23,6 +23,9 @@ const AT_ONCE: usize = 8;
 const HEDGE: Duration = Duration::from_millis(50);
 /// Before a hash page is asked for again.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long nothing is streamed after an image was opened, and nothing supplied that nobody has touched: whoever opened it is about
+/// to fork from it, and both take processor time on both hosts.
+const CHILDREN_FIRST: Duration = Duration::from_millis(50);
 /// When holders are told what children have touched, after the image was opened.
 const TELL_AFTER: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(10), Duration::from_secs(60)];
 
@@ -86,6 +89,7 @@ impl Fetch {
             futures_util::future::join_all(asked).await;
         }
         self.find_elsewhere().await;
+        tokio::time::sleep(CHILDREN_FIRST).await;
         self.supply_all().await;
         let now = self.shared.now();
         self.state.borrow_mut().transfer.stream(now, self.shared.settings.streams);

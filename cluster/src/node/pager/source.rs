@@ -13,6 +13,7 @@ use types::Head;
 use vm::HostImage;
 
 use super::super::engine::{EngineError, ErrorKind, SourceFacts, SourceState};
+use super::super::metrics::{self, OpenStages};
 use super::super::offer::About;
 use super::fetch::Fetch;
 use super::{Feed, Key, Shared, list};
@@ -80,9 +81,10 @@ impl Fetch {
             let link = link.clone();
             async move { (link.open(tenant, *digest, within).await, link) }
         };
-        let mut asked: FuturesUnordered<_> = links.iter().map(ask).collect();
+        let mut answers: FuturesUnordered<_> = links.iter().map(ask).collect();
         let mut failures = Vec::new();
-        while let Some((answer, link)) = asked.next().await {
+        let began = shared.now();
+        while let Some((answer, link)) = answers.next().await {
             let opened = match answer {
                 Ok(opened) => opened,
                 Err(error) => {
@@ -100,6 +102,7 @@ impl Fetch {
                 }
             };
             shared.admit(&head)?;
+            let asked = shared.now();
             let feed = std::sync::Arc::new(Feed { key: key.clone(), orders: shared.orders.clone() });
             let parts = HostImage::open(shared.pool.host(), *digest, head, feed).map_err(|error| EngineError {
                 kind: match &error {
@@ -110,7 +113,7 @@ impl Fetch {
                 message: error.to_string(),
                 remedy: error.remedy().to_owned(),
             })?;
-            drop(asked);
+            let placed = shared.now();
             let open = std::sync::Arc::downgrade(&parts.0);
             {
                 let mut all = shared.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -125,6 +128,8 @@ impl Fetch {
                 fetch.add_source(other, is_it.then(|| (opened.lease.clone(), opened.lease_for)));
             }
             fetch.begin(&hints);
+            let stages = OpenStages { ask: asked - began, place: placed - asked, plan: shared.now() - placed };
+            metrics::opened(&stages);
             return Ok(fetch);
         }
         // What stands in the way of the nearest to an answer: one that answered with no, before one that did not answer.

@@ -23,7 +23,9 @@ const WINDOW: Duration = Duration::from_secs(60);
 const IDLE: Duration = Duration::from_secs(600);
 /// After a build that failed, before the next one that nobody waits for.
 const BACK_OFF: Duration = Duration::from_secs(1);
-/// For so long after the first of several forks that overlap no shells are built ahead.
+/// After a fork, before its shell is made up for: its answer is on its way, and may be to another host.
+const AFTER_FORK: Duration = Duration::from_millis(2);
+/// For so long after the first of several forks, with no more than that between them, no shells are built ahead.
 const FORKS_FIRST: Duration = Duration::from_millis(250);
 /// How often a control group is tried again that the kernel has not let go of.
 pub(super) const GROUPS_ROUND: Duration = Duration::from_millis(5);
@@ -129,7 +131,7 @@ impl<'a> Demand<'a> {
         // For all of them together; a thousand take seconds.
         let deadline = asked + super::PATIENCE + Duration::from_millis(20) * count;
         let mut state = inner.lock();
-        if state.forks == 0 {
+        if state.forks == 0 && asked - state.fork_ended >= AFTER_FORK {
             state.forks_since = asked;
         }
         state.forks += 1;
@@ -155,6 +157,7 @@ impl Drop for Demand<'_> {
     fn drop(&mut self) {
         let mut state = self.inner.lock();
         state.forks = state.forks.saturating_sub(1);
+        state.fork_ended = Instant::now();
         if let Some(shelf) = state.shelves.get_mut(&self.class) {
             shelf.waiting = shelf.waiting.saturating_sub(self.left);
             if shelf.waiting == 0 {
@@ -211,6 +214,9 @@ pub(super) fn build_shells(inner: Arc<Inner>) {
                     worker.kill();
                     state = inner.lock();
                 }
+                Next::Later(pause) => {
+                    state = inner.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
+                }
                 Next::Nothing if state.groups_left.is_empty() => {
                     state = inner.changed.wait_timeout(state, ROUND).unwrap_or_else(PoisonError::into_inner).0;
                 }
@@ -265,6 +271,8 @@ enum Next {
     /// A shell of this class; whether a fork waits for it.
     Build(Class, bool),
     TakeDown(Arc<Worker>),
+    /// Not before so long.
+    Later(Duration),
     Nothing,
 }
 
@@ -274,9 +282,12 @@ fn next_class(inner: &Inner, state: &mut State) -> Next {
         return Next::Build(*class, true);
     }
     let now = Instant::now();
-    if state.forks > 0 && now - state.forks_since < FORKS_FIRST {
-        // Building takes CPU time that a fork under way wants; but forks without end must not keep shells from being built.
-        return Next::Nothing;
+    // Building takes CPU time that a fork under way wants; but forks without end must not keep shells from being built.
+    let forks_left = FORKS_FIRST.saturating_sub(now - state.forks_since);
+    let after_fork = if state.forks > 0 { FORKS_FIRST } else { AFTER_FORK.saturating_sub(now - state.fork_ended) };
+    let pause = forks_left.min(after_fork);
+    if !pause.is_zero() {
+        return Next::Later(pause);
     }
     let has_failed = |shelf: &Shelf| shelf.last_failure.is_some_and(|at| now - at < BACK_OFF);
     let wanted = wanted(inner, state, now);

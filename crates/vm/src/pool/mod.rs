@@ -199,6 +199,8 @@ struct State {
     /// Forks under way, and since when there have been any: shells are refilled when there are none, or have been for long.
     forks: u32,
     forks_since: Instant,
+    /// When the last one ended.
+    fork_ended: Instant,
     is_stopping: bool,
     /// Control groups of workers that are gone, which the kernel has not let go of yet.
     groups_left: Vec<WorkerGroup>,
@@ -235,6 +237,7 @@ impl Pool {
             shelves: HashMap::new(),
             forks: 0,
             forks_since: Instant::now(),
+            fork_ended: Instant::now(),
             is_stopping: false,
             groups_left: Vec::new(),
             ends: Vec::new(),
