@@ -37,8 +37,19 @@ impl Bed {
 
     /// A node on a host.
     pub(super) fn site(&self, host: usize, more: &[&str]) -> Result<Site> {
+        self.site_of(host, self.command(host)?, more)
+    }
+
+    /// One that publishes what comes without looking whether it is the image's.
+    pub(super) fn site_that_verifies_nothing(&self, host: usize, more: &[&str]) -> Result<Site> {
+        let mut command = self.command(host)?;
+        command.env("FARFORK_TEST_WITHOUT", "verification");
+        self.site_of(host, command, more)
+    }
+
+    fn site_of(&self, host: usize, command: std::process::Command, more: &[&str]) -> Result<Site> {
         let address = SocketAddr::new(self.network.host(host).address(), PORT);
-        let daemon = Daemon::start(self.command(host)?, options(address, more))?;
+        let daemon = Daemon::start(command, options(address, more))?;
         Site::of(daemon, address)
     }
 

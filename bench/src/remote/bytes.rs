@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use types::{EXTENT_SIZE, PAGE_SIZE};
+use vm::bare;
 
 use super::Run;
 use super::bed::{Bed, Site};
 use super::workload::{WorkingSet, written};
+use crate::floor;
 use crate::report::{Report, Row, Samples, announce};
 
 const MIB: u64 = 1024;
@@ -111,8 +113,22 @@ fn one_more(
     let what = "one more child to first, image arrived in part; beside one of a local image";
     let met = firsts.p50() <= 1.2 * locals.p50();
     report.add(Row::new("R4", what, &firsts, Some(locals.p50())).reaching("<= 1.2x", met));
+    copied_for_each(report, run)?;
     let what = format!("bytes that {} more children with the same working set took", firsts.n());
     report.add(Row::new("R4", what, &mib(more), None).in_mib().reaching("0", more == 0));
+    Ok(())
+}
+
+/// What one more child pays where each has a copy of its own, by `UFFDIO_COPY`, and where they share a host image.
+fn copied_for_each(report: &mut Report, run: &Run) -> Result<()> {
+    let host = floor::open_host()?;
+    let n = run.n(10, 50);
+    let copied: Vec<Duration> = (0..n).map(|_| bare::copied(&host, 100)).collect::<Result<_, _>>()?;
+    let copied = Samples::of(&copied);
+    let shared = floor::raw_touches(&host, bare::Touch::Read, n)?.p50() * 16.0;
+    report.keep("R4 an extent for one more child, UFFDIO_COPY for each child", &copied);
+    let what = "  raw: all pages of one extent for one more child, UFFDIO_COPY for each child (and 64 KiB); beside shared (0)";
+    report.add(Row::new("R4", what, &copied, Some(shared)));
     Ok(())
 }
 

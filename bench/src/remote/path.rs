@@ -59,9 +59,9 @@ pub(super) fn round_trips(from: &Host, to: &Host, n: usize) -> Result<Vec<Durati
     })
 }
 
-/// Raw QUIC: 64 KiB asked for by a small request on a stream of its own, one after the other with a pause before each, without
+/// Raw QUIC: so many bytes asked for by a small request on a stream of its own, one after the other with a pause before each, without
 /// client certificates.
-pub(super) fn quic_reads(from: &Host, to: &Host, n: usize, pause: Duration) -> Result<Vec<Duration>> {
+pub(super) fn quic_reads(from: &Host, to: &Host, bytes: u64, n: usize, pause: Duration) -> Result<Vec<Duration>> {
     let own = rcgen::generate_simple_self_signed(["server".to_owned()])?;
     let certificate = CertificateDer::from(own.cert);
     let key = PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
@@ -76,10 +76,10 @@ pub(super) fn quic_reads(from: &Host, to: &Host, n: usize, pause: Duration) -> R
                     let server = quinn::Endpoint::server(config, (here, 0).into())?;
                     address.send(server.local_addr()?)?;
                     let connection = server.accept().await.context("a client")?.await?;
-                    let extent = vec![7; usize::try_from(EXTENT_SIZE)?];
+                    let answered = vec![7; usize::try_from(bytes)?];
                     while let Ok((mut answer, mut question)) = connection.accept_bi().await {
                         question.read_to_end(256).await?;
-                        answer.write_all(&extent).await?;
+                        answer.write_all(&answered).await?;
                         answer.finish()?;
                     }
                     Ok(())
@@ -103,9 +103,9 @@ pub(super) fn quic_reads(from: &Host, to: &Host, n: usize, pause: Duration) -> R
                     let (mut question, mut answer) = connection.open_bi().await?;
                     question.write_all(&[1; 96]).await?;
                     question.finish()?;
-                    let bytes = answer.read_to_end(1 << 20).await?;
+                    let read = answer.read_to_end(1 << 20).await?;
                     trips.push(began.elapsed());
-                    ensure!(bytes.len() as u64 == EXTENT_SIZE, "{} bytes", bytes.len());
+                    ensure!(read.len() as u64 == bytes, "{} bytes", read.len());
                 }
                 connection.close(0_u32.into(), b"");
                 client.wait_idle().await;

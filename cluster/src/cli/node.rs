@@ -58,6 +58,9 @@ pub struct Arguments {
     /// Do not fetch ahead what children touched first elsewhere
     #[arg(long, hide = true)]
     no_replay: bool,
+    /// Demands and what is read ahead on one connection
+    #[arg(long, hide = true)]
+    one_connection: bool,
     /// How to log
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
@@ -80,6 +83,8 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     // Whatever is made here is nobody else's to read.
     rustix::process::umask(Mode::from(0o077));
     raise_descriptor_limit();
+    #[cfg(any(feature = "testing", feature = "bench"))]
+    take_guards_out();
     let socket = socket.map_or_else(paths::socket, Ok)?;
     let data = arguments.data.clone().map_or_else(paths::data, Ok)?;
     let data = DataDirectory::open(&data)?;
@@ -122,6 +127,7 @@ impl Arguments {
             host_image_bytes: self.host_image_memory,
             streams: !self.no_stream,
             replays: !self.no_replay,
+            has_one_connection: self.one_connection,
         }
     }
 }
@@ -147,9 +153,8 @@ fn raise_descriptor_limit() {
 #[cfg(feature = "testing")]
 mod testing {
     use tokio::signal::unix::{SignalKind, signal};
-    use vm::harness::guards::{Guard, take_out};
 
-    /// SIGUSR1 has the pager's thread panic, SIGUSR2 a task of each of its fetches; `FARFORK_TEST_WITHOUT` names guards to take out, with commas.
+    /// SIGUSR1 has the pager's thread panic, SIGUSR2 a task of each of its fetches.
     pub(super) fn listen() -> std::io::Result<()> {
         for (kind, of_task) in [(SignalKind::user_defined1(), false), (SignalKind::user_defined2(), true)] {
             let mut panics = signal(kind)?;
@@ -159,16 +164,23 @@ mod testing {
                 }
             });
         }
-        let without = std::env::var("FARFORK_TEST_WITHOUT").unwrap_or_default();
-        for guard in without.split(',').filter(|guard| !guard.is_empty()) {
-            take_out(match guard {
-                "verification" => Guard::Verification,
-                "presence-on-exists" => Guard::PresenceOnExists,
-                "workers-watch" => Guard::WorkersWatch,
-                other => panic!("no guard is called {other}"),
-            });
-        }
         Ok(())
+    }
+}
+
+/// `FARFORK_TEST_WITHOUT` names guards to take out, with commas: for the tests that see what happens then, and for measuring what
+/// they cost.
+#[cfg(any(feature = "testing", feature = "bench"))]
+fn take_guards_out() {
+    use vm::harness::guards::{Guard, take_out};
+    let without = std::env::var("FARFORK_TEST_WITHOUT").unwrap_or_default();
+    for guard in without.split(',').filter(|guard| !guard.is_empty()) {
+        take_out(match guard {
+            "verification" => Guard::Verification,
+            "presence-on-exists" => Guard::PresenceOnExists,
+            "workers-watch" => Guard::WorkersWatch,
+            other => panic!("no guard is called {other}"),
+        });
     }
 }
 

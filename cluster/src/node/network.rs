@@ -24,6 +24,8 @@ pub struct NetworkSettings {
     pub streams: bool,
     /// Whether what children touched first elsewhere is fetched ahead.
     pub replays: bool,
+    /// Whether what is read ahead goes over the connection for demands.
+    pub has_one_connection: bool,
 }
 
 /// The parts that know other nodes.

@@ -37,6 +37,8 @@ pub struct Tuning {
     /// How long a peer may be silent before its connection is given up; 5 s. Shorter than a pause of the peer's process or a
     /// switch of routes, connections die for nothing; until then a dead holder is only noticed by deadlines and hedging.
     pub idle_timeout: Duration,
+    /// Whether what is read ahead goes over the connection for demands; no. With it demands wait for what was sent before them.
+    pub has_one_connection: bool,
     /// Bytes of each of the socket's two kernel buffers; 8 MiB, of which the kernel gives at most `net.core.rmem_max` and
     /// `wmem_max`. Too small, bursts are dropped here and look like losses of the network.
     pub socket_buffer_bytes: u32,
@@ -51,6 +53,7 @@ impl Default for Tuning {
             initial_window_bytes: 4 << 20,
             keep_alive: Duration::from_secs(1),
             idle_timeout: Duration::from_secs(5),
+            has_one_connection: false,
             socket_buffer_bytes: 8 << 20,
         }
     }

@@ -62,6 +62,7 @@ pub(super) fn start(
         host_image_bytes: network.host_image_bytes,
         streams: network.streams,
         replays: network.replays,
+        has_one_connection: network.has_one_connection,
         ..Settings::new(network.page_deadline)
     };
     let Credentials { identity, trust } = credentials;

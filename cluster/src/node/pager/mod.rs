@@ -68,13 +68,22 @@ pub(crate) struct Settings {
     pub streams: bool,
     /// Whether what children touched first elsewhere is fetched ahead.
     pub replays: bool,
+    /// Whether what is read ahead goes over the connection for demands.
+    pub has_one_connection: bool,
 }
 
 impl Settings {
     /// What is right for most, with this deadline for pages.
     #[must_use]
     pub(crate) fn new(deadline: Duration) -> Self {
-        Self { deadline, open_deadline: deadline, host_image_bytes: None, streams: true, replays: true }
+        Self {
+            deadline,
+            open_deadline: deadline,
+            host_image_bytes: None,
+            streams: true,
+            replays: true,
+            has_one_connection: false,
+        }
     }
 }
 
@@ -347,7 +356,8 @@ fn run(
         }
     };
     LocalSet::new().block_on(&runtime, async {
-        let client = match Client::new(identity, trust, &Tuning::default()) {
+        let tuning = Tuning { has_one_connection: settings.has_one_connection, ..Tuning::default() };
+        let client = match Client::new(identity, trust, &tuning) {
             Ok(client) => client,
             Err(error) => return started.send(Err(host_error(error.to_string()))).unwrap_or_default(),
         };

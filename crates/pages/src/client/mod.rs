@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) pages: quinn::ClientConfig,
     pub(crate) node: quinn::ClientConfig,
     pub(crate) trust: Trust,
+    /// As in [`Tuning`].
+    has_one_connection: bool,
 }
 
 impl Client {
@@ -63,6 +65,7 @@ impl Client {
             pages: config(wire::ALPN_PAGES)?,
             node: config(wire::ALPN_NODE)?,
             trust: trust.clone(),
+            has_one_connection: tuning.has_one_connection,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -71,15 +74,10 @@ impl Client {
     /// used.
     #[must_use]
     pub fn link(&self, address: SocketAddr, expected: Option<NodeId>) -> Link {
-        let lane = |which| Lane::new(Arc::clone(&self.shared), address, expected, which);
-        Link {
-            inner: Arc::new(Lanes {
-                address,
-                demand: lane(Which::Pages),
-                bulk: lane(Which::Pages),
-                orders: lane(Which::Orders),
-            }),
-        }
+        let lane = |which| Arc::new(Lane::new(Arc::clone(&self.shared), address, expected, which));
+        let demand = lane(Which::Pages);
+        let bulk = if self.shared.has_one_connection { Arc::clone(&demand) } else { lane(Which::Pages) };
+        Link { inner: Arc::new(Lanes { address, demand, bulk, orders: lane(Which::Orders) }) }
     }
 
     /// Closes every connection of every link.
@@ -104,9 +102,9 @@ pub struct Link {
 
 struct Lanes {
     address: SocketAddr,
-    demand: Lane,
-    bulk: Lane,
-    orders: Lane,
+    demand: Arc<Lane>,
+    bulk: Arc<Lane>,
+    orders: Arc<Lane>,
 }
 
 /// An extent as it came: asked for, not verified.

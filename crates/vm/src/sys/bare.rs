@@ -108,6 +108,8 @@ pub fn copy(bytes: u64) -> io::Result<Duration> {
     Ok(started.elapsed())
 }
 
+const EXTENT: u32 = 1 << 16;
+
 /// What a fault costs that another thread answers, and what placing an extent costs: each the mean of many.
 #[derive(Clone, Copy, Debug)]
 pub struct BareFault {
@@ -117,13 +119,38 @@ pub struct BareFault {
     pub publication: Duration,
 }
 
+/// What a child's touches of all pages of an extent cost when a pager copies the extent into memory of the child's own, at the
+/// first of them: the mean of many. Every child pays it anew, and the memory.
+///
+/// # Errors
+/// What a system call failed with.
+pub fn copied(host: &Host, count: u32) -> io::Result<Duration> {
+    let (each, first) = (u64::from(EXTENT), TOUCHED as u64);
+    let touched = first..first + u64::from(count) * each;
+    let bytes = touched.end.next_multiple_of(2 << 20);
+    let memfd = guest(bytes, &touching(count * (EXTENT / 4096), 4096, Touch::Read)?)?;
+    let mut shell = BareShell::build(host, bytes)?;
+    let saved = Saved::of(host, &shell)?;
+    shell.map(&memfd, bytes)?;
+    let watch = Device::open()?.watch()?;
+    watch.register(&shell.slot, &touched)?;
+    saved.restore(&shell)?;
+    expect_port(&mut shell.vcpu)?;
+    let BareShell { vcpu, slot, .. } = &mut shell;
+    let extent = [7; EXTENT as usize];
+    let took = answered(&watch, vcpu, count, EXTENT as usize, |at| {
+        placed(watch.place(slot, at, &extent), extent.len())?;
+        watch.wake(at, extent.len())
+    })?;
+    Ok(took / count)
+}
+
 /// Has a guest touch `count` pages, each of another extent, that are not in the memfd until this places them; and then places
 /// as many extents that nobody waits for.
 ///
 /// # Errors
 /// What a system call failed with.
 pub fn fault(host: &Host, count: u32) -> io::Result<BareFault> {
-    const EXTENT: u32 = 1 << 16;
     let (each, first) = (u64::from(EXTENT), TOUCHED as u64);
     let touched = first..first + u64::from(count) * each;
     let bytes = (touched.end + u64::from(count) * each).next_multiple_of(2 << 20);
@@ -139,13 +166,10 @@ pub fn fault(host: &Host, count: u32) -> io::Result<BareFault> {
     saved.restore(&shell)?;
     expect_port(&mut shell.vcpu)?;
     let start = shell.slot.start().0;
-    let fault = std::thread::scope(|scope| -> io::Result<Duration> {
-        let answers = scope.spawn(|| answer(&watch, &alias, start, count));
-        let began = Instant::now();
-        expect_port(&mut shell.vcpu)?;
-        let took = began.elapsed();
-        answers.join().expect("it does not panic")?;
-        Ok(took)
+    let page = [7; 4096];
+    let fault = answered(&watch, &mut shell.vcpu, count, 4096, |at| {
+        placed(alias.place((at.0 - start) as u64, &page), page.len())?;
+        watch.wake(at, page.len())
     })?;
     let extent = vec![7; EXTENT as usize];
     let began = Instant::now();
@@ -155,9 +179,25 @@ pub fn fault(host: &Host, count: u32) -> io::Result<BareFault> {
     Ok(BareFault { fault: fault / count, publication: began.elapsed() / count })
 }
 
-/// Answers so many faults, each with a page of its own.
-fn answer(watch: &Watch, alias: &Alias, start: usize, count: u32) -> io::Result<()> {
-    let page = [7; 4096];
+/// Runs a guest until it has made so many faults, which another thread answers; how long that took.
+fn answered(
+    watch: &Watch,
+    vcpu: &mut VcpuFd,
+    count: u32,
+    unit: usize,
+    answer: impl Fn(HostAddress) -> io::Result<()> + Send,
+) -> io::Result<Duration> {
+    std::thread::scope(|scope| {
+        let answers = scope.spawn(move || answer_all(watch, count, unit, answer));
+        let began = Instant::now();
+        expect_port(vcpu)?;
+        let took = began.elapsed();
+        answers.join().expect("it does not panic")?;
+        Ok(took)
+    })
+}
+
+fn answer_all(watch: &Watch, count: u32, unit: usize, answer: impl Fn(HostAddress) -> io::Result<()>) -> io::Result<()> {
     let mut answered = 0;
     while answered < count {
         let mut waiting = [PollFd::new(watch, PollFlags::IN)];
@@ -166,10 +206,9 @@ fn answer(watch: &Watch, alias: &Alias, start: usize, count: u32) -> io::Result<
             return Err(io::ErrorKind::TimedOut.into());
         }
         let mut touched = Vec::new();
-        watch.read(|at| touched.push(HostAddress(at.0 & !4095)))?;
+        watch.read(|at| touched.push(HostAddress(at.0 - at.0 % unit)))?;
         for at in touched {
-            placed(alias.place((at.0 - start) as u64, &page), page.len())?;
-            watch.wake(at, page.len())?;
+            answer(at)?;
             answered += 1;
         }
     }

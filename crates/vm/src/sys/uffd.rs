@@ -126,6 +126,14 @@ impl Watch {
         self.0.wake(at.0 as *mut _, len).map_err(io_error)
     }
 
+    /// Gives a slot pages of its own where nobody else would see them: what a pager without a host image does. For measurements.
+    #[cfg(feature = "bare")]
+    pub(crate) fn place(&self, slot: &Slot, at: HostAddress, bytes: &[u8]) -> (usize, Option<Stop>) {
+        assert!(slot.is_mapped() && slot.contains(at, bytes.len()), "only what the slot owns is filled");
+        // SAFETY: guest memory, to which no reference exists.
+        unsafe { copy_in(&self.0, at.0, bytes) }
+    }
+
     /// Whoever touches an absent page in this range from now on, or waits for one, is refused it for good; where the range is not
     /// registered everything stays as it is. Says whether there is still a memory to touch: `false` once it has gone with its
     /// process.
@@ -212,34 +220,8 @@ impl Alias {
         let at = self.range.start + usize_of(offset);
         let is_whole = at.is_multiple_of(4096) && bytes.len().is_multiple_of(4096);
         assert!(is_whole && at + bytes.len() <= self.range.end, "whole pages within the file");
-        let mut done = 0;
-        let mut attempts = 0;
-        while done < bytes.len() {
-            let rest = &bytes[done..];
-            // SAFETY: the kernel reads `rest`, which is borrowed, and writes to our own mapping, to which no reference exists.
-            let copied = unsafe { self.watch.0.copy(rest.as_ptr().cast(), (at + done) as *mut _, rest.len(), true) };
-            match copied {
-                Ok(copied) => done += copied,
-                // EAGAIN with a count is progress; what looks like a huge count is -EAGAIN or another error, negated.
-                Err(userfaultfd::Error::PartiallyCopied(copied)) if copied <= rest.len() && copied > 0 => done += copied,
-                Err(userfaultfd::Error::PartiallyCopied(_)) if attempts < ATTEMPTS => {
-                    attempts += 1;
-                    std::thread::yield_now();
-                }
-                Err(userfaultfd::Error::CopyFailed(errno)) => {
-                    return (
-                        done,
-                        Some(match errno as i32 {
-                            libc::EEXIST => Stop::Exists,
-                            libc::ENOMEM => Stop::NoMemory,
-                            errno => Stop::Error(errno),
-                        }),
-                    );
-                }
-                Err(_) => return (done, Some(Stop::Error(libc::EAGAIN))),
-            }
-        }
-        (done, None)
+        // SAFETY: our own mapping, to which no reference exists.
+        unsafe { copy_in(&self.watch.0, at, bytes) }
     }
 }
 
@@ -249,6 +231,41 @@ impl Drop for Alias {
         let unmapped = unsafe { rustix::mm::munmap(self.range.start as *mut _, self.range.len()) };
         assert!(unmapped.is_ok(), "unmapping an owned range cannot fail: {unmapped:?}");
     }
+}
+
+/// Copies whole pages to `at`. Returns the bytes that were, and why not all.
+///
+/// # Safety
+/// No reference may point to where they go.
+unsafe fn copy_in(uffd: &Uffd, at: usize, bytes: &[u8]) -> (usize, Option<Stop>) {
+    let mut done = 0;
+    let mut attempts = 0;
+    while done < bytes.len() {
+        let rest = &bytes[done..];
+        // SAFETY: the kernel reads `rest`, which is borrowed, and writes where the caller has said that no reference points.
+        let copied = unsafe { uffd.copy(rest.as_ptr().cast(), (at + done) as *mut _, rest.len(), true) };
+        match copied {
+            Ok(copied) => done += copied,
+            // EAGAIN with a count is progress; what looks like a huge count is -EAGAIN or another error, negated.
+            Err(userfaultfd::Error::PartiallyCopied(copied)) if copied <= rest.len() && copied > 0 => done += copied,
+            Err(userfaultfd::Error::PartiallyCopied(_)) if attempts < ATTEMPTS => {
+                attempts += 1;
+                std::thread::yield_now();
+            }
+            Err(userfaultfd::Error::CopyFailed(errno)) => {
+                return (
+                    done,
+                    Some(match errno as i32 {
+                        libc::EEXIST => Stop::Exists,
+                        libc::ENOMEM => Stop::NoMemory,
+                        errno => Stop::Error(errno),
+                    }),
+                );
+            }
+            Err(_) => return (done, Some(Stop::Error(libc::EAGAIN))),
+        }
+    }
+    (done, None)
 }
 
 fn io_error(error: userfaultfd::Error) -> io::Error {
