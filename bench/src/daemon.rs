@@ -25,8 +25,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(600);
 
 /// A daemon, and a connection to it.
 pub(crate) struct Daemon {
-    pub(crate) directory: tempfile::TempDir,
-    child: Child,
+    /// Its process and what it keeps its files in, unless it was there before.
+    own: Option<(Child, tempfile::TempDir)>,
+    socket: PathBuf,
     connection: UnixStream,
     used: Instant,
 }
@@ -67,14 +68,23 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(5));
         };
         connection.set_read_timeout(Some(ANSWER_PATIENCE))?;
-        Ok(Self { directory, child, connection, used: Instant::now() })
+        Ok(Self { own: Some((child, directory)), socket, connection, used: Instant::now() })
+    }
+
+    /// One that runs already, by the socket of its API.
+    pub(crate) fn attach(socket: &Path) -> Result<Self> {
+        let connection = connect(socket)?;
+        Ok(Self { own: None, socket: socket.to_owned(), connection, used: Instant::now() })
+    }
+
+    /// Where it keeps its files, if this process has started it.
+    pub(crate) fn directory(&self) -> Option<&Path> {
+        self.own.as_ref().map(|(_, directory)| directory.path())
     }
 
     /// Another connection to it.
     pub(crate) fn connect(&self) -> Result<UnixStream> {
-        let connection = UnixStream::connect(socket_in(&self.directory))?;
-        connection.set_read_timeout(Some(ANSWER_PATIENCE))?;
-        Ok(connection)
+        connect(&self.socket)
     }
 
     /// The connection to it, open.
@@ -93,17 +103,23 @@ impl Daemon {
     /// Ends it as a crash would, and starts `command` in its place: with the same data directory.
     pub(crate) fn restart<S: AsRef<OsStr>>(mut self, command: Command, more: impl IntoIterator<Item = S>) -> Result<Self> {
         self.kill()?;
-        let successor = tempfile::tempdir()?;
-        let directory = std::mem::replace(&mut self.directory, successor);
+        let (_, directory) = self.own.take().context("a daemon of this process")?;
         Self::start_in(directory, command, more)
     }
 
     /// Ends it as a crash would.
     pub(crate) fn kill(&mut self) -> Result<()> {
-        self.child.kill()?;
-        self.child.wait()?;
+        let (child, _) = self.own.as_mut().context("a daemon of this process")?;
+        child.kill()?;
+        child.wait()?;
         Ok(())
     }
+}
+
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let connection = UnixStream::connect(socket).with_context(|| format!("the API at {}", socket.display()))?;
+    connection.set_read_timeout(Some(ANSWER_PATIENCE))?;
+    Ok(connection)
 }
 
 fn socket_in(directory: &tempfile::TempDir) -> PathBuf {
@@ -112,15 +128,16 @@ fn socket_in(directory: &tempfile::TempDir) -> PathBuf {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let Some((child, _)) = &mut self.own else { return };
         // It stops its machines and removes its groups; a node that does not is ended.
-        if let (Ok(None), Some(pid)) = (self.child.try_wait(), rustix::process::Pid::from_raw(self.child.id().cast_signed())) {
+        if let (Ok(None), Some(pid)) = (child.try_wait(), rustix::process::Pid::from_raw(child.id().cast_signed())) {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap_or_default();
         }
         let started = Instant::now();
-        while matches!(self.child.try_wait(), Ok(None)) && started.elapsed() < PATIENCE {
+        while matches!(child.try_wait(), Ok(None)) && started.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(10));
         }
-        self.child.kill().unwrap_or_default();
-        self.child.wait().map(drop).unwrap_or_default();
+        child.kill().unwrap_or_default();
+        child.wait().map(drop).unwrap_or_default();
     }
 }

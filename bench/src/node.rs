@@ -67,7 +67,7 @@ fn round_trips(report: &mut Report, node: &mut Daemon, image: &str, n: usize) ->
 fn storm(report: &mut Report, node: &mut Daemon, n: usize) -> Result<()> {
     announce("C2: the API at rest and beside an allocation storm");
     let quiet = listings(node, n)?;
-    stormy_image(&node.directory.path().join("data/images"))?;
+    stormy_image(&node.directory().context("a node of this process")?.join("data/images"))?;
     let loaded = node.ask("POST", "/v1/images/load", r#"{"name":"storm"}"#)?;
     let image = loaded["id"].as_str().context("an image")?.to_owned();
     let order = format!(r#"{{"from":{{"image":"{image}"}}}}"#);

@@ -158,7 +158,7 @@ pub(super) struct Here {
 }
 
 impl Site {
-    fn of(mut daemon: Daemon, address: SocketAddr) -> Result<Self> {
+    pub(super) fn of(mut daemon: Daemon, address: SocketAddr) -> Result<Self> {
         let own = daemon.ask("GET", "/v1/trust/own", "")?;
         let certificate = text(&own["pem"])?;
         Ok(Self { daemon, address, certificate })
@@ -171,10 +171,21 @@ impl Site {
 
     /// Loads an image of so many MiB, half of them written: its id here, and its digest.
     pub(super) fn load(&mut self, images: &Images, mib: u64) -> Result<(String, String)> {
-        let name = images.put(mib, &self.daemon.directory.path().join("data/images"))?;
+        let directory = self.daemon.directory().context("a node of this process")?;
+        let name = images.put(mib, &directory.join("data/images"))?;
         let loaded = self.daemon.ask("POST", "/v1/images/load", &json!({ "name": name }).to_string())?;
         let id = text(&loaded["id"])?;
         let hashed = self.daemon.ask("POST", &format!("/v1/images/{id}/digest"), "")?;
+        Ok((id, text(&hashed["digest"])?))
+    }
+
+    /// Makes an image of so many MiB, half of them written, by a guest of this node: its id here, and its digest.
+    pub(super) fn make(&mut self, mib: u64) -> Result<(String, String)> {
+        let parent = self.order(&json!({ "from": { "guest": "probe" }, "memory_bytes": mib << 20 }))?;
+        self.touch(&parent.ids[0], &WorkingSet::written_by(mib)?)?;
+        let id = self.order(&json!({ "from": { "machine": parent.ids[0] } }))?.image;
+        let hashed = self.daemon.ask("POST", &format!("/v1/images/{id}/digest"), "")?;
+        self.kill_all()?;
         Ok((id, text(&hashed["digest"])?))
     }
 
@@ -293,6 +304,17 @@ impl Site {
         match answer["images"].as_array().map(Vec::as_slice) {
             Some([image]) => text(&image["id"]),
             _ => bail!("not one image: {answer}"),
+        }
+    }
+
+    /// The image of that name that this node has.
+    pub(super) fn only_image_of(&mut self, digest: &str) -> Result<String> {
+        let answer = self.daemon.ask("GET", "/v1/images", "")?;
+        let images = answer["images"].as_array().context("images")?;
+        let found: Vec<&Value> = images.iter().filter(|image| image["digest"] == digest).collect();
+        match found[..] {
+            [image] => text(&image["id"]),
+            _ => bail!("not one image {digest}: {answer}"),
         }
     }
 

@@ -9,6 +9,7 @@
 //! machines. Children touch memory by commands that the node passes on to them, which takes a build with `--features
 //! farfork/bench`; all else is the product as it is.
 
+mod apart;
 mod bed;
 mod broken;
 mod bytes;
@@ -22,7 +23,7 @@ mod workload;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 
 use crate::report::Report;
@@ -44,6 +45,10 @@ pub(crate) struct Arguments {
     /// Rate of the links where a row asks for one, in Mbit/s
     #[arg(long, value_name = "MBIT", default_value_t = 1000)]
     rate: u64,
+    /// Measure between these two nodes instead, which run already: the first holds the image, the second runs the children. Each
+    /// is where it listens and the socket of its API, which ssh -L carries from another host: HOST:PORT=SOCKET,HOST:PORT=SOCKET
+    #[arg(long, value_name = "NODES", value_delimiter = ',', value_parser = apart::given, conflicts_with_all = ["farfork", "hosts", "delay", "rate", "rows"])]
+    nodes: Vec<apart::Given>,
     /// Only these rows, with commas
     #[arg(long, value_name = "ROW", value_delimiter = ',')]
     rows: Vec<String>,
@@ -84,6 +89,14 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, arguments: &Arguments) -> Re
     ensure!(arguments.rows.iter().all(known), "rows are R1 to R9");
     let host = floor::open_host()?;
     let mut report = Report::new(&host, quick);
+    match &arguments.nodes[..] {
+        [] => {}
+        [holder, runner] => {
+            apart::run(&mut report, holder, runner, quick)?;
+            return report.finish(json);
+        }
+        nodes => bail!("two nodes, not {}", nodes.len()),
+    }
     let bed = Bed::new(arguments.hosts + 1, &daemon::program(arguments.farfork.as_deref())?)?;
     if let Some(reason) = bed.network.why_shared() {
         report.note(format!("hosts share the loopback ({reason}): rows that need rates or links are left out"));

@@ -98,6 +98,13 @@ impl WorkingSet {
         Ok(Self::touching(&runs))
     }
 
+    /// Not touched but written: what makes an image.
+    pub(super) fn written_by(mib: u64) -> Result<Self> {
+        let (first, count) = written(mib)?;
+        let commands = vec![Command::Fill { first, count, epoch: EPOCH }];
+        Ok(Self { commands, expected: vec![(count, 0)], pages: count, extents: count.div_ceil(EXTENT_PAGES) })
+    }
+
     /// Single pages, each of another extent and by a command of its own, from the last written one down.
     pub(super) fn singles_from_the_end(mib: u64, count: u64) -> Result<Self> {
         let (first, written) = written(mib)?;

@@ -84,3 +84,30 @@ fn real_images_that_nobody_has_any_more_are_let_go_of() {
         eventually("the lease is given back", || !is_held());
     }
 }
+
+/// Also by readers whose image had arrived before it was time to tell.
+#[test]
+fn real_holders_hear_what_was_touched_and_the_next_host_fetches_it_ahead() {
+    let mut nodes = nodes(2, &[]);
+    nodes.push(listening(tempfile::tempdir().unwrap(), &["--no-stream"], ""));
+    introduce(&nodes.iter().map(|(node, _)| node).collect::<Vec<_>>());
+    let [(a, a_address), (b, _), (c, _)] = &nodes[..] else { unreachable!() };
+    let (_, digest) = warm(a, "64MiB");
+    let opened = b.json(&["fork", &digest, "--from", a_address, "--verify"]);
+    let there = opened["image"]["id"].as_str().unwrap();
+    assert_eq!(b.cli(&["watch", there, "--timeout", "60s"]).code, Some(0));
+    eventually("its lease is given back", || {
+        b.http("GET", "/metrics", b"").body.contains("farfork_read_leases{state=\"held\"} 0")
+    });
+    eventually("the next one fetches ahead", || {
+        let opened = c.json(&["fork", &digest, "--from", a_address]);
+        let there = opened["image"]["id"].as_str().unwrap().to_owned();
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let metrics = c.http("GET", "/metrics", b"").body;
+        assert_eq!(c.cli(&["kill", "--all"]).code, Some(0));
+        assert_eq!(c.cli(&["image", "rm", &there]).code, Some(0));
+        let replayed = metrics.lines().find_map(|line| line.strip_prefix("farfork_page_bytes_total{kind=\"replay\"} "));
+        // More than the few extents that any child touches first.
+        replayed.unwrap().trim().parse::<u64>().unwrap() > 32 << 16
+    });
+}

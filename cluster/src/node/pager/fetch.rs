@@ -20,6 +20,7 @@ use vm::{HostImage, Watched};
 
 use super::super::metrics::{self, FaultStages, PageBytes};
 use super::super::offer::About;
+use super::learn::Told;
 use super::source::Source;
 use super::{Key, Opened, Progress, Shared};
 
@@ -41,6 +42,7 @@ pub(super) struct Fetch {
     timer: Notify,
     /// A hash page has come.
     pub(super) learned: Notify,
+    pub(super) told: Told,
     about: About,
     opened_at: Duration,
     settled_after: Cell<Option<Duration>>,
@@ -131,6 +133,7 @@ impl Fetch {
             state: RefCell::new(state),
             timer: Notify::new(),
             learned: Notify::new(),
+            told: Told::default(),
             about,
             opened_at: shared.now(),
             settled_after: Cell::new(None),

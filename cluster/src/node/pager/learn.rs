@@ -1,6 +1,7 @@
 //! What a fetch learns of its image before it can settle: the digests of all extents, which of them are zero or here already as
 //! part of other images, and what children touch first, which it tells the holders.
 
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -47,8 +48,8 @@ impl Fetch {
         }
         let (learning, telling) = (Rc::clone(self), Rc::clone(self));
         self.spawn(async move { learning.learn().await });
-        let before = hints.to_vec();
-        self.spawn(async move { telling.tell(before).await });
+        *self.told.before.borrow_mut() = hints.to_vec();
+        self.spawn(async move { telling.tell().await });
         self.pump();
     }
 
@@ -94,6 +95,15 @@ impl Fetch {
         let now = self.shared.now();
         self.state.borrow_mut().transfer.stream(now, self.shared.settings.streams);
         self.pump();
+    }
+
+    /// What children have touched first, if holders do not know all of it.
+    pub(super) fn news(&self) -> Option<Hints> {
+        let state = self.state.borrow();
+        if self.told.count.replace(state.touched.len()) == state.touched.len() {
+            return None;
+        }
+        Some(Hints::first_of(self.told.before.borrow().iter().copied().chain(runs(&state.touched))))
     }
 
     /// Asks the sources for a hash page, each a little later than the one before it: one that is silent keeps nobody waiting.
@@ -188,20 +198,15 @@ impl Fetch {
     }
 
     /// Tells the holders now and then what children have touched first, so that the next host fetches that ahead.
-    async fn tell(self: Rc<Self>, before: Vec<WorkingSetRun>) {
-        let mut told = 0;
+    async fn tell(self: Rc<Self>) {
         for after in TELL_AFTER {
             tokio::time::sleep(after).await;
-            let (touched, readers) = {
+            let Some(runs) = self.news() else { continue };
+            let readers: Vec<_> = {
                 let state = self.state.borrow();
                 let readers = state.sources.values().filter_map(|source| Some((source.link.clone(), source.lease.clone()?)));
-                (state.touched.clone(), readers.collect::<Vec<_>>())
+                readers.collect()
             };
-            if touched.len() == told {
-                continue;
-            }
-            told = touched.len();
-            let runs = Hints::first_of(before.iter().copied().chain(runs(&touched)));
             for (link, lease) in readers {
                 let within = self.shared.settings.deadline;
                 if let Err(error) = link.hints(&lease, self.key.1, runs.clone(), within).await {
@@ -210,6 +215,15 @@ impl Fetch {
             }
         }
     }
+}
+
+/// What holders know of what children touched here.
+#[derive(Default)]
+pub(super) struct Told {
+    /// What they had said themselves when the image was opened.
+    before: RefCell<Vec<WorkingSetRun>>,
+    /// How many of those that were touched they have been told.
+    count: Cell<usize>,
 }
 
 /// Extents in their order as runs: neighbours that came one after the other are one.

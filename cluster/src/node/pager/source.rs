@@ -251,14 +251,20 @@ impl Fetch {
         self.state.borrow().sources.values().filter(|source| source.lease.is_some()).count()
     }
 
-    /// Gives every lease back.
+    /// Gives every lease back, with a last word on what was touched: images that arrive quickly have not told it before.
     pub(super) fn release_sources(&self) {
+        let news = self.news();
         for source in self.state.borrow_mut().sources.values_mut() {
             source.state = SourceState::Gone;
             if let Some(lease) = source.lease.take() {
-                let link = source.link.clone();
+                let (link, news, image) = (source.link.clone(), news.clone(), self.key.1);
                 // Not a task of the fetch, which ends now; a node that is gone forgets it by itself.
-                tokio::task::spawn_local(async move { link.release(&lease, PAUSE_MAX).await.unwrap_or_default() });
+                tokio::task::spawn_local(async move {
+                    if let Some(news) = news {
+                        link.hints(&lease, image, news, PAUSE_MAX).await.unwrap_or_default();
+                    }
+                    link.release(&lease, PAUSE_MAX).await.unwrap_or_default();
+                });
             }
         }
     }
