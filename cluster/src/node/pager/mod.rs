@@ -12,6 +12,7 @@
 
 mod ask;
 mod child;
+mod feed;
 mod fetch;
 mod learn;
 mod room;
@@ -37,7 +38,7 @@ use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 use types::{Digest, EXTENT_SIZE, ExtentIndex, Head, Reason, Tenant};
 use vm::image::Image;
-use vm::{HostImage, PageSource, Pool, Watched};
+use vm::{HostImage, Pool, Watched};
 
 use super::engine::{EngineError, ErrorKind, OpenOrder, SourceFacts};
 use super::metrics;
@@ -219,12 +220,6 @@ impl Shared {
     }
 }
 
-/// How a host image reaches the thread.
-struct Feed {
-    key: Key,
-    orders: UnboundedSender<Order>,
-}
-
 impl Pager {
     /// Starts the thread.
     ///
@@ -317,20 +312,6 @@ impl Handle {
         let (reply, answer) = oneshot::channel();
         self.orders.send(order(reply)).ok()?;
         answer.blocking_recv().ok()
-    }
-}
-
-impl PageSource for Feed {
-    fn watch(&self, child: Arc<Watched>) {
-        self.orders.send(Order::Watch(child)).unwrap_or_default();
-    }
-
-    fn forget(&self, child: &Arc<Watched>) {
-        self.orders.send(Order::Forget(Arc::clone(child))).unwrap_or_default();
-    }
-
-    fn want(&self, region: usize, extents: Range<u32>) {
-        self.orders.send(Order::Want { key: self.key.clone(), region, extents }).unwrap_or_default();
     }
 }
 

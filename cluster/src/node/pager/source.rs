@@ -15,8 +15,9 @@ use vm::HostImage;
 use super::super::engine::{EngineError, ErrorKind, SourceFacts, SourceState};
 use super::super::metrics::{self, OpenStages};
 use super::super::offer::About;
+use super::feed::Feed;
 use super::fetch::Fetch;
-use super::{Feed, Key, Shared, list};
+use super::{Key, Shared, list};
 
 /// Before a source is asked again that refused, or could not be reached.
 const PAUSE: Duration = Duration::from_millis(100);
