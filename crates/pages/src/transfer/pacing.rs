@@ -46,8 +46,8 @@ pub(super) struct Pace {
     luckiest: Duration,
     /// The shortest time from a request to its first extent, and since when it has been that.
     round_trip: Option<(Duration, Duration)>,
-    /// It is being found anew.
-    is_measuring: bool,
+    /// Since when it is being found anew.
+    measuring_since: Option<Duration>,
     /// Since when something has been outstanding, or the last of it arrived.
     busy: Duration,
     interval: (u64, Duration),
@@ -67,7 +67,7 @@ impl Pace {
             round: Duration::ZERO,
             luckiest: Duration::MAX,
             round_trip: None,
-            is_measuring: false,
+            measuring_since: None,
             busy: Duration::ZERO,
             interval: (0, Duration::ZERO),
             samples: [0; SAMPLES],
@@ -85,14 +85,16 @@ impl Pace {
         self.outstanding_bytes
     }
 
-    /// How many extents the next request may have: half of the window, so that the next answer is under way when one has come.
+    /// How many extents the next request may have. Up to half of the window, so that the next answer is under way when one has come;
+    /// few of a large one, since what is asked for at once queues up at once.
     pub(super) fn batch(&self) -> u64 {
-        (self.window_bytes / (2 * EXTENT_SIZE)).clamp(1, BATCH_MAX)
+        let window = self.window_bytes / EXTENT_SIZE;
+        (window / 2).min((window / 8).max(4)).clamp(1, BATCH_MAX)
     }
 
     /// Whether a batch may be sent.
     pub(super) fn has_room(&self) -> bool {
-        let window_bytes = if self.is_measuring { 0 } else { self.window_bytes };
+        let window_bytes = if self.measuring_since.is_some() { 0 } else { self.window_bytes };
         self.outstanding_bytes == 0 || self.outstanding_bytes + self.batch() * EXTENT_SIZE <= window_bytes
     }
 
@@ -128,25 +130,29 @@ impl Pace {
         self.outstanding_bytes -= extents * EXTENT_SIZE;
     }
 
+    fn is_shortest(&mut self, now: Duration, time: Duration) -> Duration {
+        (self.round_trip, self.measuring_since) = (Some((time, now)), None);
+        time
+    }
+
     /// What a round trip says about the way.
     fn adapt(&mut self, now: Duration, time: Duration, queue: Duration) {
-        let shortest = match self.round_trip {
-            Some((shortest, since)) if shortest <= time && now.saturating_sub(since) <= ROUND_TRIP_AGE => shortest,
-            Some((shortest, _)) if shortest <= time && !self.is_measuring => {
-                // Too long ago. What was asked for alone says what it is now.
-                self.is_measuring = true;
+        let sent = now.saturating_sub(time);
+        let shortest = match (self.round_trip, self.measuring_since) {
+            (Some((shortest, _)), _) if time < shortest => self.is_shortest(now, time),
+            (Some(_), Some(since)) if sent >= since => self.is_shortest(now, time),
+            (None, _) => self.is_shortest(now, time),
+            (Some((shortest, since)), None) if now.saturating_sub(since) > ROUND_TRIP_AGE => {
+                // Too long ago. What is asked for alone, from now on, says what it is.
+                self.measuring_since = Some(now);
                 shortest
             }
-            _ => {
-                self.is_measuring = false;
-                self.round_trip = Some((time, now));
-                time
-            }
+            (Some((shortest, _)), _) => shortest,
         };
         // Of the requests of one round trip some wait for others that were sent at the same time. What even the luckiest waits for
         // has piled up.
         self.luckiest = self.luckiest.min(time);
-        let is_round = now.saturating_sub(time) >= self.round;
+        let is_round = sent >= self.round;
         if !is_round {
             return;
         }

@@ -61,6 +61,8 @@ struct Link {
     is_busy: bool,
     is_turn_of_bulk: bool,
     sent: u64,
+    /// How many extents waited for the link whenever one was put on it.
+    queues: Vec<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -114,7 +116,15 @@ impl Network {
                 network.later(at + time, Happening::Returns(source));
             }
             let (demand, bulk) = (VecDeque::new(), VecDeque::new());
-            let link = Link { manner: manner.clone(), demand, bulk, is_busy: false, is_turn_of_bulk: false, sent: 0 };
+            let link = Link {
+                manner: manner.clone(),
+                demand,
+                bulk,
+                is_busy: false,
+                is_turn_of_bulk: false,
+                sent: 0,
+                queues: Vec::new(),
+            };
             network.links.insert(source, link);
         }
         network
@@ -231,6 +241,7 @@ impl Network {
         };
         link.demand.retain(is_wanted);
         link.bulk.retain(is_wanted);
+        link.queues.push(link.bulk.len());
         let is_bulk = link.demand.is_empty() || (link.is_turn_of_bulk && !link.bulk.is_empty());
         let Some((request, extent)) = (if is_bulk { link.bulk.pop_front() } else { link.demand.pop_front() }) else { return };
         link.is_turn_of_bulk = !is_bulk;
@@ -303,6 +314,21 @@ fn a_stream_finds_out_what_its_link_carries() {
         println!("{mbit} Mbit/s, {delay} ms: {time:?} of {ideal:?}, {found} of {rate} B/s");
         assert!(time < ideal * 7 / 5 + Duration::from_millis(delay * 20), "{mbit} Mbit/s, {delay} ms: {time:?}, not {ideal:?}");
         assert!(found >= rate * 8 / 10 && found <= rate * 12 / 10, "{mbit} Mbit/s, {delay} ms: found {found} of {rate}");
+    }
+}
+
+/// Also when it has gone on for so long that the shortest round trip was found anew, several times.
+#[test]
+fn what_a_stream_piles_up_does_not_grow() {
+    for (mbit, delay, most) in [(100, 0, 1), (1_000, 0, 2), (1_000, 5, 4)] {
+        let extents = u32::try_from(mbit * MBIT * 30 / EXTENT_SIZE).unwrap();
+        let (time, network) = time_to_settled(extents, &[Manner::good(mbit * MBIT, Duration::from_millis(delay))]);
+        let queues = &network.links.values().next().expect("it has a source").queues;
+        // Of the last third.
+        let last = &queues[queues.len() * 2 / 3..];
+        let queue = last.iter().sum::<usize>() / last.len();
+        println!("{mbit} Mbit/s, {delay} ms: {queue} extents waited on average, {time:?}");
+        assert!(queue <= most && time < Duration::from_secs(33), "{mbit} Mbit/s, {delay} ms: {queue} extents, {time:?}");
     }
 }
 
