@@ -139,6 +139,8 @@ pub(super) struct Children {
     pub(super) image: String,
     /// From the request until its answer was read, by the clock of who asked.
     pub(super) took: Duration,
+    /// What the node that was asked says of that: without the way to its API.
+    pub(super) wall: Duration,
     /// What the node that runs them says: from the call of its engine to the first instruction, in microseconds.
     pub(super) first_us: Vec<f64>,
     /// How that time was spent, of the first child: the stages of [`STAGES`], in microseconds.
@@ -217,6 +219,7 @@ impl Site {
             ids: children.iter().map(|child| text(&child["id"])).collect::<Result<_>>()?,
             image: text(&answer["image"]["id"])?,
             took,
+            wall: Duration::from_micros(answer["wall_us"].as_u64().context("wall_us")?),
             first_us: children.iter().map(|child| child["first_us"].as_f64().context("first_us")).collect::<Result<_>>()?,
             stages_us: STAGES.map(|stage| answer["children"][0]["stages_us"][stage].as_f64().unwrap_or(f64::NAN)),
             had_shell: children.iter().all(|child| child["had_shell"] == true),

@@ -7,7 +7,7 @@
 //!
 //! Hosts are network namespaces of this machine, which share its cores: what takes CPU on both sides takes longer than on two
 //! machines. Children touch memory by commands that the node passes on to them, which takes a build with `--features
-//! farfork/bench`; all else is the product as it is.
+//! farfork/bench`, with which guards can be taken out as well; all else is the product as it is.
 
 mod apart;
 mod bed;

@@ -27,6 +27,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// How long nothing is streamed after an image was opened, and nothing supplied that nobody has touched: whoever opened it is about
 /// to fork from it, and both take processor time on both hosts.
 const CHILDREN_FIRST: Duration = Duration::from_millis(50);
+/// How many extents are replayed at once, what any child needs for its first instruction among them; and how much later the others:
+/// a child that has not run yet needs the processor more.
+const REPLAYED_AT_ONCE: usize = 8;
+const FORK_FIRST: Duration = Duration::from_millis(3);
 /// When holders are told what children have touched, after the image was opened.
 const TELL_AFTER: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(10), Duration::from_secs(60)];
 
@@ -43,8 +47,16 @@ impl Fetch {
                 extents.map(|extent| ExtentId { region: run.region, extent: ExtentIndex(extent) })
             });
             let most = regions.iter().map(|region| region.map.extent_count() as usize).sum();
+            let mut extents = extents.take(most);
             let now = self.shared.now();
-            self.state.borrow_mut().transfer.replay(now, extents.take(most));
+            self.state.borrow_mut().transfer.replay(now, extents.by_ref().take(REPLAYED_AT_ONCE));
+            let (rest, replaying): (Vec<_>, _) = (extents.collect(), Rc::clone(self));
+            self.spawn(async move {
+                tokio::time::sleep(FORK_FIRST).await;
+                let now = replaying.shared.now();
+                replaying.state.borrow_mut().transfer.replay(now, rest);
+                replaying.pump();
+            });
         }
         let (learning, telling) = (Rc::clone(self), Rc::clone(self));
         self.spawn(async move { learning.learn().await });
@@ -97,13 +109,12 @@ impl Fetch {
         self.pump();
     }
 
-    /// What children have touched first, if holders do not know all of it.
-    pub(super) fn news(&self) -> Option<Hints> {
+    /// What children have touched first, and how much that is, if holders do not know all of it.
+    pub(super) fn news(&self) -> Option<(Hints, usize)> {
         let state = self.state.borrow();
-        if self.told.count.replace(state.touched.len()) == state.touched.len() {
-            return None;
-        }
-        Some(Hints::first_of(self.told.before.borrow().iter().copied().chain(runs(&state.touched))))
+        let count = state.touched.len();
+        let hints = || Hints::first_of(self.told.before.borrow().iter().copied().chain(runs(&state.touched)));
+        (count != self.told.count.get()).then(|| (hints(), count))
     }
 
     /// Asks the sources for a hash page, each a little later than the one before it: one that is silent keeps nobody waiting.
@@ -201,7 +212,8 @@ impl Fetch {
     async fn tell(self: Rc<Self>) {
         for after in TELL_AFTER {
             tokio::time::sleep(after).await;
-            let Some(runs) = self.news() else { continue };
+            let Some((runs, count)) = self.news() else { continue };
+            let mut is_heard = true;
             let readers: Vec<_> = {
                 let state = self.state.borrow();
                 let readers = state.sources.values().filter_map(|source| Some((source.link.clone(), source.lease.clone()?)));
@@ -210,8 +222,12 @@ impl Fetch {
             for (link, lease) in readers {
                 let within = self.shared.settings.deadline;
                 if let Err(error) = link.hints(&lease, self.key.1, runs.clone(), within).await {
+                    is_heard = false;
                     tracing::debug!(image = %self.key.1, source = %link.address(), %error, "not told what was touched");
                 }
+            }
+            if is_heard {
+                self.told.count.set(count);
             }
         }
     }
@@ -222,7 +238,7 @@ impl Fetch {
 pub(super) struct Told {
     /// What they had said themselves when the image was opened.
     before: RefCell<Vec<WorkingSetRun>>,
-    /// How many of those that were touched they have been told.
+    /// How many of those that were touched all of them have been told.
     count: Cell<usize>,
 }
 

@@ -261,7 +261,7 @@ impl Fetch {
                 let (link, news, image) = (source.link.clone(), news.clone(), self.key.1);
                 // Not a task of the fetch, which ends now; a node that is gone forgets it by itself.
                 tokio::task::spawn_local(async move {
-                    if let Some(news) = news {
+                    if let Some((news, _)) = news {
                         link.hints(&lease, image, news, PAUSE_MAX).await.unwrap_or_default();
                     }
                     link.release(&lease, PAUSE_MAX).await.unwrap_or_default();

@@ -9,7 +9,7 @@ use quinn::ConnectionError;
 use tokio::time::Instant;
 use types::NodeId;
 
-use super::silence::Silence;
+use super::silence::{LOOK, Silence};
 use super::{CLOSE_DONE, LinkError, Shared};
 use crate::identity::Peer;
 use crate::server::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, peer_of};
@@ -37,6 +37,7 @@ pub(crate) struct Lane {
     /// Held while connecting, so that all who wait get the one connection, or its failure.
     connecting: tokio::sync::Mutex<Failures>,
     attempts: AtomicU64,
+    silence: std::sync::Mutex<Silence>,
 }
 
 /// What a lane speaks.
@@ -65,6 +66,7 @@ impl Lane {
             standing: std::sync::Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             attempts: AtomicU64::new(0),
+            silence: std::sync::Mutex::default(),
         }
     }
 
@@ -122,11 +124,15 @@ impl Lane {
         connection: &quinn::Connection,
         call: impl Future<Output = Result<T, LinkError>>,
     ) -> Result<T, LinkError> {
+        let is_silent = || self.silence.lock().unwrap_or_else(PoisonError::into_inner).look(connection);
+        // What was sent before belongs to an earlier call, or to nobody.
+        is_silent();
         let watch = async {
-            let mut silence = Silence::new(connection);
             loop {
-                silence.wait(connection).await;
-                self.replace(connection).await;
+                tokio::time::sleep(LOOK).await;
+                if is_silent() {
+                    self.replace(connection).await;
+                }
             }
         };
         tokio::select! { biased; result = call => result, () = watch => unreachable!("it has no end") }
@@ -134,7 +140,7 @@ impl Lane {
 
     /// One attempt to connect beside a connection that is silent. The first of many calls makes it for all.
     async fn replace(&self, silent: &quinn::Connection) {
-        let Ok(_connecting) = self.connecting.try_lock() else { return };
+        let Ok(mut failures) = self.connecting.try_lock() else { return };
         let is_it = |standing: &(quinn::Connection, Peer)| standing.0.stable_id() == silent.stable_id();
         if !self.standing().as_ref().is_some_and(is_it) {
             return;
@@ -145,6 +151,7 @@ impl Lane {
             // It speaks again, and has what is under way.
             return connection.close(CLOSE_DONE, b"not needed");
         }
+        failures.connected = Some(Instant::now());
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection, peer));
         if self.which == Which::Pages {
             silent.close(CLOSE_DONE, b"silent for too long");

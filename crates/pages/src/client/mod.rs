@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::VarInt;
+use quinn::{ConnectionError, VarInt};
 use thiserror::Error;
 use types::{Digest, NodeId, Tenant};
 
@@ -246,8 +246,14 @@ impl Link {
     async fn ask(&self, request: &Request, within: Duration) -> Result<Answer, LinkError> {
         let lane = &self.inner.demand;
         timed(within, async {
-            let connection = lane.connection().await?;
-            lane.watching(&connection, ask::answer(&connection, request)).await
+            loop {
+                let connection = lane.connection().await?;
+                let answer = lane.watching(&connection, ask::answer(&connection, request)).await;
+                // Each of these may be asked twice. Where another connection took the place of this one, it is.
+                if answer.is_ok() || connection.close_reason() != Some(ConnectionError::LocallyClosed) {
+                    return answer;
+                }
+            }
         })
         .await
     }

@@ -7,11 +7,14 @@ use tokio::time::Instant;
 
 /// How long a node may be silent. Shorter, and a busy one is connected to for nothing; longer, and children wait for it.
 const SILENT: Duration = Duration::from_millis(500);
-/// How often it is looked at.
-const LOOK: Duration = Duration::from_millis(100);
+/// How often it is looked at, as long as a call is under way.
+pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
-/// What was sent and received when something was last received.
+/// What was sent and received on a connection when something was last received. It outlives calls: those that give up early would
+/// never notice.
+#[derive(Default)]
 pub(crate) struct Silence {
+    connection: usize,
     received: u64,
     asked: u64,
     /// Since when something that is to be acknowledged is under way, and nothing was received.
@@ -19,25 +22,15 @@ pub(crate) struct Silence {
 }
 
 impl Silence {
-    pub(crate) fn new(connection: &Connection) -> Self {
+    /// Whether the node has been silent for too long.
+    pub(crate) fn look(&mut self, connection: &Connection) -> bool {
         let (received, asked) = counts(connection);
-        Self { received, asked, since: None }
-    }
-
-    /// Returns when the node has been silent for too long. Again and again, as long as it is.
-    pub(crate) async fn wait(&mut self, connection: &Connection) {
-        loop {
-            tokio::time::sleep(LOOK).await;
-            let (received, asked) = counts(connection);
-            if received != self.received {
-                *self = Self { received, asked, since: None };
-            } else if asked != self.asked {
-                let since = *self.since.get_or_insert_with(Instant::now);
-                if since.elapsed() >= SILENT {
-                    return;
-                }
-            }
+        if self.connection != connection.stable_id() || received != self.received {
+            *self = Self { connection: connection.stable_id(), received, asked, since: None };
+        } else if asked != self.asked {
+            return self.since.get_or_insert_with(Instant::now).elapsed() >= SILENT;
         }
+        false
     }
 }
 

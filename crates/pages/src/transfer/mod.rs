@@ -320,6 +320,9 @@ impl Transfer {
             }
             Arrival::Absent => {
                 self.stats.absent_answers += 1;
+                if question.is_first && question.urgency != Urgency::Demand {
+                    source.pace.has_measured_nothing(self.now);
+                }
                 source.does_not_have(extent, question.urgency, &self.absent, self.now, &self.config);
             }
             Arrival::Wrong => {}

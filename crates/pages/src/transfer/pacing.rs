@@ -18,8 +18,8 @@ use super::{Config, Urgency};
 const BATCH_MAX: u64 = 16;
 /// How much longer than the shortest a round trip may take before something waits on the way. Less is how late threads run.
 const QUEUE: Duration = Duration::from_micros(500);
-/// The same for what is replayed, which children will wait for.
-const QUEUE_REPLAY: Duration = Duration::from_millis(4);
+/// The same for what is replayed, which children will wait for. A holder that is still fetching it itself takes that much longer.
+const QUEUE_REPLAY: Duration = Duration::from_millis(10);
 /// The shortest round trip is found anew after so long, since routes change; with one request outstanding, so that nothing of
 /// this source's own is in the way.
 const ROUND_TRIP_AGE: Duration = Duration::from_secs(5);
@@ -32,6 +32,8 @@ const INTERVAL_MIN: Duration = Duration::from_millis(4);
 /// What may be outstanding at first.
 const WINDOW_FIRST: u64 = 8 * EXTENT_SIZE;
 const SAMPLES: usize = 8;
+/// What is compressed comes sooner: round trips are compared with those of extents that took about as much on the wire.
+const SIZES: u64 = 8;
 
 /// The pace of one source.
 #[derive(Clone, Debug)]
@@ -41,20 +43,19 @@ pub(super) struct Pace {
     window_bytes: u64,
     /// Nothing has ever waited on the way.
     is_starting: bool,
-    /// When the round trip began whose requests are being looked at, and the shortest of them.
+    /// When the round trip began whose requests are being looked at, and how much longer than the shortest the luckiest took.
     round: Duration,
     luckiest: Duration,
-    /// The shortest time from a request to its first extent, and since when it has been that.
-    round_trip: Option<(Duration, Duration)>,
-    /// Since when it is being found anew.
+    /// The shortest time from a request to its first extent, by its size on the wire.
+    round_trips: [Option<Duration>; SIZES as usize],
+    /// When they were found anew, and since when they are being found anew again.
+    measured: Duration,
     measuring_since: Option<Duration>,
     /// Since when something has been outstanding, or the last of it arrived.
     busy: Duration,
     interval: (u64, Duration),
     samples: [u64; SAMPLES],
     taken: usize,
-    /// What an extent takes on the wire: less than its size where it is compressed.
-    mean_wire_bytes: u64,
 }
 
 impl Pace {
@@ -66,13 +67,13 @@ impl Pace {
             is_starting: true,
             round: Duration::ZERO,
             luckiest: Duration::MAX,
-            round_trip: None,
+            round_trips: [None; SIZES as usize],
+            measured: Duration::ZERO,
             measuring_since: None,
             busy: Duration::ZERO,
             interval: (0, Duration::ZERO),
             samples: [0; SAMPLES],
             taken: 0,
-            mean_wire_bytes: EXTENT_SIZE,
         }
     }
 
@@ -108,10 +109,11 @@ impl Pace {
 
     /// An extent arrived; `round_trip` if it is the first of its request.
     pub(super) fn arrived(&mut self, now: Duration, wire_bytes: u32, round_trip: Option<Duration>, urgency: Urgency) {
-        let bytes = u64::from(wire_bytes);
-        self.mean_wire_bytes = ((self.mean_wire_bytes * 7 + bytes) / 8).max(1);
-        self.interval.0 += bytes;
-        self.interval.1 += now.saturating_sub(self.busy);
+        // While the window is what limits, a long way looks like a slow link; but not with more outstanding than what arrives.
+        if self.outstanding_bytes > EXTENT_SIZE || self.window_bytes == EXTENT_SIZE {
+            self.interval.0 += u64::from(wire_bytes);
+            self.interval.1 += now.saturating_sub(self.busy);
+        }
         self.busy = now;
         let (bytes, time) = self.interval;
         if time >= INTERVAL || (bytes >= INTERVAL_BYTES && time >= INTERVAL_MIN) {
@@ -121,7 +123,14 @@ impl Pace {
             self.interval = (0, Duration::ZERO);
         }
         if let Some(time) = round_trip {
-            self.adapt(now, time, if urgency == Urgency::Stream { QUEUE } else { QUEUE_REPLAY });
+            self.adapt(now, time, wire_bytes, if urgency == Urgency::Stream { QUEUE } else { QUEUE_REPLAY });
+        }
+    }
+
+    /// A request's first answer was that the source does not have it: that measures nothing.
+    pub(super) fn has_measured_nothing(&mut self, now: Duration) {
+        if self.measuring_since.take().is_some() {
+            self.measured = now;
         }
     }
 
@@ -130,37 +139,31 @@ impl Pace {
         self.outstanding_bytes -= extents * EXTENT_SIZE;
     }
 
-    fn is_shortest(&mut self, now: Duration, time: Duration) -> Duration {
-        (self.round_trip, self.measuring_since) = (Some((time, now)), None);
-        time
-    }
-
     /// What a round trip says about the way.
-    fn adapt(&mut self, now: Duration, time: Duration, queue: Duration) {
+    fn adapt(&mut self, now: Duration, time: Duration, wire_bytes: u32, queue: Duration) {
         let sent = now.saturating_sub(time);
-        let shortest = match (self.round_trip, self.measuring_since) {
-            (Some((shortest, _)), _) if time < shortest => self.is_shortest(now, time),
-            (Some(_), Some(since)) if sent >= since => self.is_shortest(now, time),
-            (None, _) => self.is_shortest(now, time),
-            (Some((shortest, since)), None) if now.saturating_sub(since) > ROUND_TRIP_AGE => {
-                // Too long ago. What is asked for alone, from now on, says what it is.
-                self.measuring_since = Some(now);
-                shortest
-            }
-            (Some((shortest, _)), _) => shortest,
-        };
+        if self.measuring_since.is_some_and(|since| sent >= since) {
+            // What was asked for alone says what it is now.
+            (self.round_trips, self.measured, self.measuring_since) = ([None; SIZES as usize], now, None);
+        } else if self.measuring_since.is_none() && now.saturating_sub(self.measured) > ROUND_TRIP_AGE {
+            self.measuring_since = Some(now);
+        }
+        let size = (u64::from(wire_bytes) * SIZES / EXTENT_SIZE).min(SIZES - 1);
+        let shortest = &mut self.round_trips[usize::try_from(size).expect("a small number")];
+        let shortest = *shortest.insert(shortest.map_or(time, |shortest| shortest.min(time)));
         // Of the requests of one round trip some wait for others that were sent at the same time. What even the luckiest waits for
         // has piled up.
-        self.luckiest = self.luckiest.min(time);
+        self.luckiest = self.luckiest.min(time - shortest);
         let is_round = sent >= self.round;
         if !is_round {
             return;
         }
         let luckiest = std::mem::replace(&mut self.luckiest, Duration::MAX);
         self.round = now;
-        if luckiest > shortest + queue {
+        if luckiest > queue {
             self.is_starting = false;
-            let fitting = u128::from(self.window_bytes) * (shortest + queue).as_nanos() / luckiest.as_nanos();
+            let longest = (shortest + luckiest).as_nanos();
+            let fitting = u128::from(self.window_bytes) * (shortest + queue).as_nanos() / longest;
             let fitting = u64::try_from(fitting).expect("less than it was");
             self.window_bytes = fitting.max(self.window_bytes / 2).max(EXTENT_SIZE);
         } else if self.outstanding_bytes + 2 * self.batch() * EXTENT_SIZE >= self.window_bytes {

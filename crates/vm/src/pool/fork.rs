@@ -57,7 +57,7 @@ pub(super) fn fork_all(
     let forked = ids.iter().zip(sent).map(|(id, sent)| {
         let mut forked = when_running(sent);
         for _ in 0..SHELL_ATTEMPTS {
-            // A shell may be dying when it is taken. No instruction of the child has been run.
+            // A shell may be dying when it is taken. Whatever of the child has been run, nobody has seen anything of it.
             if !matches!(forked, Err(PoolError::NeverRan(_))) {
                 break;
             }

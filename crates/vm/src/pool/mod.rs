@@ -99,7 +99,7 @@ pub enum PoolError {
     Failed(Failure),
     #[error("the machine has ended ({0})")]
     Ended(Ended),
-    #[error("a worker was killed from outside before its machine ran ({0}), and so were those that took its place")]
+    #[error("a worker was killed from outside before its machine ran ({0})")]
     NeverRan(Ended),
     #[error("the worker did not answer within {0:?}, and was killed")]
     Stuck(Duration),

@@ -292,7 +292,8 @@ impl Worker {
         let was_killed = mail.was_killed;
         // The kernel's word before the pool's, and the pool's before the worker's.
         let said = mail.verdict.take().or(mail.said_end.take());
-        let is_unasked = said.is_none() && !was_killed && oom_kills == 0;
+        // Also where the host had no memory left: what the kernel takes then is whoever it finds.
+        let is_unasked = said.is_none() && !was_killed;
         mail.never_ran = is_unasked && mail.running.is_none() && how == Some(Exit::Signal(libc::SIGKILL));
         let ended = match (said, how) {
             (_, Some(Exit::Signal(libc::SIGKILL))) if oom_kills > 0 => {
