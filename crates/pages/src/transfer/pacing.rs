@@ -33,7 +33,7 @@ const INTERVAL_MIN: Duration = Duration::from_millis(4);
 const WINDOW_FIRST: u64 = 8 * EXTENT_SIZE;
 const SAMPLES: usize = 8;
 /// What is compressed comes sooner: round trips are compared with those of extents that took about as much on the wire.
-const SIZES: u64 = 8;
+const SIZES: usize = 8;
 
 /// The pace of one source.
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ pub(super) struct Pace {
     round: Duration,
     luckiest: Duration,
     /// The shortest time from a request to its first extent, by its size on the wire.
-    round_trips: [Option<Duration>; SIZES as usize],
+    round_trips: [Option<Duration>; SIZES],
     /// When they were found anew, and since when they are being found anew again.
     measured: Duration,
     measuring_since: Option<Duration>,
@@ -67,7 +67,7 @@ impl Pace {
             is_starting: true,
             round: Duration::ZERO,
             luckiest: Duration::MAX,
-            round_trips: [None; SIZES as usize],
+            round_trips: [None; SIZES],
             measured: Duration::ZERO,
             measuring_since: None,
             busy: Duration::ZERO,
@@ -144,12 +144,13 @@ impl Pace {
         let sent = now.saturating_sub(time);
         if self.measuring_since.is_some_and(|since| sent >= since) {
             // What was asked for alone says what it is now.
-            (self.round_trips, self.measured, self.measuring_since) = ([None; SIZES as usize], now, None);
+            (self.round_trips, self.measured, self.measuring_since) = ([None; SIZES], now, None);
         } else if self.measuring_since.is_none() && now.saturating_sub(self.measured) > ROUND_TRIP_AGE {
             self.measuring_since = Some(now);
         }
-        let size = (u64::from(wire_bytes) * SIZES / EXTENT_SIZE).min(SIZES - 1);
-        let shortest = &mut self.round_trips[usize::try_from(size).expect("a small number")];
+        let eighth = EXTENT_SIZE / SIZES as u64;
+        let size = usize::try_from(u64::from(wire_bytes) / eighth).unwrap_or(SIZES).min(SIZES - 1);
+        let shortest = &mut self.round_trips[size];
         let shortest = *shortest.insert(shortest.map_or(time, |shortest| shortest.min(time)));
         // Of the requests of one round trip some wait for others that were sent at the same time. What even the luckiest waits for
         // has piled up.
