@@ -125,7 +125,7 @@ impl Lane {
         call: impl Future<Output = Result<T, LinkError>>,
     ) -> Result<T, LinkError> {
         let is_silent = || self.silence.lock().unwrap_or_else(PoisonError::into_inner).look(connection);
-        // What was sent before belongs to an earlier call, or to nobody.
+        // Before the call sends anything: what it sends is to count as more.
         is_silent();
         let watch = async {
             loop {
