@@ -8,7 +8,7 @@ CARGO_HOME ?= $(HOME)/.cargo
 export PATH := $(CARGO_HOME)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup setup-build build bench soak verify fix audit fuzz
+.PHONY: help demo test setup setup-build build guest bench soak verify fix audit fuzz
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -35,6 +35,9 @@ setup: ## install what the build and the tests need: a C compiler, libclang, car
 
 build: setup-build ## build everything, optimised
 	cargo build --release --workspace
+
+guest: setup-build ## build kernel, agent and root file systems of Linux guests into a cache (docs/guests.md)
+	@./deploy/guest/build.sh
 
 bench: setup-build ## measure the floor and the rows of the specification, local and remote, into target/bench (BENCH_ARGS=--quick)
 	@mkdir -p target/bench

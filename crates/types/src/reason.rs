@@ -42,11 +42,13 @@ pub enum Reason {
     WorkerCrashed,
     /// The machine's worker made a system call that it may not make, and the kernel killed it: its guest may have taken it over.
     JailViolation,
+    /// The kernel of the guest panicked.
+    GuestPanic,
 }
 
 impl Reason {
     /// Every reason, in the order of the list.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Killed,
         Self::GuestShutdown,
         Self::GuestTripleFault,
@@ -63,6 +65,7 @@ impl Reason {
         Self::DeadlineExceeded,
         Self::WorkerCrashed,
         Self::JailViolation,
+        Self::GuestPanic,
     ];
 
     /// The code that logs, CLI and API show.
@@ -85,6 +88,7 @@ impl Reason {
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::WorkerCrashed => "WORKER_CRASHED",
             Self::JailViolation => "JAIL_VIOLATION",
+            Self::GuestPanic => "GUEST_PANIC",
         }
     }
 }

@@ -1,16 +1,34 @@
 //! The class of a machine: what a shell can be built for before its image is known, and where RAM of a size lies.
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{GuestAddress, MemorySize, RegionKind};
 
 /// Guest RAM leaves this range free for the interrupt controllers' registers and devices to come.
 const GAP_START: u64 = 3 << 30;
 const GAP_END: u64 = 4 << 30;
+
 /// What a shell must have in common with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Class {
     memory: MemorySize,
     vcpu_count: u8,
+    devices: Devices,
+}
+
+/// Which devices a machine has besides its serial port and its doorbell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Devices {
+    /// None: the probe's.
+    #[default]
+    None,
+    /// Those of a Linux guest: console, vsock, random numbers, and what is asked for.
+    Linux {
+        /// A disk of this size.
+        disk: Option<MemorySize>,
+        /// A network card.
+        network: bool,
+    },
 }
 
 impl Class {
@@ -22,8 +40,16 @@ impl Class {
     /// # Errors
     /// [`VcpuCountError`].
     pub fn new(memory: MemorySize, vcpu_count: u8) -> Result<Self, VcpuCountError> {
+        Self::with_devices(memory, vcpu_count, Devices::None)
+    }
+
+    /// [`Class::new`], with devices.
+    ///
+    /// # Errors
+    /// [`VcpuCountError`].
+    pub fn with_devices(memory: MemorySize, vcpu_count: u8, devices: Devices) -> Result<Self, VcpuCountError> {
         if (1..=Self::VCPUS_MAX).contains(&vcpu_count) {
-            Ok(Self { memory, vcpu_count })
+            Ok(Self { memory, vcpu_count, devices })
         } else {
             Err(VcpuCountError { asked: vcpu_count })
         }
@@ -39,6 +65,33 @@ impl Class {
     #[must_use]
     pub fn vcpu_count(&self) -> u8 {
         self.vcpu_count
+    }
+
+    /// Its devices.
+    #[must_use]
+    pub fn devices(&self) -> Devices {
+        self.devices
+    }
+
+    /// Its disk.
+    #[must_use]
+    pub fn disk(&self) -> Option<MemorySize> {
+        match self.devices {
+            Devices::None => None,
+            Devices::Linux { disk, .. } => disk,
+        }
+    }
+
+    /// RAM and disk: all that its machines may write.
+    #[must_use]
+    pub fn region_bytes(&self) -> u64 {
+        self.memory.bytes() + self.disk().map_or(0, MemorySize::bytes)
+    }
+
+    /// The regions that a machine of this class consists of, and their sizes: RAM by address, then the disk.
+    pub(crate) fn regions(&self) -> Vec<(RegionKind, u64)> {
+        let ram = RamLayout::of(self.memory).regions().map(|(start, len)| (RegionKind::Ram(start), len));
+        ram.chain(self.disk().map(|disk| (RegionKind::Disk(0), disk.bytes()))).collect()
     }
 }
 
@@ -79,11 +132,6 @@ impl RamLayout {
     pub(crate) fn contains(&self, at: GuestAddress) -> bool {
         self.regions().any(|(start, len)| at >= start && at.0 - start.0 < len)
     }
-}
-
-/// The regions that RAM of this size consists of, and their sizes.
-pub(crate) fn ram_regions(memory: MemorySize) -> Vec<(RegionKind, u64)> {
-    RamLayout::of(memory).regions().map(|(start, len)| (RegionKind::Ram(start), len)).collect()
 }
 
 #[cfg(test)]

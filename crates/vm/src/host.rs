@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{CpuProfile, Digest, MemorySize};
 
+use crate::class::Class;
 use crate::sys::kvm::from_errno;
 use crate::sys::uffd::Device;
 
@@ -30,6 +31,7 @@ pub(crate) struct HostFacts {
     pub(crate) msrs: Vec<u32>,
     pub(crate) cpu: CpuProfile,
     memory_bytes: u64,
+    emulates_ring_0: bool,
 }
 
 /// Why this host cannot run machines.
@@ -49,8 +51,8 @@ pub enum HostError {
     Query { call: &'static str, source: io::Error },
     #[error("this CPU's extended state needs {bytes} bytes; images hold 4096")]
     ExtendedState { bytes: i32 },
-    #[error("memory of {asked} is more than the {host_bytes} bytes that this host has")]
-    MemoryBeyondHost { asked: MemorySize, host_bytes: u64 },
+    #[error("memory and disk of {} MiB are more than the {host_bytes} bytes of memory that this host has", asked_bytes >> 20)]
+    MemoryBeyondHost { asked_bytes: u64, host_bytes: u64 },
 }
 
 impl HostError {
@@ -130,11 +132,13 @@ impl Host {
         let indexes: Vec<u32> = listed.as_slice().iter().copied().chain(MTRRS.into_iter().flatten()).collect();
         let msrs = restorable(&scratch, &indexes);
         let tsc_khz = scratch.get_tsc_khz().map_err(query("KVM_GET_TSC_KHZ"))?;
-        let cpu = profile(&cpuid, tsc_khz);
+        // PVM runs guest kernels instruction by instruction; other KVMs run them.
+        let emulates_ring_0 = std::path::Path::new("/sys/module/kvm_pvm").exists();
+        let cpu = profile(&cpuid, tsc_khz, emulates_ring_0);
         let pagemap = File::open("/proc/self/pagemap").map_err(|error| classify("/proc/self/pagemap", error))?;
         let memory_bytes = total_memory();
         let faults = Device::open().ok();
-        Ok(Self { kvm: Some(kvm), pagemap, faults, facts: HostFacts { cpuid, msrs, cpu, memory_bytes } })
+        Ok(Self { kvm: Some(kvm), pagemap, faults, facts: HostFacts { cpuid, msrs, cpu, memory_bytes, emulates_ring_0 } })
     }
 
     /// A worker's: the node has opened the device and learned the facts, the worker's zygote has opened this pagemap.
@@ -174,6 +178,12 @@ impl Host {
         &self.facts.cpu
     }
 
+    /// Whether its KVM emulates guest kernels, so that they need what [`crate::linux::base_command_line`] says for that.
+    #[must_use]
+    pub fn emulates_ring_0(&self) -> bool {
+        self.facts.emulates_ring_0
+    }
+
     /// All memory that the host has.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
@@ -185,8 +195,20 @@ impl Host {
     /// # Errors
     /// [`HostError::MemoryBeyondHost`].
     pub fn check_memory(&self, asked: MemorySize) -> Result<(), HostError> {
+        self.check_bytes(asked.bytes())
+    }
+
+    /// The same for all that a machine of a class may write.
+    ///
+    /// # Errors
+    /// [`HostError::MemoryBeyondHost`].
+    pub fn check_class(&self, class: Class) -> Result<(), HostError> {
+        self.check_bytes(class.region_bytes())
+    }
+
+    fn check_bytes(&self, asked_bytes: u64) -> Result<(), HostError> {
         let host_bytes = self.facts.memory_bytes;
-        if asked.bytes() <= host_bytes { Ok(()) } else { Err(HostError::MemoryBeyondHost { asked, host_bytes }) }
+        if asked_bytes <= host_bytes { Ok(()) } else { Err(HostError::MemoryBeyondHost { asked_bytes, host_bytes }) }
     }
 }
 
@@ -236,7 +258,7 @@ fn restorable(scratch: &VcpuFd, listed: &[u32]) -> Vec<u32> {
 
 /// What differs between vCPUs (APIC ids), with the guest's own settings (the size of the enabled extended state) or from boot
 /// to boot (measured rates) is left out of the digest.
-fn profile(cpuid: &CpuId, tsc_khz: u32) -> CpuProfile {
+fn profile(cpuid: &CpuId, tsc_khz: u32, emulates_ring_0: bool) -> CpuProfile {
     let mut hasher = Vec::with_capacity(cpuid.as_slice().len() * 28);
     for entry in cpuid.as_slice() {
         let (mut eax, mut ebx, ecx, mut edx) = (entry.eax, entry.ebx, entry.ecx, entry.edx);
@@ -250,6 +272,10 @@ fn profile(cpuid: &CpuId, tsc_khz: u32) -> CpuProfile {
         for word in [entry.function, entry.index, entry.flags, eax, ebx, ecx, edx] {
             hasher.extend_from_slice(&word.to_le_bytes());
         }
+    }
+    if emulates_ring_0 {
+        // A guest that was started for one kind of KVM has another command line, and sees other features, than for the other.
+        hasher.extend_from_slice(b"ring 0 is emulated");
     }
     let leaf = |function| cpuid.as_slice().iter().find(|entry| entry.function == function && entry.index == 0);
     let vendor = leaf(0).map_or_else(String::new, |entry| {

@@ -47,6 +47,7 @@ pub mod host;
 pub mod host_image;
 pub mod image;
 pub mod jail;
+pub mod linux;
 pub mod machine;
 pub mod pool;
 pub mod probe;

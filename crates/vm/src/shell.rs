@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use thiserror::Error;
-use types::{GuestAddress, MachineId, MemorySize};
+use types::{GuestAddress, MachineId, MemorySize, RegionKind};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::class::{Class, RamLayout};
@@ -35,7 +35,7 @@ const TSS_ADDRESS: usize = 0xFFFB_D000;
 pub struct Shell {
     // Before the slots: the VM must be closed before their addresses can be used again.
     pub(crate) frame: Frame,
-    slots: Vec<(GuestAddress, Slot)>,
+    slots: Vec<(RegionKind, Slot)>,
     class: Class,
 }
 
@@ -87,16 +87,19 @@ impl Shell {
 
     /// [`Shell::build`], with vCPU threads that are kept as said.
     pub(crate) fn build_kept(host: &Host, class: Class, keeping: Keeping) -> Result<Self, BuildError> {
-        host.check_memory(class.memory())?;
+        host.check_class(class)?;
         let ram = RamLayout::of(class.memory());
         // Named before the VM, so dropped after it.
-        let mut slots = Vec::with_capacity(2);
+        let mut slots = Vec::with_capacity(3);
         let vm = host.kvm().create_vm().map_err(step("KVM_CREATE_VM"))?;
-        for (number, (guest, len)) in (0u32..).zip(ram.regions()) {
+        for (number, (kind, len)) in (0u32..).zip(class.regions()) {
             let slot = Slot::reserve(len).map_err(|source| BuildError::Step { step: "reserving addresses", source })?;
-            set_memory_slot(&vm, number, guest, &slot)
-                .map_err(|source| BuildError::Step { step: "KVM_SET_USER_MEMORY_REGION", source })?;
-            slots.push((guest, slot));
+            // A disk is memory of the machine's that its guest reaches through a device.
+            if let RegionKind::Ram(guest) = kind {
+                set_memory_slot(&vm, number, guest, &slot)
+                    .map_err(|source| BuildError::Step { step: "KVM_SET_USER_MEMORY_REGION", source })?;
+            }
+            slots.push((kind, slot));
         }
         vm.set_tss_address(TSS_ADDRESS).map_err(step("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(step("KVM_CREATE_IRQCHIP"))?;
@@ -105,7 +108,8 @@ impl Shell {
         let console = Console::default();
         let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os_step("eventfd"))?;
         vm.register_irqfd(&line, serial::INTERRUPT).map_err(step("KVM_IRQFD"))?;
-        let bus = Arc::new(Mutex::new(Bus::new(Serial::new(line, console.clone()))));
+        let vm = Arc::new(vm);
+        let bus = Arc::new(Mutex::new(Bus::new(Serial::new(line, console.clone()), class, &vm, &console)));
         let frame = Frame::start(host, class, ram, vm, bus, console, keeping)?;
         Ok(Self { frame, slots, class })
     }
@@ -138,7 +142,7 @@ impl Shell {
         self,
         image: &Arc<Image>,
         id: MachineId,
-        watch: impl FnOnce(&[(GuestAddress, Slot)]) -> Result<(), ForkError>,
+        watch: impl FnOnce(&[(RegionKind, Slot)]) -> Result<(), ForkError>,
     ) -> Result<Machine, ForkError> {
         let class = image.class();
         if class != self.class {

@@ -166,7 +166,7 @@ impl KvmEngine {
 impl Engine for KvmEngine {
     fn prepare(&self, guest: Guest, class: Class, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
         let Guest::Probe = guest;
-        self.pool.host().check_memory(class.memory()).map_err(|error| EngineError {
+        self.pool.host().check_class(class).map_err(|error| EngineError {
             kind: ErrorKind::Unfit,
             message: error.to_string(),
             remedy: error.remedy().to_owned(),

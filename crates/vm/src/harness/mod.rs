@@ -131,7 +131,7 @@ impl Machine {
     /// # Errors
     /// If the kernel does not let us.
     pub fn forbid_page(&self, page: GuestAddress) -> io::Result<()> {
-        let (start, slot) = &self.memory().slots()[0];
+        let (start, slot) = self.memory().low_ram();
         slot.forbid_page(page.0 - start.0)
     }
 
@@ -140,8 +140,8 @@ impl Machine {
     /// # Errors
     /// If the kernel does not let us.
     pub fn forbid_writes(&self) -> io::Result<()> {
-        let (start, slot) = &self.memory().slots()[0];
-        set_read_only_slot(&self.frame.core.vm, 0, *start, slot)
+        let (start, slot) = self.memory().low_ram();
+        set_read_only_slot(&self.frame.core.vm, 0, start, slot)
     }
 
     /// Captures the state of a machine at rest and compares it with that of an image. Empty if nothing differs that should

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::file::{PREAMBLE_SIZE, Places, Preamble, PreambleError, VERSION};
 use super::save::{self, each_extent};
 use super::{Image, Layer, RamRegion, memfd};
-use crate::class::{Class, VcpuCountError, ram_regions};
+use crate::class::{Class, VcpuCountError};
 use crate::host::{Host, HostError, available_memory};
 use crate::machine::state::{MachineState, StateError};
 
@@ -289,15 +289,17 @@ fn read_head(file: &File) -> Result<(Preamble, Head), LoadErrorKind> {
 /// Everything about the head that depends on this host.
 pub(crate) fn check_head(host: &Host, head: &Head) -> Result<(Class, MachineState), LoadErrorKind> {
     head.cpu.check_resumable_on(host.cpu())?;
-    let bytes = head.regions.iter().map(RegionHead::size_bytes).sum();
-    let memory = MemorySize::from_bytes(bytes).map_err(|_| LoadErrorKind::NotAnImage)?;
-    host.check_memory(memory)?;
-    let class = Class::new(memory, head.vcpu_count)?;
+    let state = MachineState::decode(&head.state)?;
+    let is_disk = |region: &&RegionHead| matches!(region.kind, RegionKind::Disk(_));
+    let size = |bytes: u64| MemorySize::from_bytes(bytes).map_err(|_| LoadErrorKind::NotAnImage);
+    let memory = size(head.regions.iter().filter(|region| !is_disk(region)).map(RegionHead::size_bytes).sum())?;
+    let disk = head.regions.iter().find(is_disk).map(|region| size(region.size_bytes())).transpose()?;
+    let class = Class::with_devices(memory, head.vcpu_count, state.devices(disk))?;
+    host.check_class(class)?;
     let regions: Vec<(RegionKind, u64)> = head.regions.iter().map(|region| (region.kind, region.size_bytes())).collect();
-    if regions != ram_regions(memory) {
+    if regions != class.regions() {
         return Err(LoadErrorKind::Layout(memory));
     }
-    let state = MachineState::decode(&head.state)?;
     if state.vcpu_count() != usize::from(head.vcpu_count) {
         return Err(LoadErrorKind::VcpuCount { state: state.vcpu_count(), head: head.vcpu_count });
     }

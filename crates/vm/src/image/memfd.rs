@@ -7,9 +7,9 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
-use types::{EXTENT_SIZE, MemorySize};
+use types::EXTENT_SIZE;
 
-use crate::class::ram_regions;
+use crate::class::Class;
 
 /// An empty memfd of `bytes`, all holes.
 pub(crate) fn create(name: &str, bytes: u64) -> io::Result<File> {
@@ -22,13 +22,13 @@ pub(crate) fn create(name: &str, bytes: u64) -> io::Result<File> {
 }
 
 /// The memory of a first parent: a memfd of zeros for each region.
-pub(crate) fn first_memory(memory: MemorySize) -> io::Result<Vec<File>> {
-    ram_regions(memory).into_iter().map(|(_, bytes)| create("farfork-parent", bytes)).collect()
+pub(crate) fn first_memory(class: Class) -> io::Result<Vec<File>> {
+    class.regions().into_iter().map(|(_, bytes)| create("farfork-parent", bytes)).collect()
 }
 
 /// An empty layer for each region, for what a freeze copies.
-pub(crate) fn new_layers(memory: MemorySize) -> io::Result<Vec<File>> {
-    ram_regions(memory).into_iter().map(|(_, bytes)| create("farfork-branch", bytes)).collect()
+pub(crate) fn new_layers(class: Class) -> io::Result<Vec<File>> {
+    class.regions().into_iter().map(|(_, bytes)| create("farfork-branch", bytes)).collect()
 }
 
 /// Makes its content final: nothing writes to it any more, and nothing maps it to write. The caller has no shared mapping of

@@ -17,7 +17,7 @@ use types::{
 };
 use uuid::Uuid;
 
-use crate::class::{Class, VcpuCountError, ram_regions};
+use crate::class::{Class, VcpuCountError};
 use crate::host_image::{EXTENT_LEN, HostImage, Presence};
 use crate::machine::state::{MachineState, StateError};
 use crate::sys::slot::{Content, Piece};
@@ -86,7 +86,7 @@ impl Image {
         identity_page: Option<GuestAddress>,
     ) -> Self {
         let region = |(((kind, _), map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]);
-        let ram = ram_regions(class.memory()).into_iter().zip(maps).zip(memfds).map(region).collect();
+        let ram = class.regions().into_iter().zip(maps).zip(memfds).map(region).collect();
         Self::new(cpu, state, class, ram, identity_page, None)
     }
 
@@ -221,7 +221,7 @@ impl Image {
     pub(crate) fn received(cpu: CpuProfile, wire: WireImage, layers: Vec<OwnedFd>) -> Result<Self, BadWireImage> {
         let class = Class::try_from(wire.class)?;
         let state = MachineState::decode(&wire.state)?;
-        let regions = ram_regions(class.memory());
+        let regions = class.regions();
         if regions.len() != wire.regions.len() {
             return Err(BadWireImage::Regions { due: regions.len(), there: wire.regions.len() });
         }

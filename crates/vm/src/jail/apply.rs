@@ -12,6 +12,7 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid,
 use types::MemorySize;
 
 use super::{Jail, Mechanism};
+use crate::class::Class;
 use crate::sys::process;
 
 /// The first of the user ids that workers get when the node runs as root; the range is above those of accounts and of the
@@ -192,11 +193,11 @@ pub(crate) const THREADS_MAX: u32 = 16;
 pub(crate) const DESCRIPTORS_MAX: u64 = 2048;
 
 /// Bounds the worker's address space by what its class needs, once that is known.
-pub(crate) fn limit_address_space(jail: &Jail, memory: MemorySize) -> io::Result<()> {
+pub(crate) fn limit_address_space(jail: &Jail, class: Class) -> io::Result<()> {
     if !jail.has(Mechanism::Limits) {
         return Ok(());
     }
-    let most = memory.bytes() + (256 << 20);
+    let most = class.region_bytes() + (256 << 20);
     Ok(rustix::process::setrlimit(Resource::As, Rlimit { current: Some(most), maximum: Some(most) })?)
 }
 

@@ -82,6 +82,7 @@ const RUN_AND_RESTORE: &[(&str, u64)] = &[
     ("KVM_SET_PIT2", iow(0xA0, 112)),
     ("KVM_SET_CLOCK", iow(0x7B, 48)),
     ("KVM_SET_IRQCHIP", ior(0x63, 520)),
+    ("KVM_IRQ_LINE", iow(0x61, 8)),
 ];
 
 /// Requests of `ioctl` that a branch makes: reading a machine's state, and its private pages.
@@ -99,6 +100,7 @@ const CAPTURE: &[(&str, u64)] = &[
     ("KVM_GET_CLOCK", ior(0x7C, 48)),
     ("KVM_GET_IRQCHIP", iowr(0x62, 520)),
     ("PAGEMAP_SCAN", PAGEMAP_SCAN),
+    ("KVM_IRQ_LINE", iow(0x61, 8)),
 ];
 
 const COPIER_FLAGS: &[(&str, u64)] = &[("CLONE_PIDFD|SIGCHLD", libc::CLONE_PIDFD as u64 | libc::SIGCHLD as u64)];
@@ -107,9 +109,15 @@ const INHERITANCE: &[(&str, u64)] = &[("MADV_DONTFORK", 10), ("MADV_DOFORK", 11)
 
 /// A vCPU's thread.
 pub const VCPU: &[Allowed] = &[
-    allowed!(ioctl, SYS_ioctl, OneOf(1, RUN_AND_RESTORE), "runs the guest; before its first instruction, restores its state"),
+    allowed!(
+        ioctl,
+        SYS_ioctl,
+        OneOf(1, RUN_AND_RESTORE),
+        "runs the guest; before its first instruction, restores its state; raises a device's interrupt"
+    ),
     allowed!(futex, SYS_futex, Any, "locks, and waiting for work"),
     allowed!(write, SYS_write, Any, "raises a device's interrupt, and wakes the control thread (eventfds)"),
+    allowed!(getrandom, SYS_getrandom, Any, "random numbers, for the guest's device of that name"),
     allowed!(rt_sigreturn, SYS_rt_sigreturn, Any, "comes back from the signal that brings it out of the guest"),
     allowed!(tgkill, SYS_tgkill, Kick(2), "brings the other vCPUs out of the guest when the machine ends"),
     allowed!(getpid, SYS_getpid, Any, "the C library asks before tgkill"),
@@ -127,11 +135,16 @@ pub const CONTROL: &[Allowed] = &[
     allowed!(sendmsg, SYS_sendmsg, Any, "answers to the node"),
     allowed!(poll, SYS_poll, Any, "waits for orders, for news of the vCPUs, for a copier"),
     allowed!(ppoll, SYS_ppoll, Any, "the same"),
-    allowed!(read, SYS_read, Any, "news of the vCPUs and of a copier (eventfds)"),
-    allowed!(write, SYS_write, Any, "a device's interrupt line; a copier's last word (eventfds)"),
+    allowed!(read, SYS_read, Any, "news of the vCPUs and of a copier (eventfds); vsock streams of the node"),
+    allowed!(write, SYS_write, Any, "a device's interrupt line; a copier's last word (eventfds); vsock streams of the node"),
     allowed!(close, SYS_close, Any, "descriptors that it is done with"),
     allowed!(fcntl, SYS_fcntl, OneOf(1, CHECK), "the standard library, built for tests, looks whether they are open"),
-    allowed!(ioctl, SYS_ioctl, OneOf(1, CAPTURE), "a branch: the state of the machine, and which pages it has written"),
+    allowed!(
+        ioctl,
+        SYS_ioctl,
+        OneOf(1, CAPTURE),
+        "a branch: the state of the machine, and which pages it has written; a device's interrupt"
+    ),
     allowed!(madvise, SYS_madvise, OneOf(2, INHERITANCE), "a branch: which memory its copier inherits; changes no mapping"),
     allowed!(clone, SYS_clone, OneOf(0, COPIER_FLAGS), "a branch: its copier, a process and never a thread"),
     allowed!(eventfd2, SYS_eventfd2, Any, "a branch: how its copier says that it is done"),

@@ -74,7 +74,7 @@ impl Frame {
         host: &Host,
         class: Class,
         ram: RamLayout,
-        vm: VmFd,
+        vm: Arc<VmFd>,
         bus: Arc<Mutex<Bus>>,
         console: Console,
         keeping: Keeping,
@@ -89,7 +89,7 @@ impl Frame {
             vcpus.push(Arc::new(Mutex::new(vcpu)));
         }
         let monitor = Arc::new(Monitor::new(kickers, witness));
-        let core = Core { vcpus, vm: Arc::new(vm), bus };
+        let core = Core { vcpus, vm, bus };
         // From here on dropping the frame ends the threads that were started.
         let mut frame = Self { threads: Vec::with_capacity(core.vcpus.len()), monitor, core, console };
         for index in 0..frame.core.vcpus.len() {
@@ -123,6 +123,8 @@ impl Drop for Frame {
             // A vCPU thread that panicked has printed why; the machine is going away all the same.
             thread.join().unwrap_or_default();
         }
+        // The memory that they reach goes after this, whoever still holds the bus.
+        self.core.bus.lock().unwrap_or_else(PoisonError::into_inner).set_memory(None);
     }
 }
 

@@ -171,7 +171,7 @@ impl Machine {
         let base = self.image().cloned();
         let layers = match &base {
             None => Vec::new(),
-            Some(_) => memfd::new_layers(self.class.memory()).map_err(step("memfd_create"))?,
+            Some(_) => memfd::new_layers(self.class).map_err(step("memfd_create"))?,
         };
         let instant = self.take_instant(host, &layers, Copied::Extents)?;
         let image = match base {

@@ -7,9 +7,11 @@ pub mod state;
 pub(crate) mod vcpu;
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use thiserror::Error;
 use types::{GuestAddress, MachineId};
 
@@ -73,6 +75,7 @@ pub struct PauseError {
 
 impl Machine {
     pub(crate) fn new(id: MachineId, frame: Frame, memory: GuestMemory, backing: Backing, class: Class) -> Self {
+        frame.core.bus.lock().unwrap_or_else(PoisonError::into_inner).set_memory(Some(memory.for_devices()));
         Self {
             id,
             frame,
@@ -208,6 +211,29 @@ impl Machine {
     /// If the port's input buffer has no room for all of it.
     pub fn type_in(&self, input: &[u8]) -> std::io::Result<()> {
         self.frame.core.bus.lock().unwrap_or_else(PoisonError::into_inner).serial.type_in(input)
+    }
+
+    /// Connects a socket with a vsock port of the guest. It must not block; what cannot be connected is closed.
+    pub fn connect(&self, port: u32, socket: OwnedFd) {
+        self.bus().connect(port, socket);
+    }
+
+    /// The descriptors at which to wait for something to [serve](Self::serve_devices), and for what.
+    #[must_use]
+    pub fn device_descriptors(&self) -> Vec<(Arc<OwnedFd>, PollFlags)> {
+        self.bus().descriptors()
+    }
+
+    /// Moves what can be moved between the guest's devices and the descriptors of this process. To be called when one of them is
+    /// ready, and when the guest has done something (see `Witness`).
+    pub fn serve_devices(&self) {
+        let mut bus = self.bus();
+        bus.serve();
+        bus.complain(&mut self.console().clone());
+    }
+
+    fn bus(&self) -> std::sync::MutexGuard<'_, crate::device::Bus> {
+        self.frame.core.bus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Brings the vCPUs to rest without changing whether the machine counts as running.

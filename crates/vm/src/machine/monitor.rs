@@ -312,6 +312,13 @@ impl Monitor {
         }
     }
 
+    /// A device has something for who runs the machine.
+    pub(crate) fn note_news(&self) {
+        if let Some(witness) = &self.witness {
+            witness.news();
+        }
+    }
+
     pub(crate) fn note_first_exit(&self, at: Instant) {
         self.lock().first_exit.get_or_insert(at);
         self.changed.notify_all();

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::frame::Core;
+use crate::class::Devices;
 use crate::device::{BadDeviceState, SavedDevice};
 use crate::host::Host;
 use crate::image::first::Translation;
@@ -161,6 +162,11 @@ impl MachineState {
         }
         state.check()?;
         Ok(state)
+    }
+
+    /// The devices that a machine in this state has, with a disk of this size.
+    pub(crate) fn devices(&self, disk: Option<types::MemorySize>) -> Devices {
+        crate::device::devices_of(&self.devices, disk)
     }
 
     /// Number of vCPUs.

@@ -14,6 +14,8 @@ use crate::device::{Bus, Outcome};
 use crate::sys::kvm::internal_error;
 
 const STACK_SIZE: usize = 256 << 10;
+/// What a Linux kernel says last.
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// What a vCPU thread needs.
 pub(crate) struct Seat {
@@ -114,6 +116,8 @@ impl Seat {
                         return Stretch::Idle;
                     }
                     Ok(Outcome::GuestFault) => self.monitor.note_fault(self.index),
+                    Ok(Outcome::News) => self.monitor.note_news(),
+                    Ok(Outcome::Reset) => return Stretch::Ended(self.reset()),
                     Err((reason, detail)) => return Stretch::Ended(self.ended(reason, detail)),
                 },
                 Err(error) => match error.errno() {
@@ -153,10 +157,13 @@ impl Seat {
             }
             VcpuExit::MmioRead(at, data) => {
                 self.refuse_ram("read", at)?;
-                data.fill(0xFF);
+                self.bus.lock().unwrap_or_else(PoisonError::into_inner).read_memory(at, data);
                 Ok(Outcome::Continue)
             }
-            VcpuExit::MmioWrite(at, _) => self.refuse_ram("write", at).map(|()| Outcome::Continue),
+            VcpuExit::MmioWrite(at, data) => {
+                self.refuse_ram("write", at)?;
+                Ok(self.bus.lock().unwrap_or_else(PoisonError::into_inner).write_memory(at, data))
+            }
             VcpuExit::Shutdown => Err((Reason::GuestTripleFault, "its CPU shut down".to_owned())),
             VcpuExit::SystemEvent(kind, _) => Err((Reason::GuestShutdown, format!("system event {kind}"))),
             VcpuExit::MemoryFault { gpa, size, .. } => {
@@ -176,6 +183,16 @@ impl Seat {
             return Err((Reason::RamUnavailable, format!("its {access} of RAM at {} came out as MMIO", GuestAddress(at))));
         }
         Ok(())
+    }
+
+    /// The guest has restarted itself, of its own will or after a panic of its kernel.
+    fn reset(&self) -> Ended {
+        let (printed, _) = self.bus.lock().unwrap_or_else(PoisonError::into_inner).serial.printed();
+        let panic = String::from_utf8_lossy(&printed).lines().rev().find(|line| line.contains(PANIC)).map(str::to_owned);
+        match panic {
+            Some(line) => self.ended(Reason::GuestPanic, line),
+            None => self.ended(Reason::GuestShutdown, "its kernel reset it".to_owned()),
+        }
     }
 
     fn ended(&self, reason: Reason, detail: String) -> Ended {

@@ -95,7 +95,7 @@ fn send_fork(
     options: ForkOptions,
 ) -> Result<Sent, PoolError> {
     let class = image.class();
-    let limit_bytes = options.limit_bytes.unwrap_or(class.memory().bytes()).min(class.memory().bytes());
+    let limit_bytes = options.limit_bytes.unwrap_or(class.region_bytes()).min(class.region_bytes());
     if limit_bytes < LIMIT_MIN.min(class.memory().bytes()) {
         return Err(PoolError::Limit { asked_bytes: limit_bytes, least_bytes: LIMIT_MIN });
     }

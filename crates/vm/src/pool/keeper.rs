@@ -92,7 +92,7 @@ pub fn machine_cost_bytes(class: Class) -> u64 {
 
 /// How much more memory than its own pages a worker may have: its process, KVM's tables for its slots, its page tables.
 pub(super) fn overhead_bytes(class: Class) -> u64 {
-    (32 << 20) + class.memory().bytes() / 64
+    (32 << 20) + class.region_bytes() / 64
 }
 
 /// How many shells of each class should wait.
@@ -345,7 +345,7 @@ fn bear(inner: &Inner, zygote: &Channel, worker: &Arc<Worker>, theirs: Channel, 
     let events = epoll::add(&inner.events, worker.as_fd(), epoll::EventData::new_u64(worker.number), epoll::EventFlags::IN);
     events.map_err(|error| PoolError::Step { step: "epoll_ctl", source: error.into() })?;
     let uid = uid_of_worker(inner.number, worker.number);
-    let memory = worker.class.memory().bytes() + overhead_bytes(worker.class);
+    let memory = worker.class.region_bytes() + overhead_bytes(worker.class);
     let group = inner.groups.as_ref().map(|groups| groups.worker(worker.number, memory, THREADS_MAX)).transpose();
     let group = group.map_err(of_groups)?;
     let entrances = group.as_ref().map_or(Ok(Vec::new()), WorkerGroup::entrances).map_err(of_groups)?;

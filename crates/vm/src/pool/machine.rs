@@ -8,7 +8,7 @@ use types::MachineId;
 
 use super::worker::Worker;
 use super::{Inner, PoolError, keeper};
-use crate::class::{Class, ram_regions};
+use crate::class::Class;
 use crate::image::complete::{CompleteError, complete};
 use crate::image::{Image, check_map, memfd};
 use crate::jail::cgroup::CgroupError;
@@ -62,15 +62,26 @@ pub struct Memory {
 }
 
 pub(super) fn boot_probe(inner: &Arc<Inner>, class: Class, id: MachineId) -> Result<Jailed, PoolError> {
-    let memory = memfd::first_memory(class.memory()).map_err(|source| PoolError::Step { step: "memfd_create", source })?;
-    let limit_bytes = class.memory().bytes();
+    let memory = memfd::first_memory(class).map_err(|source| PoolError::Step { step: "memfd_create", source })?;
+    boot(inner, class, id, memory, &ToWorker::BootProbe { id })
+}
+
+/// A first parent on this memory, a memfd for each region, that starts as `order` says.
+pub(super) fn boot(
+    inner: &Arc<Inner>,
+    class: Class,
+    id: MachineId,
+    memory: Vec<std::fs::File>,
+    order: &ToWorker,
+) -> Result<Jailed, PoolError> {
+    let limit_bytes = class.region_bytes();
     let copies: std::io::Result<Vec<_>> = memory.iter().map(std::fs::File::try_clone).collect();
     let copies = copies.map_err(|source| PoolError::Step { step: "duplicating a descriptor", source })?;
     let (worker, _) = keeper::Demand::of(inner, class, 1).take()?;
     worker.deliver(|mail| mail.machine = Some(id));
     let jailed = Jailed { id, inner: Arc::clone(inner), worker, rests_on: Mutex::new(RestsOn::Own(memory)), limit_bytes };
     let descriptors: Vec<BorrowedFd<'_>> = copies.iter().map(AsFd::as_fd).collect();
-    jailed.worker.send(&ToWorker::BootProbe { id }, &descriptors)?;
+    jailed.worker.send(order, &descriptors)?;
     jailed.worker.wait(|mail| mail.running)?;
     Ok(jailed)
 }
@@ -129,7 +140,7 @@ impl Jailed {
             RestsOn::Own(memory) => {
                 let memory = std::mem::take(memory);
                 let frozen = self.worker.send(&ToWorker::Freeze, &[]).and_then(|()| self.wait_for_frozen());
-                let frozen = match frozen.and_then(|wire| self.check(*wire, &[1, 1])) {
+                let frozen = match frozen.and_then(|wire| self.check(*wire, &[1; 3])) {
                     Ok(frozen) => frozen,
                     Err(error) => {
                         *rests_on = RestsOn::Own(memory);
@@ -148,11 +159,11 @@ impl Jailed {
                 Ok(Frozen { image, report })
             }
             RestsOn::Image { image: base, branched_bytes, was_first_parent } => {
-                let layers = memfd::new_layers(self.class().memory());
+                let layers = memfd::new_layers(self.class());
                 let layers = layers.map_err(|source| PoolError::Step { step: "memfd_create", source })?;
                 // What the copier writes counts as the worker's, for as long as the image lives; and while it copies, so does
                 // what the guest writes a second time.
-                self.limit_memory(*branched_bytes + self.class().memory().bytes() + self.limit_bytes)?;
+                self.limit_memory(*branched_bytes + self.class().region_bytes() + self.limit_bytes)?;
                 let descriptors: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
                 // Where some of it may be absent the worker copies what its guest has written, and the rest is done here. It makes
                 // no copier for that, which it may not.
@@ -226,7 +237,7 @@ impl Jailed {
         if state.vcpu_count() != usize::from(self.class().vcpu_count()) {
             return Err(lie(format!("a state with {} vCPUs", state.vcpu_count())));
         }
-        let regions = ram_regions(self.class().memory());
+        let regions = self.class().regions();
         if wire.maps.len() != regions.len() {
             return Err(lie(format!("{} regions", wire.maps.len())));
         }
@@ -301,6 +312,18 @@ impl Jailed {
         }
         self.worker.send(&ToWorker::StopProbe { vcpu }, &[])?;
         self.answer(vcpu)
+    }
+
+    /// A stream to a vsock port of the guest. Whether somebody listens there shows when it is used: it ends at once if not.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn connect(&self, port: u32) -> Result<std::os::unix::net::UnixStream, PoolError> {
+        let step = |source| PoolError::Step { step: "making a socket", source };
+        let (ours, its) = std::os::unix::net::UnixStream::pair().map_err(step)?;
+        its.set_nonblocking(true).map_err(step)?;
+        self.worker.send(&ToWorker::Connect { port }, &[its.as_fd()])?;
+        Ok(ours)
     }
 
     /// Brings it to rest, or lets it run again.

@@ -39,7 +39,7 @@ use crate::jail::cgroup::{Groups, WorkerGroup};
 use crate::jail::{Jail, Mechanism};
 use crate::machine::Ended;
 use crate::worker::channel::Channel;
-use crate::worker::protocol::Failure;
+use crate::worker::protocol::{Failure, ToWorker};
 pub use fork::ForkTimes;
 use keeper::Shelf;
 pub use keeper::machine_cost_bytes;
@@ -303,6 +303,20 @@ impl Pool {
     /// [`PoolError`].
     pub fn boot_probe(&self, class: Class, id: MachineId) -> Result<Jailed, PoolError> {
         machine::boot_probe(&self.inner, class, id)
+    }
+
+    /// Boots a first parent that starts a kernel, on memory that [`crate::linux::load`] has filled.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn boot_linux(
+        &self,
+        class: Class,
+        id: MachineId,
+        memory: Vec<std::fs::File>,
+        start: crate::linux::Start,
+    ) -> Result<Jailed, PoolError> {
+        machine::boot(&self.inner, class, id, memory, &ToWorker::BootLinux { id, start })
     }
 
     /// Says that machines of this class are about to be forked, so many at once.

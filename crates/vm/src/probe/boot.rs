@@ -65,7 +65,7 @@ impl BootError {
 /// [`BootError`].
 pub fn boot(host: &Host, class: Class, id: MachineId) -> Result<Machine, BootError> {
     let shell = Shell::build(host, class)?;
-    let memory = first_memory(class.memory()).map_err(os_step("memfd_create"))?;
+    let memory = first_memory(class).map_err(os_step("memfd_create"))?;
     boot_in(shell, memory, id)
 }
 

@@ -2,17 +2,23 @@
 
 use std::sync::atomic::Ordering;
 
-use types::{GuestAddress, HostAddress};
+use types::{GuestAddress, HostAddress, RegionKind};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::slot::Slot;
 
-/// The mapped RAM of one machine.
+/// A machine's RAM, as its devices see it.
+pub(crate) type Ram = GuestMemoryMmap;
+/// A machine's disk from address 0 on, as its device sees it.
+pub(crate) type DiskMemory = GuestMemoryMmap;
+
+/// The mapped regions of one machine.
 #[derive(Debug)]
 pub struct GuestMemory {
-    // Before the slots: it points into them.
-    view: GuestMemoryMmap,
-    slots: Vec<(GuestAddress, Slot)>,
+    // Before the slots: they point into them.
+    view: Ram,
+    disk: Option<DiskMemory>,
+    slots: Vec<(RegionKind, Slot)>,
 }
 
 /// An access outside the guest's RAM.
@@ -24,27 +30,46 @@ pub struct GuestMemoryError {
 }
 
 impl GuestMemory {
-    /// Takes over mapped slots, each at its guest address.
-    pub(crate) fn over(slots: Vec<(GuestAddress, Slot)>) -> Self {
-        let regions = slots.iter().map(|(guest, slot)| {
+    /// Takes over mapped slots.
+    pub(crate) fn over(slots: Vec<(RegionKind, Slot)>) -> Self {
+        let region_at = |guest: GuestAddress, slot: &Slot| {
             assert!(slot.is_mapped());
             let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
             let prot = libc::PROT_READ | libc::PROT_WRITE;
-            // SAFETY: the slot is mapped over its whole length (asserted) and owned by the value being built, which drops the
-            // view first and hands out no clone of it.
+            // SAFETY: the slot is mapped over its whole length (asserted) and owned by the value being built, which drops its
+            // views first. Clones of them go to the machine's devices alone (`for_devices`), which are dropped before.
             let region = unsafe { MmapRegion::build_raw(slot.start().0 as *mut u8, slot.len(), prot, flags) };
             let region = region.expect("a slot is page-aligned");
             GuestRegionMmap::new(region, vm_memory::GuestAddress(guest.0)).expect("a region ends within 2^46")
+        };
+        let ram = slots.iter().filter_map(|(kind, slot)| match kind {
+            RegionKind::Ram(start) => Some(region_at(*start, slot)),
+            RegionKind::Disk(_) => None,
         });
-        let view = GuestMemoryMmap::from_regions(regions.collect()).expect("regions are sorted and do not overlap");
-        Self { view, slots }
+        let view = GuestMemoryMmap::from_regions(ram.collect()).expect("regions are sorted and do not overlap");
+        let disk = slots
+            .iter()
+            .find(|(kind, _)| matches!(kind, RegionKind::Disk(_)))
+            .map(|(_, slot)| GuestMemoryMmap::from_regions(vec![region_at(GuestAddress(0), slot)]).expect("one region"));
+        Self { view, disk, slots }
     }
 
-    pub(crate) fn slots(&self) -> &[(GuestAddress, Slot)] {
+    /// What the machine's devices reach. They give it back before this is dropped: see `Frame`'s `Drop`.
+    pub(crate) fn for_devices(&self) -> (Ram, Option<DiskMemory>) {
+        (self.view.clone(), self.disk.clone())
+    }
+
+    pub(crate) fn slots(&self) -> &[(RegionKind, Slot)] {
         &self.slots
     }
 
-    pub(crate) fn slots_mut(&mut self) -> &mut [(GuestAddress, Slot)] {
+    /// The region of RAM that begins at 0, which every machine has.
+    #[cfg(feature = "testing")]
+    pub(crate) fn low_ram(&self) -> (GuestAddress, &Slot) {
+        (GuestAddress(0), &self.slots[0].1)
+    }
+
+    pub(crate) fn slots_mut(&mut self) -> &mut [(RegionKind, Slot)] {
         &mut self.slots
     }
 

@@ -17,7 +17,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use types::{GuestAddress, Source};
+use types::{RegionKind, Source};
 
 use super::channel::{self, Received};
 use super::control::{self, Control, Until};
@@ -28,6 +28,7 @@ use crate::host::Host;
 use crate::image::Image;
 use crate::jail::apply::{have_no_more_processes, limit_address_space};
 use crate::jail::syscalls::confine_thread;
+use crate::linux;
 use crate::machine::Machine;
 use crate::machine::frame::Keeping;
 use crate::machine::state::{self, MachineState};
@@ -123,7 +124,18 @@ impl Builder {
                     let order = ForkOrder { id, image, layers, received_ns, watched };
                     return self.fork((shell, fresh), order);
                 }
-                ToWorker::BootProbe { id } => return self.boot(shell, id, layers),
+                ToWorker::BootProbe { id } => {
+                    let boot = move |shell, memory| {
+                        probe::boot_in(shell, memory, id).map_err(|error| Failure::of(&error, error.remedy()))
+                    };
+                    return self.boot(shell, layers, boot);
+                }
+                ToWorker::BootLinux { id, start } => {
+                    let boot = move |shell, memory| {
+                        linux::boot_in(shell, memory, id, start).map_err(|error| Failure::of(&error, error.remedy()))
+                    };
+                    return self.boot(shell, layers, boot);
+                }
                 other => self.give_up_over(&other),
             }
         }
@@ -156,7 +168,7 @@ impl Builder {
         };
         self.host.close_device();
         let fresh = (!is_awaited).then(|| self.rehearse(&shell));
-        if let Err(error) = limit_address_space(&self.shared.jail, class.memory()) {
+        if let Err(error) = limit_address_space(&self.shared.jail, class) {
             give_up(&self.shared, &failure("limiting the address space", &error));
         }
         let took_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -192,7 +204,7 @@ impl Builder {
             Ok(image) => Arc::new(image),
             Err(failed) => give_up(&self.shared, &failed),
         };
-        let watch = |slots: &[(GuestAddress, Slot)]| match &watched {
+        let watch = |slots: &[(RegionKind, Slot)]| match &watched {
             None => Ok(()),
             Some(watching) => self.watch(&image, watching, slots).map_err(|source| ForkError::Watch { source }),
         };
@@ -226,7 +238,7 @@ impl Builder {
     }
 
     /// Has touches of absent memory reported to the node from now on.
-    fn watch(&self, image: &Image, watching: &Watching, slots: &[(GuestAddress, Slot)]) -> io::Result<()> {
+    fn watch(&self, image: &Image, watching: &Watching, slots: &[(RegionKind, Slot)]) -> io::Result<()> {
         if watching.is_alone {
             have_no_more_processes()?;
         }
@@ -247,12 +259,12 @@ impl Builder {
         Ok(())
     }
 
-    fn boot(mut self, shell: Shell, id: types::MachineId, memory: Vec<OwnedFd>) {
+    fn boot(mut self, shell: Shell, memory: Vec<OwnedFd>, boot: impl FnOnce(Shell, Vec<File>) -> Result<Machine, Failure>) {
         self.host.close_faults();
         let memory = memory.into_iter().map(File::from).collect();
-        let machine: Machine = match probe::boot_in(shell, memory, id) {
+        let machine = match boot(shell, memory) {
             Ok(machine) => machine,
-            Err(error) => give_up(&self.shared, &Failure::of(&error, error.remedy())),
+            Err(failed) => give_up(&self.shared, &failed),
         };
         if let Err(error) = confine_thread(&self.shared.jail, &self.shared.filters.first_parent) {
             give_up(&self.shared, &failure("the filter of system calls", &error));

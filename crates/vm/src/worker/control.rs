@@ -107,11 +107,15 @@ impl Control {
         let copier: Option<[BorrowedFd<'_>; 2]> =
             self.copying.as_ref().and_then(Taken::copier).map(|copier| copier.descriptors());
         fds.extend(copier.into_iter().flatten().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        let of_devices = if self.machine.is_running() { self.machine.device_descriptors() } else { Vec::new() };
+        let devices_from = fds.len();
+        fds.extend(of_devices.iter().map(|(fd, interest)| PollFd::new(fd, *interest)));
         let patience = Timespec { tv_sec: 0, tv_nsec: self.first_exit_patience_ms * 1_000_000 };
         let patience = self.unreported.is_some().then_some(patience);
         let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, patience.as_ref()));
         let is_readable = |fd: &PollFd<'_>| !fd.revents().is_empty();
-        let (order, rung, copied) = (is_readable(&fds[0]), is_readable(&fds[1]), fds[2..].iter().any(is_readable));
+        let (order, rung) = (is_readable(&fds[0]), is_readable(&fds[1]));
+        let copied = fds[2..devices_from].iter().any(is_readable);
         drop(fds);
         if rung {
             // EAGAIN: another thread was faster.
@@ -122,6 +126,9 @@ impl Control {
         }
         if copied {
             self.finish_freeze();
+        }
+        if self.machine.is_running() {
+            self.machine.serve_devices();
         }
         order
     }
@@ -190,6 +197,12 @@ impl Control {
                     probe.tell_to_stop().unwrap_or_default();
                 }
             }
+            ToWorker::Connect { port } => {
+                // Without a descriptor the node had no room for one, and sees its other end closed.
+                if let Some(socket) = descriptors.into_iter().next() {
+                    self.machine.connect(port, socket);
+                }
+            }
             ToWorker::Console => {
                 let (bytes, dropped) = self.machine.console().contents();
                 self.send(&FromWorker::Console { bytes, dropped });
@@ -217,7 +230,8 @@ impl Control {
             | ToWorker::Layers
             | ToWorker::Fork { .. }
             | ToWorker::ForkWatched { .. }
-            | ToWorker::BootProbe { .. } => {
+            | ToWorker::BootProbe { .. }
+            | ToWorker::BootLinux { .. } => {
                 let message = "the order is for a shell, and this is a machine".to_owned();
                 self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));
             }

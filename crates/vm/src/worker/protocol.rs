@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{ExtentMap, GuestAddress, MachineId, MemorySize, Reason};
 
-use crate::class::{Class, VcpuCountError};
+use crate::class::{Class, Devices, VcpuCountError};
 use crate::host::HostFacts;
 use crate::jail::Jail;
+use crate::linux::Start;
 use crate::probe::{Command, Reply};
 
 /// The longest message: a machine state, and the maps of two regions with 512 runs each.
@@ -21,7 +22,7 @@ pub const MESSAGE_SIZE_MAX: usize = 128 << 10;
 pub const DESCRIPTORS_MAX: usize = 200;
 
 const MAGIC: [u8; 2] = *b"ff";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER_SIZE: usize = 4;
 
 /// A kind of message.
@@ -181,6 +182,18 @@ pub enum ToWorker {
     FreezePages,
     /// All of its memory has arrived: close the descriptor that reports touches of what is absent.
     LetGo,
+    /// Become a first parent that starts a kernel; with a memfd for each region, in which it lies already.
+    BootLinux {
+        /// Who it is.
+        id: MachineId,
+        /// Where it starts.
+        start: Start,
+    },
+    /// Connect the socket that comes along, which does not block, with a vsock port of the guest.
+    Connect {
+        /// The port.
+        port: u32,
+    },
     /// Try to break out, for the tests of the jail.
     #[cfg(feature = "testing")]
     Attempt(crate::harness::attempts::Order),
@@ -264,11 +277,12 @@ pub enum FromWorker {
 pub struct WireClass {
     memory: MemorySize,
     vcpu_count: u8,
+    devices: Devices,
 }
 
 impl From<Class> for WireClass {
     fn from(class: Class) -> Self {
-        Self { memory: class.memory(), vcpu_count: class.vcpu_count() }
+        Self { memory: class.memory(), vcpu_count: class.vcpu_count(), devices: class.devices() }
     }
 }
 
@@ -276,7 +290,7 @@ impl TryFrom<WireClass> for Class {
     type Error = VcpuCountError;
 
     fn try_from(wire: WireClass) -> Result<Self, Self::Error> {
-        Self::new(wire.memory, wire.vcpu_count)
+        Self::with_devices(wire.memory, wire.vcpu_count, wire.devices)
     }
 }
 

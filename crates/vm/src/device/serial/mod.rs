@@ -85,6 +85,11 @@ impl Serial {
         Self { uart, console, line }
     }
 
+    /// What the guest printed: see [`Console::contents`].
+    pub(crate) fn printed(&self) -> (Vec<u8>, u64) {
+        self.console.contents()
+    }
+
     /// Types on the port's keyboard.
     pub(crate) fn type_in(&mut self, input: &[u8]) -> io::Result<()> {
         let taken = self.uart.enqueue_raw_bytes(input).map_err(|error| io::Error::other(format!("{error:?}")))?;

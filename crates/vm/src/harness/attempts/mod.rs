@@ -109,7 +109,7 @@ pub(crate) fn attempt(order: Order, machine: &Machine, given: Vec<OwnedFd>) -> i
         return libc::ETIMEDOUT;
     }
     // The last page of the first region: the probe's guest touches it only when it is told to.
-    let (start, slot) = &machine.memory().slots()[0];
+    let (start, slot) = machine.memory().low_ram();
     let offset = slot.len() - 4096;
     if machine.memory().write(GuestAddress(start.0 + offset as u64), &[MARK; 4096]).is_err() {
         return libc::EFAULT;

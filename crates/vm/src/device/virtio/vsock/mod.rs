@@ -1,0 +1,198 @@
+//! vsock (virtio 1.2, section 5.10): byte streams from the host to ports of the guest.
+//!
+//! The host's end of a stream is a socket that the node hands over, already connected; this device has no name in any file
+//! system, and the guest cannot call out: whoever asks for a port of the host's is refused.
+//!
+//! ```text
+//! socket ──read──▶ to_guest ──▶ receive queue ──▶ guest
+//! socket ◀─write── to_host  ◀── transmit queue ◀── guest
+//!    └── by the control thread ──┘ └── by whoever holds the device; no system calls ──┘
+//! ```
+//!
+//! Both buffers are bounded by the credit that the two sides announce. Streams are not part of an image: a child's driver is
+//! told that its transport was reset, which ends those that it inherited, and it listens on where its parent listened.
+
+mod packet;
+mod stream;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::event::PollFlags;
+use virtio_queue::Queue;
+
+use super::{BadQueue, VirtioDevice, each_chain, reader, used_len, writer};
+use crate::device::BadDeviceState;
+use crate::sys::guest_memory::Ram;
+use packet::{HEADER_LEN, Header, Op};
+use stream::Stream;
+
+pub(crate) const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+pub(crate) const EVENT: u16 = 2;
+/// The host's address, and every guest's: each has a network of its own.
+const HOST_CID: u64 = 2;
+const GUEST_CID: u64 = 3;
+/// The most streams at a time.
+pub const STREAMS_MAX: usize = 64;
+/// Refusals that the guest has made no room for; more are forgotten.
+const REFUSALS_MAX: usize = 64;
+/// Ports of the host's ends: above what anybody names.
+const FIRST_PORT: u32 = 1 << 30;
+const EVENT_TRANSPORT_RESET: u32 = 0;
+/// The longest packet that is made for the guest, less its header.
+const PACKET_MAX: usize = 64 << 10;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Vsock {
+    /// By the host's port.
+    streams: BTreeMap<u32, Stream>,
+    next_port: u32,
+    refusals: VecDeque<Header>,
+    /// The guest has not been told yet that its streams are gone.
+    owes_reset: bool,
+    /// The stream that was served last, so that each has its turn.
+    last_served: u32,
+}
+
+impl Vsock {
+    pub(crate) fn new() -> Self {
+        Self { streams: BTreeMap::new(), next_port: FIRST_PORT, refusals: VecDeque::new(), owes_reset: false, last_served: 0 }
+    }
+
+    /// Connects a socket, which does not block, with a port of the guest's. `false` if there are too many streams already.
+    pub(crate) fn connect(&mut self, guest_port: u32, socket: OwnedFd) -> bool {
+        if self.streams.len() >= STREAMS_MAX {
+            return false;
+        }
+        while self.streams.contains_key(&self.next_port) {
+            self.next_port = self.next_port.wrapping_add(1).max(FIRST_PORT);
+        }
+        self.streams.insert(self.next_port, Stream::new(guest_port, socket));
+        self.next_port = self.next_port.wrapping_add(1).max(FIRST_PORT);
+        true
+    }
+
+    /// The sockets to look at, and for what.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = (Arc<OwnedFd>, PollFlags)> {
+        self.streams.values().filter_map(Stream::interest)
+    }
+
+    /// Moves what can be moved between sockets and buffers. The control thread's part.
+    pub(crate) fn serve_sockets(&mut self) {
+        self.streams.values_mut().for_each(Stream::serve_socket);
+    }
+
+    /// Whether there is something for the guest.
+    pub(crate) fn has_packets(&self) -> bool {
+        !self.refusals.is_empty() || self.streams.values().any(|stream| stream.is_over() || stream.has_packet())
+    }
+
+    fn refuse(&mut self, packet: &Header) {
+        if packet.op != Op::Reset && self.refusals.len() < REFUSALS_MAX {
+            let header =
+                Header { source_port: packet.destination_port, destination_port: packet.source_port, ..packet.answer() };
+            self.refusals.push_back(Header { op: Op::Reset, ..header });
+        }
+    }
+
+    /// A packet from the guest.
+    fn take(&mut self, packet: &Header, data: &mut impl Read) -> Result<(), BadQueue> {
+        let is_for_us = packet.is_stream && packet.destination_cid == HOST_CID && packet.source_cid == GUEST_CID;
+        let stream = self.streams.get_mut(&packet.destination_port);
+        match stream.filter(|stream| is_for_us && stream.guest_port == packet.source_port) {
+            None => self.refuse(packet),
+            Some(stream) => {
+                if !stream.take(packet, data)? {
+                    self.streams.remove(&packet.destination_port);
+                    self.refuse(packet);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next packet for a guest that has room for so many bytes of data.
+    fn next_packet(&mut self, room: usize) -> Option<(Header, Vec<u8>)> {
+        if let Some(refusal) = self.refusals.pop_front() {
+            return Some((refusal, Vec::new()));
+        }
+        let after = self.streams.range(self.last_served.wrapping_add(1)..).map(|(port, _)| *port);
+        let ports: Vec<u32> = after.chain(self.streams.range(..=self.last_served).map(|(port, _)| *port)).collect();
+        for port in ports {
+            let stream = self.streams.get_mut(&port).expect("listed above");
+            let next = stream.next_packet(port, room);
+            if stream.is_over() && next.as_ref().is_none_or(|(header, _)| header.op == Op::Reset) {
+                self.streams.remove(&port);
+            }
+            if next.is_some() {
+                self.last_served = port;
+                return next;
+            }
+        }
+        None
+    }
+}
+
+impl VirtioDevice for Vsock {
+    const NAME: &'static str = "virtio-vsock";
+    const ID: u32 = 19;
+    const QUEUES: &'static [u16] = &[128, 128, 16];
+    const FEATURES: u64 = 0;
+
+    fn config(&self) -> Vec<u8> {
+        GUEST_CID.to_le_bytes().to_vec()
+    }
+
+    fn notified(&mut self, queue: u16, queues: &mut [Queue], ram: &Ram) -> Result<bool, BadQueue> {
+        let chains = &mut queues[usize::from(queue)];
+        match queue {
+            TRANSMIT => each_chain(chains, ram, |chain| {
+                let mut packet = reader(ram, &chain)?;
+                let mut bytes = [0; HEADER_LEN];
+                // What is no packet is dropped, as on any network.
+                if packet.read_exact(&mut bytes).is_ok()
+                    && let Some(header) = Header::decode(&bytes)
+                {
+                    self.take(&header, &mut packet)?;
+                }
+                Ok(Some(0))
+            }),
+            RECEIVE => each_chain(chains, ram, |chain| {
+                let mut room = writer(ram, &chain)?;
+                let Some(data_room) = room.available_bytes().checked_sub(HEADER_LEN) else { return Ok(Some(0)) };
+                let Some((header, data)) = self.next_packet(data_room.min(PACKET_MAX)) else { return Ok(None) };
+                room.write_all(&header.encode())?;
+                room.write_all(&data)?;
+                Ok(Some(used_len(HEADER_LEN + data.len())))
+            }),
+            EVENT if self.owes_reset => each_chain(chains, ram, |chain| {
+                if !std::mem::take(&mut self.owes_reset) {
+                    return Ok(None);
+                }
+                writer(ram, &chain)?.write_all(&EVENT_TRANSPORT_RESET.to_le_bytes())?;
+                Ok(Some(4))
+            }),
+            _ => Ok(false),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.streams.clear();
+        self.refusals.clear();
+        self.owes_reset = false;
+    }
+
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn restore(&mut self, _: &[u8]) -> Result<(), BadDeviceState> {
+        self.reset();
+        self.owes_reset = true;
+        Ok(())
+    }
+}
