@@ -134,6 +134,7 @@ pub(super) fn image(view: &ImageView) -> Image {
         Origin::Guest(_) => ("guest", None),
         Origin::Machine(parent) => ("machine", Some(*parent)),
         Origin::Store => ("store", None),
+        Origin::Template => ("template", None),
         Origin::Remote => ("remote", None),
     };
     Image {
@@ -142,6 +143,7 @@ pub(super) fn image(view: &ImageView) -> Image {
         tenant: facts.tenant.to_string(),
         memory_bytes: facts.class.memory().bytes(),
         vcpus: facts.class.vcpu_count(),
+        disk_bytes: facts.class.disk().map(|disk| disk.bytes()),
         depth: facts.depth,
         own_bytes: facts.own_bytes,
         stored_bytes: facts.stored_bytes,

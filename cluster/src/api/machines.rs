@@ -12,6 +12,7 @@ use super::error::ApiError;
 use super::extract::{JsonBody, PathText, QueryOf};
 use super::images;
 use super::routes::App;
+use super::templates;
 use super::wire::{
     BranchRequest, Child, Console, EndedBecause, ErrorAnswer, Failed, Failure, ForkAnswer, ForkRequest, ForkSource, Freeze,
     KillAnswer, KillRequest, Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, OtherNode, RemoteSource, Residency,
@@ -21,7 +22,7 @@ use crate::node::engine::{self, ForkStages};
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
 use crate::node::service::{ForkFrom, ForkOrder, ForkReport, MachineView};
-use crate::node::{NodeAddress, NodeError, Service};
+use crate::node::{ImageName, NodeAddress, NodeError, Service};
 
 const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
@@ -232,6 +233,7 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
         }
         _ if class_is_given => return Err(NodeError::ClassIsGiven),
         ForkSource::Image(id) => ForkFrom::Image(id),
+        ForkSource::Template(name) => ForkFrom::Template(ImageName::parse(&name)?),
         ForkSource::Machine(id) => ForkFrom::Machine(id),
         ForkSource::Remote(RemoteSource { image, holders }) => {
             let holders = holders.iter().map(|holder| holder.parse::<NodeAddress>()).collect::<Result<_, _>>()?;
@@ -260,13 +262,14 @@ fn fork_answer(report: &ForkReport) -> ForkAnswer {
 }
 
 fn child(child: &ForkedChild) -> Child {
-    let ForkedChild { forked, verified_pages } = child;
+    let ForkedChild { forked, verified_pages, ready } = child;
     Child {
         id: forked.id,
         first_us: us(forked.first),
         stages_us: stages(&forked.stages),
         had_shell: forked.had_shell,
         verified_pages: *verified_pages,
+        ready_us: ready.map(us),
     }
 }
 
@@ -289,6 +292,7 @@ fn machine(machine: &registry::Machine, settled_percent: impl FnOnce(ImageId) ->
         stages_us: stages(&machine.forked.stages),
         had_shell: machine.forked.had_shell,
         verified_pages: machine.verified_pages,
+        ready: machine.readiness.as_deref().map(templates::ready),
         limit_bytes: machine.limit_bytes,
     }
 }
@@ -308,6 +312,6 @@ fn failure(id: String, error: &NodeError) -> Failure {
     Failure { id, code: error.code().to_owned(), message: error.to_string(), remedy: error.remedy(), reason }
 }
 
-fn us(duration: Duration) -> u64 {
+pub(super) fn us(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -11,7 +11,7 @@
 //! | [`socket`] | where the node listens, and that it alone does |
 //! | [`server`] | connections: who is let in, how many, for how long; stopping |
 //! | [`routes`] | every path, with what each route shares |
-//! | [`machines`], [`images`], [`trust`], [`node`] | handlers |
+//! | [`machines`], [`images`], [`templates`], [`trust`], [`node`] | handlers |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
 //! | [`error`] | refusals and failures as status and body |
 //! | [`extract`] | what a request holds, read within limits |
@@ -24,6 +24,7 @@ pub mod node;
 pub mod routes;
 pub mod server;
 pub mod socket;
+pub mod templates;
 pub mod trust;
 pub mod wire;
 mod write_deadline;

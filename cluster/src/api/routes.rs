@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::error::ApiError;
 use super::server::Peer;
-use super::{images, machines, node, trust};
+use super::{images, machines, node, templates, trust};
 use crate::node::calls::Calls;
 use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
@@ -143,6 +143,9 @@ pub fn router(app: App) -> Router {
         .route("/v1/machines/kill", post(machines::kill))
         .route("/v1/machines/{id}", get(machines::show).delete(machines::kill_one))
         .route("/v1/machines/{id}/branch", post(machines::branch))
+        .route("/v1/machines/{id}/agent", post(templates::connect))
+        .route("/v1/templates", get(templates::list).post(templates::build))
+        .route("/v1/templates/{name}", get(templates::show).delete(templates::remove))
         .route("/v1/images", get(images::list))
         .route("/v1/images/load", post(images::load))
         .route("/v1/images/{id}", get(images::show))
@@ -190,6 +193,11 @@ pub fn openapi_json() -> String {
         images::digest,
         images::load,
         images::remove,
+        templates::build,
+        templates::list,
+        templates::show,
+        templates::remove,
+        templates::connect,
         trust::list,
         trust::own,
         trust::add,

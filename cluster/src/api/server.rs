@@ -47,7 +47,11 @@ impl Access {
     /// Whether this user is let in.
     #[must_use]
     pub fn allows(&self, uid: u32) -> bool {
-        uid == 0 || uid == self.own || self.others.contains(&uid)
+        self.is_owner(uid) || self.others.contains(&uid)
+    }
+
+    fn is_owner(&self, uid: u32) -> bool {
+        uid == 0 || uid == self.own
     }
 }
 
@@ -62,7 +66,12 @@ pub struct Peer {
     pub pid: Option<i32>,
     /// Whether it is let in.
     pub allowed: bool,
+    /// Whether it is the node's own user, or root: may have the node read files for it.
+    pub is_owner: bool,
 }
+
+/// A connection as hyper has it: what an upgraded one is given back as.
+pub(super) type Served = TokioIo<WriteDeadline<UnixStream>>;
 
 /// Serves the API on `socket` until `stop` is ready, then ends what is in flight, every machine, and the engine.
 ///
@@ -139,7 +148,13 @@ async fn accept_until(
 
 async fn connection(stream: UnixStream, router: Router, access: &Access, limits: Limits, mut closing: watch::Receiver<()>) {
     let peer = match stream.peer_cred() {
-        Ok(peer) => Peer { uid: peer.uid(), gid: peer.gid(), pid: peer.pid(), allowed: access.allows(peer.uid()) },
+        Ok(peer) => Peer {
+            uid: peer.uid(),
+            gid: peer.gid(),
+            pid: peer.pid(),
+            allowed: access.allows(peer.uid()),
+            is_owner: access.is_owner(peer.uid()),
+        },
         Err(error) => {
             tracing::warn!(%error, "a peer without credentials");
             return;
@@ -155,12 +170,13 @@ async fn connection(stream: UnixStream, router: Router, access: &Access, limits:
         request.extensions_mut().insert(peer);
         router.clone().oneshot(request)
     });
-    let stream = TokioIo::new(WriteDeadline::new(stream, limits.write_deadline));
+    let stream: Served = TokioIo::new(WriteDeadline::new(stream, limits.write_deadline));
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.read_deadline)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(stream, handler);
+        .serve_connection(stream, handler)
+        .with_upgrades();
     tokio::pin!(served);
     let outcome = tokio::select! {
         outcome = served.as_mut() => outcome,

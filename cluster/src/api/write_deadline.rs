@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-pub(super) struct WriteDeadline<S> {
+pub(crate) struct WriteDeadline<S> {
     stream: S,
     deadline: Duration,
     /// Runs while a write stands still.
@@ -19,6 +19,11 @@ pub(super) struct WriteDeadline<S> {
 impl<S> WriteDeadline<S> {
     pub(super) fn new(stream: S, deadline: Duration) -> Self {
         Self { stream, deadline, timer: None }
+    }
+
+    /// The stream, on which writes may stand still from now on.
+    pub(super) fn into_stream(self) -> S {
+        self.stream
     }
 
     fn watch<T>(&mut self, context: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use axum::http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
+use hyper::client::conn::http1::{Connection, SendRequest};
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +15,7 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 use types::{Digest, ExitCode};
 
+use crate::api::templates::AGENT_PROTOCOL;
 use crate::api::wire::{ErrorAnswer, ErrorBody, Image, MachineAnswer};
 
 /// Asks the node on one socket. A connection per request: verbs ask once or twice.
@@ -106,10 +109,37 @@ impl Client {
         }
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<Answer<T>, ClientError> {
+    /// Connects with the agent of a machine.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn agent(&self, id: &str) -> Result<TokioIo<Upgraded>, ClientError> {
+        let (mut sender, connection) = self.connect().await?;
+        tokio::spawn(connection.with_upgrades());
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("/v1/machines/{}/agent", segment(id)))
+            .header(header::HOST, "farfork")
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, AGENT_PROTOCOL)
+            .body(Full::new(Bytes::new()))
+            .expect("paths are encoded");
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(refused(status, &response.into_body().collect().await?.to_bytes())?);
+        }
+        Ok(TokioIo::new(hyper::upgrade::on(response).await?))
+    }
+
+    async fn connect(&self) -> Result<(SendRequest<Full<Bytes>>, Connection<TokioIo<UnixStream>, Full<Bytes>>), ClientError> {
         let no_node = |source| ClientError::NoNode { socket: self.socket.clone(), source };
         let stream = UnixStream::connect(&self.socket).await.map_err(no_node)?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        Ok(hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?)
+    }
+
+    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<Answer<T>, ClientError> {
+        let (mut sender, connection) = self.connect().await?;
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header(header::HOST, "farfork");
         if !body.is_empty() {
@@ -120,12 +150,17 @@ impl Client {
         let status = response.status();
         let raw = response.into_body().collect().await?.to_bytes();
         if !status.is_success() {
-            let body = serde_json::from_slice::<ErrorAnswer>(&raw).map_err(|source| ClientError::Answer { status, source })?;
-            return Err(ClientError::Refused { status, body: Box::new(body.error) });
+            return Err(refused(status, &raw)?);
         }
         let value = serde_json::from_slice(&raw).map_err(|source| ClientError::Answer { status, source })?;
         Ok(Answer { raw, value })
     }
+}
+
+/// What an answer that is no success says.
+fn refused(status: StatusCode, raw: &[u8]) -> Result<ClientError, ClientError> {
+    let body = serde_json::from_slice::<ErrorAnswer>(raw).map_err(|source| ClientError::Answer { status, source })?;
+    Ok(ClientError::Refused { status, body: Box::new(body.error) })
 }
 
 /// `text` as one segment of a path.

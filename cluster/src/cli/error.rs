@@ -9,6 +9,7 @@ use thiserror::Error;
 use types::ExitCode as Code;
 
 use super::client::ClientError;
+use super::guest::{GuestError, OWN_FAILURE};
 use super::output::{Output, printable};
 use super::paths::PathError;
 use crate::api::SocketError;
@@ -57,6 +58,9 @@ pub enum CliError {
         /// Why.
         source: io::Error,
     },
+    /// A guest did not do as it was asked.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
     /// The image that was watched will not settle.
     #[error("image {image} lost what it needs: {reason}: {detail}")]
     Lost {
@@ -118,6 +122,16 @@ impl CliError {
         self.code().into()
     }
 
+    /// [`CliError::report`] of a verb whose exit code is the guest's, if it gets that far.
+    pub(crate) fn report_beside_guests(&self, output: Output) -> ExitCode {
+        let code = self.report(output);
+        match self {
+            Self::Closed => code,
+            Self::Guest(error) => ExitCode::from(error.exit_status()),
+            _ => ExitCode::from(OWN_FAILURE),
+        }
+    }
+
     fn code(&self) -> Code {
         match self {
             Self::Client(error) => error.exit_code(),
@@ -132,7 +146,7 @@ impl CliError {
             | Self::Node(_)
             | Self::Runtime(_)
             | Self::Print(_) => Code::Refused,
-            Self::Lost { .. } | Self::Gone { .. } | Self::Late { .. } => Code::Refused,
+            Self::Guest(_) | Self::Lost { .. } | Self::Gone { .. } | Self::Late { .. } => Code::Refused,
         }
     }
 
@@ -149,6 +163,7 @@ impl CliError {
             Self::Node(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),
+            Self::Guest(error) => ("GUEST", error.remedy().to_owned()),
             Self::Lost { reason, .. } => {
                 of = Some(reason.clone());
                 ("LOST", "fork it again from a node that has all of it".to_owned())

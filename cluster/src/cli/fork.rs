@@ -5,15 +5,17 @@ use std::process::ExitCode;
 use clap::Args;
 use types::{Digest, Tenant};
 
-use super::client::{Answer, Found};
+use axum::http::StatusCode;
+
+use super::client::{Answer, ClientError, Found, segment};
 use super::error::CliError;
 use super::output::{printable, short, table, time};
 use super::progress::{Progress, stage_cell, stages};
 use super::{Context, size};
-use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource, OtherNode, RemoteSource};
+use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource, OtherNode, RemoteSource, Template};
 use crate::node::engine::Guest;
 use crate::node::service::COUNT_MAX;
-use crate::node::{AddressError, NodeAddress, ShortId, ShortIdError};
+use crate::node::{AddressError, ImageName, NodeAddress, ShortId, ShortIdError};
 
 /// Fork children of a guest, an image or a running machine, here or on another node
 ///
@@ -27,13 +29,14 @@ use crate::node::{AddressError, NodeAddress, ShortId, ShortIdError};
 Examples:
   farfork fork --guest probe -n 100 --memory 64MiB --verify   # start a guest, freeze it, fork it
   farfork fork a3d9e37c -n 10                                 # of an image, or a running machine
+  farfork fork python -n 10                                   # of a template (farfork template)
   farfork fork a3d9e37c --limit 16MiB --output json
   farfork fork a3d9e37c -n 8 --on node-b.example:7117         # there, of what is here
   farfork fork $(farfork --socket /run/b.sock image digest 77f0) -n 8 --from 192.0.2.7:7117   # here, of what is there")]
 #[command(group(clap::ArgGroup::new("source").required(true).multiple(true).args(["guest", "image", "from"])))]
 pub struct Arguments {
-    /// What to fork: the id of a machine or an image, the last 4 and more digits of it, or an image's digest
-    #[arg(value_name = "ID|DIGEST", value_parser = id_or_digest, conflicts_with = "guest")]
+    /// What to fork: a template, the id of a machine or an image, the last 4 and more digits of it, or an image's digest
+    #[arg(value_name = "NAME|ID|DIGEST", value_parser = id_digest_or_name, conflicts_with = "guest")]
     image: Option<String>,
     /// Start this guest, let it warm up, and freeze it
     #[arg(long, value_enum)]
@@ -127,6 +130,14 @@ pub(super) fn id_or_digest(text: &str) -> Result<String, ShortIdError> {
     if text.parse::<Digest>().is_ok() { Ok(text.to_owned()) } else { id(text) }
 }
 
+/// The same, or a template's name.
+fn id_digest_or_name(text: &str) -> Result<String, String> {
+    match (id_or_digest(text), ImageName::parse(text)) {
+        (Err(_), Err(error)) => Err(error.to_string()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
 /// An id or its end, checked before a node is asked.
 pub(super) fn id(text: &str) -> Result<String, ShortIdError> {
     ShortId::parse(text).map(|_| text.to_owned())
@@ -168,7 +179,20 @@ fn what(image: Option<String>, from: Vec<FromWhere>, is_on: bool) -> Result<What
 }
 
 async fn source(id: &str, context: &Context) -> Result<ForkSource, CliError> {
-    Ok(match context.client.find(id).await? {
+    if id_or_digest(id).is_err() {
+        return Ok(ForkSource::Template(id.to_owned()));
+    }
+    let found = match context.client.find(id).await {
+        // A name may consist of hex digits.
+        Err(ClientError::Refused { body, .. }) if body.code == "UNKNOWN_ID" && ImageName::parse(id).is_ok() => {
+            return match context.client.get::<Template>(&format!("/v1/templates/{}", segment(id))).await {
+                Ok(_) => Ok(ForkSource::Template(id.to_owned())),
+                Err(_) => Err(ClientError::Refused { status: StatusCode::NOT_FOUND, body }.into()),
+            };
+        }
+        found => found?,
+    };
+    Ok(match found {
         Found::Machine(answer) => ForkSource::Machine(answer.value.machine.id.to_string()),
         Found::Image(answer) => ForkSource::Image(answer.value.id.to_string()),
     })
@@ -178,9 +202,12 @@ fn for_people(report: &ForkAnswer) -> String {
     let rows = report.children.iter().map(|child| {
         let verified = child.verified_pages.map_or_else(|| "-".to_owned(), |pages| format!("{pages} pages"));
         let shell = if child.had_shell { "ready" } else { "built" };
-        [short(child.id.as_uuid()), child.first_us.to_string(), stage_cell(&child.stages_us), shell.to_owned(), verified]
+        let ready = child.ready_us.map_or_else(|| "-".to_owned(), time);
+        let stages = stage_cell(&child.stages_us);
+        [short(child.id.as_uuid()), child.first_us.to_string(), stages, shell.to_owned(), ready, verified]
     });
-    let mut text = table(["MACHINE", "FIRST us", "= SHELL+SEND+MAP+RESTORE+RUN", "SHELL", "VERIFIED"], &[1], rows.collect());
+    let head = ["MACHINE", "FIRST us", "= SHELL+SEND+MAP+RESTORE+RUN", "SHELL", "READY", "VERIFIED"];
+    let mut text = table(head, &[1, 4], rows.collect());
     if let Some(freeze) = &report.freeze {
         text.push_str(&format!(
             "froze the machine: stalled {}, copied {}, {} dirty pages\n",

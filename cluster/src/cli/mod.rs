@@ -2,16 +2,21 @@
 //! the API answers.
 //!
 //! Exit codes: 0 all was done; 2 the command line is wrong; 3 no node, or another node, can be reached; 4 refused or failed; 5 some of it was
-//! done; 130 interrupted.
+//! done; 130 interrupted. `exec` and `eval` exit with the guest's code, and with 125 where farfork itself failed.
 
 pub mod branch;
 pub mod client;
 pub mod completions;
+pub mod cp;
 pub mod doctor;
 pub mod error;
+pub mod eval;
+pub mod exec;
 pub mod fork;
+pub mod guest;
 pub mod image;
 pub mod kill;
+pub mod logs;
 pub mod ls;
 mod network;
 pub mod node;
@@ -20,6 +25,7 @@ pub mod paths;
 pub mod progress;
 pub mod show;
 pub mod size;
+pub mod template;
 pub mod trust;
 pub mod watch;
 
@@ -52,6 +58,7 @@ Examples:
   farfork fork --guest probe -n 100         # 100 machines from one warm guest
   farfork ls                                # what runs
   farfork kill --all
+  farfork template build base && farfork fork base -n 10 && farfork exec a3d9 -- uname -a
   farfork fork a3d9e37c -n 8 --on node-b:7117   # on another node, before its memory is there
 
 Exit codes: 0 done, 2 usage, 3 no node reached, 4 refused, 5 partly done";
@@ -72,10 +79,15 @@ enum Verb {
     Node(node::Arguments),
     Fork(fork::Arguments),
     Branch(branch::Arguments),
+    Exec(exec::Arguments),
+    Eval(eval::Arguments),
+    Cp(cp::Arguments),
+    Logs(logs::Arguments),
     Ls(ls::Arguments),
     Show(show::Arguments),
     Watch(watch::Arguments),
     Kill(kill::Arguments),
+    Template(template::Arguments),
     Image(image::Arguments),
     Trust(trust::Arguments),
     Doctor(doctor::Arguments),
@@ -114,6 +126,16 @@ fn ask(verb: Verb, global: Global) -> Result<ExitCode, CliError> {
     let socket = global.socket.map_or_else(paths::socket, Ok)?;
     let context = Context { client: Client::new(socket), output: global.output };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
+    let verb = match verb {
+        // Its signals are for the program in the guest, and its exit code is that program's.
+        Verb::Exec(arguments) => {
+            let ran = runtime.block_on(exec::run(arguments, &context));
+            // A read of the terminal may still be waiting.
+            runtime.shutdown_background();
+            return Ok(ran.unwrap_or_else(|error| error.report_beside_guests(global.output)));
+        }
+        verb => verb,
+    };
     runtime.block_on(async {
         tokio::select! {
             outcome = dispatch(verb, &context) => outcome,
@@ -130,9 +152,17 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Show(arguments) => show::run(&arguments, context).await,
         Verb::Watch(arguments) => watch::run(arguments, context).await,
         Verb::Kill(arguments) => kill::run(arguments, context).await,
+        Verb::Eval(arguments) => {
+            Ok(eval::run(arguments, context).await.unwrap_or_else(|error| error.report_beside_guests(context.output)))
+        }
+        Verb::Cp(arguments) => cp::run(arguments, context).await,
+        Verb::Logs(arguments) => logs::run(&arguments, context).await,
+        Verb::Template(arguments) => template::run(arguments, context).await,
         Verb::Image(arguments) => image::run(arguments, context).await,
         Verb::Trust(arguments) => trust::run(arguments, context).await,
-        Verb::Node(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => unreachable!("these ask no node"),
+        Verb::Node(_) | Verb::Exec(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => {
+            unreachable!("these ask no node")
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where a node listens and keeps its data unless told otherwise. Only these two depend on who runs the program.
+//! Where a node listens and keeps its data unless told otherwise. Only these depend on who runs the program.
 
 use std::path::PathBuf;
 
@@ -28,6 +28,19 @@ pub fn data() -> Result<PathBuf, PathError> {
     Ok(state.ok_or(PathError::NoHome)?.join("farfork"))
 }
 
+/// Where `make guest` leaves what Linux guests are made of.
+///
+/// # Errors
+/// [`PathError::NoCache`] for a user without a place for it.
+pub fn guests() -> Result<PathBuf, PathError> {
+    if let Some(named) = variable("FARFORK_GUESTS") {
+        return Ok(named);
+    }
+    let caches = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
+    let own = variable("FARFORK_CACHE").or_else(|| Some(caches()?.join("farfork")));
+    Ok(own.ok_or(PathError::NoCache)?.join("guest/current"))
+}
+
 /// Why there is no default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum PathError {
@@ -37,6 +50,9 @@ pub enum PathError {
     /// Of the data directory.
     #[error("neither XDG_STATE_HOME nor HOME is set, so there is no default data directory")]
     NoHome,
+    /// Of what guests are made of.
+    #[error("neither XDG_CACHE_HOME nor HOME is set, so there is no default place for guests' files")]
+    NoCache,
 }
 
 impl PathError {
@@ -46,6 +62,7 @@ impl PathError {
         match self {
             Self::NoRuntimeDirectory => "name the socket with --socket or FARFORK_SOCKET",
             Self::NoHome => "name the directory with --data or FARFORK_DATA",
+            Self::NoCache => "name the directory that make guest printed with FARFORK_GUESTS, or name each file",
         }
     }
 }

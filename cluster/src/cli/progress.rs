@@ -26,6 +26,15 @@ impl Progress {
     }
 }
 
+impl Progress {
+    /// Says what is waited for now.
+    pub(crate) fn say(&self, what: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(what);
+        }
+    }
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {

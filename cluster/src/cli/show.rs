@@ -47,6 +47,14 @@ fn machine(answer: &MachineAnswer) -> String {
     }
     lines.add("age", size::age(machine.created_unix_ms, SystemTime::now()));
     lines.add("first", format!("{} us = {}", machine.first_us, stage_cell(&machine.stages_us)));
+    if let Some(ready) = &machine.ready {
+        let gate = if ready.was_gated { "" } else { ", ungated: a branch of what ran" };
+        lines.add("ready", format!("{} after the fork, as {}{gate}", time(ready.after_us), ready.hostname));
+        for step in &ready.steps {
+            let skipped = step.skipped.as_ref().map_or_else(String::new, |why| format!(" (skipped: {why})"));
+            lines.add("", format!("{}: {}{skipped}", step.name, time(step.took_us)));
+        }
+    }
     lines.add_some("verified", machine.verified_pages.map(|pages| format!("{pages} pages")));
     lines.add_some("limit", machine.limit_bytes.map(size::bytes));
     if let Some(usage) = &answer.usage {
@@ -78,6 +86,7 @@ fn image(image: &Image) -> String {
     lines.add("age", size::age(image.created_unix_ms, SystemTime::now()));
     lines.add("memory", size::bytes(image.memory_bytes));
     lines.add("vcpus", image.vcpus);
+    lines.add_some("disk", image.disk_bytes.map(size::bytes));
     lines.add("depth", image.depth);
     lines.add("own", size::bytes(image.own_bytes));
     lines.add("stored", size::bytes(image.stored_bytes));

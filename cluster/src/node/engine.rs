@@ -3,6 +3,7 @@
 //! them where that does not hurt.
 
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use thiserror::Error;
 use types::{Digest, ImageId, MachineId, NodeId, Reason, Tenant};
 use vm::Class;
 
+use super::guest::template::{BuildOrder, Stage, StageTime};
 use super::name::ImageName;
 
 /// Forks, freezes and kills machines of one host. Ids of machines are drawn by the node, ids of images by the engine.
@@ -21,6 +23,27 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`EngineError`]; nothing is left behind.
     fn prepare(&self, guest: Guest, class: Class, tenant: &Tenant) -> Result<ImageFacts, EngineError>;
+
+    /// Boots a Linux guest, warms it up, and freezes it in its agent's gate. `progress` is called as each stage begins.
+    ///
+    /// # Errors
+    /// [`EngineError`], of kind [`ErrorKind::Guest`] if it is the guest's; nothing is left behind.
+    fn build(
+        &self,
+        _order: &BuildOrder,
+        _tenant: &Tenant,
+        _progress: &mut dyn FnMut(Stage),
+    ) -> Result<(ImageFacts, Vec<StageTime>), EngineError> {
+        Err(no_guests())
+    }
+
+    /// A stream to the agent of a running Linux guest, which says nothing yet.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownMachine`], [`ErrorKind::Ended`], or [`ErrorKind::Guest`] if it has no agent.
+    fn connect(&self, _machine: MachineId) -> Result<UnixStream, EngineError> {
+        Err(no_guests())
+    }
 
     /// Opens an image that other nodes hold: its children can be forked at once, before any of its memory is here. Opening one
     /// that is open or here already gives that one, and lets it know of holders that are new.
@@ -64,8 +87,7 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError`] of the first command without a reply, or of kind [`ErrorKind::Host`] if this engine runs no guests.
     #[cfg(feature = "bench")]
     fn probe(&self, _machine: MachineId, _commands: &[vm::probe::Command]) -> Result<Vec<Probed>, EngineError> {
-        let message = "this engine runs no guests".to_owned();
-        Err(EngineError { kind: ErrorKind::Host, message, remedy: "use a node with KVM".to_owned() })
+        Err(no_guests())
     }
 
     /// Ends a machine and gives back what it had. Ending one that has ended by itself forgets it.
@@ -130,6 +152,12 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Ends every machine and shell and waits until their memory is given back. No other call comes after it.
     fn stop(&self);
+}
+
+/// What an engine without KVM says of guests.
+fn no_guests() -> EngineError {
+    let message = "this engine runs no guests".to_owned();
+    EngineError { kind: ErrorKind::Host, message, remedy: "use a node with KVM".to_owned() }
 }
 
 /// A guest that is part of farfork.
@@ -384,6 +412,8 @@ pub enum ErrorKind {
     StoreFull,
     /// The guest's proof is wrong, or it cannot give one.
     WrongProof,
+    /// The guest, or what it was to be made from, is not what it has to be.
+    Guest,
     /// The host cannot run machines (no /dev/kvm, say).
     Host,
     /// Another node cannot be reached.

@@ -46,6 +46,12 @@ pub enum NodeError {
     UnknownMachine { id: String },
     #[error("no image {id}")]
     UnknownImage { id: String },
+    #[error("no template {name}")]
+    UnknownTemplate { name: String },
+    #[error("machine {id} has not been told who it is yet, or has no agent")]
+    NotReady { id: String },
+    #[error("user {uid} may not have the node read files")]
+    NotOwner { uid: u32 },
     #[error("{given} could be {}", candidates.join(", "))]
     Ambiguous { given: String, candidates: Vec<String> },
     #[error("machine {id} has ended: {reason} ({detail})")]
@@ -114,6 +120,9 @@ impl NodeError {
             Self::Tenant(_) => "BAD_TENANT",
             Self::UnknownMachine { .. } => "UNKNOWN_MACHINE",
             Self::UnknownImage { .. } => "UNKNOWN_IMAGE",
+            Self::UnknownTemplate { .. } => "UNKNOWN_TEMPLATE",
+            Self::NotReady { .. } => "NOT_READY",
+            Self::NotOwner { .. } => "FORBIDDEN",
             Self::Ambiguous { .. } => "AMBIGUOUS_ID",
             Self::Ended { .. } => "ENDED",
             Self::NotVerifiable { .. } => "NOT_VERIFIABLE",
@@ -156,6 +165,9 @@ impl NodeError {
             Self::Tenant(_) => "leave it out for the tenant called default, or write it as you did on the other node",
             Self::UnknownMachine { .. } => "`farfork ls --all` lists machines",
             Self::UnknownImage { .. } => "`farfork image ls` lists images; a saved one is loaded with `farfork image load`",
+            Self::UnknownTemplate { .. } => "`farfork template ls` lists templates, `farfork template build` makes them",
+            Self::NotReady { .. } => "wait a moment and ask again; `farfork show` says what it is at",
+            Self::NotOwner { .. } => "build templates as the user who runs the node, or as root",
             Self::Ambiguous { .. } => "give more digits from the end of the id",
             Self::Ended { .. } => "fork another one",
             Self::NotVerifiable { .. } => "fork without verifying, or from a guest that proves its memory",
@@ -190,6 +202,7 @@ fn engine_code(kind: ErrorKind) -> &'static str {
         ErrorKind::Store => "STORE",
         ErrorKind::StoreFull => "STORE_FULL",
         ErrorKind::WrongProof => "WRONG_PROOF",
+        ErrorKind::Guest => "GUEST",
         ErrorKind::Host => "HOST",
         ErrorKind::Unreachable => "UNREACHABLE",
         ErrorKind::NotTrusted => "NOT_TRUSTED",

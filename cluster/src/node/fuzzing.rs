@@ -56,7 +56,7 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let forked = Forked { id, first: Duration::from_micros(300), stages: ForkStages::default(), had_shell: true };
     let report = PeerForkReport {
         node: NodeId::from_uuid(Uuid::max()),
-        children: vec![ForkedChild { forked, verified_pages: Some(4096) }],
+        children: vec![ForkedChild { forked, verified_pages: Some(4096), ready: None }],
         failures: vec![PeerFailure { id, refusal: refusal.clone() }],
     };
     vec![

@@ -9,10 +9,12 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use types::Reason;
 
 use super::engine::{Forked, FreezeFacts, PoolFacts};
+use super::guest::identity::Readiness;
 use super::registry::Counts;
 use super::service::HostImages;
 
 const FORK_STAGE: &str = "farfork_fork_stage_seconds";
+const FORK_READY: &str = "farfork_fork_ready_seconds";
 const FORK_FIRST: &str = "farfork_fork_first_seconds";
 const FREEZE_STALL: &str = "farfork_freeze_stall_seconds";
 const FORKS: &str = "farfork_forks_total";
@@ -66,6 +68,11 @@ pub fn render(counts: Counts, host_images: HostImages, pool: &[PoolFacts]) -> St
 /// Moves samples into their buckets. Without it histograms grow between scrapes; to be called every few seconds.
 pub fn upkeep() {
     handle().run_upkeep();
+}
+
+/// A child knows who it is.
+pub(crate) fn ready(readiness: &Readiness) {
+    histogram!(FORK_READY).record(readiness.after);
 }
 
 /// A child runs.
@@ -241,6 +248,7 @@ fn handle() -> &'static PrometheusHandle {
         let buckets = [
             (FORK_STAGE, STAGE_BUCKETS),
             (FORK_FIRST, STAGE_BUCKETS),
+            (FORK_READY, FAULT_BUCKETS),
             (FREEZE_STALL, STAGE_BUCKETS),
             (FAULT, FAULT_BUCKETS),
             (OPEN, FAULT_BUCKETS),
@@ -264,6 +272,7 @@ fn describe() {
         FORK_FIRST,
         "From the call until the first instruction of a child; shell: ready ahead, or built for it"
     );
+    describe_histogram!(FORK_READY, "From the call of a fork until the child, a Linux guest, knew who it is");
     describe_histogram!(FREEZE_STALL, "How long a machine was kept from running by a freeze");
     describe_counter!(FORKS, "Children that ran");
     describe_counter!(FAILURES, "Refusals and failures by their code; of a fork, one per child");

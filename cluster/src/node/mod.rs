@@ -21,6 +21,7 @@ pub mod fake_network;
 mod files;
 #[cfg(feature = "testing")]
 pub mod fuzzing;
+pub mod guest;
 pub mod kvm;
 pub mod metrics;
 pub mod name;

@@ -65,6 +65,8 @@ pub struct ForkedChild {
     pub forked: Forked,
     /// Pages that it has proved to be its image's, if it was asked.
     pub verified_pages: Option<u64>,
+    /// From the call of the fork until it knew who it is: a Linux guest.
+    pub ready: Option<Duration>,
 }
 
 /// A child that does not run there.

@@ -17,6 +17,8 @@ use uuid::Uuid;
 
 use super::engine::{Ended, Forked, Guest, ImageFacts};
 use super::error::NodeError;
+use super::guest::identity::Readiness;
+use super::guest::template::StageTime;
 use super::name::ImageName;
 use super::short_id::ShortId;
 
@@ -54,6 +56,8 @@ pub struct Machine {
     pub limit_bytes: Option<u64>,
     /// Pages that it has proved to be its image's.
     pub verified_pages: Option<u64>,
+    /// What it reported when it was told who it is: a Linux guest.
+    pub readiness: Option<Arc<Readiness>>,
     /// Where it is in its life.
     pub state: MachineState,
 }
@@ -87,6 +91,8 @@ pub struct Image {
     pub name: Option<ImageName>,
     /// When it was made or loaded.
     pub created: SystemTime,
+    /// How long the stages of building it took, if it was built here as a template.
+    pub built: Arc<[StageTime]>,
 }
 
 /// Where an image comes from.
@@ -96,6 +102,8 @@ pub enum Origin {
     Guest(Guest),
     /// A machine was branched.
     Machine(MachineId),
+    /// It was built as a template.
+    Template,
     /// It was loaded from the store.
     Store,
     /// Other nodes hold it, or did when it was opened.
@@ -186,6 +194,13 @@ impl Registry {
             && let Some(oldest) = inner.ended.pop_front()
         {
             inner.machines.remove(&oldest);
+        }
+    }
+
+    /// A machine knows who it is.
+    pub fn ready(&self, id: MachineId, readiness: Readiness) {
+        if let Some(machine) = self.lock().machines.get_mut(&id) {
+            machine.readiness = Some(Arc::new(readiness));
         }
     }
 

@@ -4,9 +4,10 @@
 //! host                                  agent
 //! Hello{version}            ──▶
 //!                           ◀──         Hello{version, phase}
-//! one request               ──▶
+//! a request                 ──▶
 //! (Stdin, Resize, ...)      ◀─▶         (Stdout, Stderr, Data, ...)
 //!                           ◀──         one last answer: Done, Ready, Gated, Exited, Reply or Failed
+//! the next request          ──▶ ...
 //! ```
 //!
 //! A frame is its length (u32, little-endian) and a postcard body of at most [`FRAME_MAX`] bytes. New variants go to the end; a

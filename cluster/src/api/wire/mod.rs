@@ -2,12 +2,14 @@
 //! they do not know. Times are milliseconds since 1970, durations microseconds, sizes bytes.
 
 mod remote;
+mod template;
 
 pub use remote::{
     Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
     settled_in_short,
 };
 use serde::{Deserialize, Serialize};
+pub use template::{BuildRequest, BuildingNow, Ready, StageTook, StepTook, Template, TemplatesAnswer};
 use types::{ImageId, MachineId};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -52,6 +54,8 @@ pub enum ForkSource {
     Guest(Guest),
     /// An image in memory, by its id or its digest.
     Image(String),
+    /// A template, by its name.
+    Template(String),
     /// A running machine: it is frozen first, and goes on.
     Machine(String),
     /// An image that other nodes hold: its children run before its memory is here.
@@ -102,6 +106,8 @@ pub struct Child {
     pub had_shell: bool,
     /// Pages that it has proved to be its image's, if it was asked.
     pub verified_pages: Option<u64>,
+    /// From the call of the fork until it knew who it is: a Linux guest.
+    pub ready_us: Option<u64>,
 }
 
 /// The stages of a fork, in order.
@@ -161,6 +167,8 @@ pub struct Image {
     pub memory_bytes: u64,
     /// Virtual CPUs of its children.
     pub vcpus: u8,
+    /// Disk of its children, if they have one.
+    pub disk_bytes: Option<u64>,
     /// Branches between it and the first parent.
     pub depth: u32,
     /// Memory made for it.
@@ -169,7 +177,7 @@ pub struct Image {
     pub stored_bytes: u64,
     /// Whether its children can prove their memory.
     pub verifiable: bool,
-    /// Where it comes from: guest, machine, store, or remote for one that other nodes hold.
+    /// Where it comes from: guest, template, machine, store, or remote for one that other nodes hold.
     pub origin: String,
     /// The machine that it was frozen from.
     #[schema(value_type = Option<String>, format = "uuid")]
@@ -244,6 +252,8 @@ pub struct Machine {
     pub verified_pages: Option<u64>,
     /// The most memory of its own that it may have, if it was given a limit.
     pub limit_bytes: Option<u64>,
+    /// What it reported when it was told who it is: a Linux guest.
+    pub ready: Option<Ready>,
     /// How much of its image is here, in percent, if it runs: 100 only once the image is settled.
     pub settled_percent: Option<u8>,
 }

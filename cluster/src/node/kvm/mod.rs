@@ -1,5 +1,6 @@
 //! The engine on KVM: a pool of jailed workers, the images in memory, and the store of saved ones.
 
+mod build;
 mod errors;
 mod remote;
 
@@ -8,6 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,6 +17,7 @@ use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use types::{Digest, ImageId, MachineId, PageIndex, Tenant};
 use uuid::Uuid;
+use vm::class::Devices;
 use vm::image::Image;
 use vm::jail::cgroup::Groups;
 use vm::pool::{Jailed, PoolError, Settings};
@@ -26,6 +29,7 @@ use super::engine::{
     Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, OpenOrder,
     PoolFacts, Proof, Residency, Usage,
 };
+use super::guest::template::{BuildOrder, Stage, StageTime};
 use super::name::ImageName;
 use super::network::NetworkSettings;
 use super::offer::Store;
@@ -181,6 +185,25 @@ impl Engine for KvmEngine {
         }
         let image = parent.freeze().map_err(of_pool)?.image;
         self.keep(KnownImage { image, tenant: tenant.clone(), pattern_pages: Some(count) })
+    }
+
+    fn build(
+        &self,
+        order: &BuildOrder,
+        tenant: &Tenant,
+        progress: &mut dyn FnMut(Stage),
+    ) -> Result<(ImageFacts, Vec<StageTime>), EngineError> {
+        self.build_template(order, tenant, progress)
+    }
+
+    fn connect(&self, machine: MachineId) -> Result<UnixStream, EngineError> {
+        let jailed = self.running(machine)?.jailed;
+        if jailed.class().devices() == Devices::None {
+            let message = format!("machine {machine} runs no Linux guest");
+            let remedy = "fork one from a template (farfork template ls)".to_owned();
+            return Err(EngineError { kind: ErrorKind::Guest, message, remedy });
+        }
+        jailed.connect(agent::protocol::PORT).map_err(of_pool)
     }
 
     fn open(&self, order: &OpenOrder) -> Result<ImageFacts, EngineError> {

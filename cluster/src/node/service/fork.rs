@@ -6,12 +6,15 @@ use std::time::{Duration, Instant, SystemTime};
 use types::{Digest, MachineId, NodeId, Tenant};
 use uuid::Uuid;
 use vm::Class;
+use vm::class::Devices;
 
 use super::{ImageView, OnDrop, Outcome, Service, check_count, first_if_none, in_parallel};
 use crate::node::address::NodeAddress;
 use crate::node::engine::{Ended, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, OpenOrder};
 use crate::node::error::NodeError;
+use crate::node::guest::{guest_error, identity};
 use crate::node::metrics;
+use crate::node::name::ImageName;
 use crate::node::peers::{ForkedChild, HOLDERS_MAX, PeerError, PeerForkOrder, PeerForkReport};
 use crate::node::registry::{Image, Machine, MachineState, Origin};
 
@@ -42,6 +45,8 @@ pub enum ForkFrom {
     Guest(Guest, Class),
     /// An image in memory.
     Image(String),
+    /// The image of this name, which is loaded from the store if it is not in memory.
+    Template(ImageName),
     /// A running machine, which is frozen first and goes on.
     Machine(String),
     /// An image that other nodes hold: it is opened first, and stays open.
@@ -137,6 +142,7 @@ impl Service {
                 Ok((self.note_image(facts, Origin::Guest(*guest), None), None))
             }
             ForkFrom::Image(given) => Ok((self.registry.image(given)?, None)),
+            ForkFrom::Template(name) => Ok((self.template_image(name)?, None)),
             ForkFrom::Machine(given) => {
                 let id = self.registry.running_machine(given)?;
                 let (facts, freeze) = self.engine.freeze(id)?;
@@ -196,6 +202,7 @@ impl Service {
         let ids: Vec<MachineId> = (0..order.count).map(|_| MachineId::from_uuid(Uuid::now_v7())).collect();
         self.registry.starting(&ids);
         let _starting = OnDrop(|| self.registry.not_starting(&ids));
+        let began = Instant::now();
         let outcomes = self.engine.fork(image.facts.id, &ids, ForkOptions { limit_bytes: order.limit_bytes });
         assert_eq!(outcomes.len(), ids.len(), "the engine answers for each id");
         let (mut running, mut failures) = (Vec::new(), Vec::new());
@@ -209,13 +216,20 @@ impl Service {
                 Err(error) => failures.push((*id, NodeError::Engine(error))),
             }
         }
+        if image.facts.class.devices() != Devices::None {
+            running = self.identified(running, began, &mut failures);
+        }
         if order.verify {
             running = self.verified(running, &mut failures);
         }
         tracing::info!(image = %image.facts.id, children = running.len(), failures = failures.len(), "fork");
         let (running, failures) = first_if_none(running, failures)?;
         let machines = running.iter().filter_map(|id| self.registry.machine(&id.to_string()).ok());
-        let children = machines.map(|machine| ForkedChild { forked: machine.forked, verified_pages: machine.verified_pages });
+        let children = machines.map(|machine| ForkedChild {
+            forked: machine.forked,
+            verified_pages: machine.verified_pages,
+            ready: machine.readiness.as_ref().map(|readiness| readiness.after),
+        });
         Ok((children.collect(), failures))
     }
 
@@ -229,6 +243,7 @@ impl Service {
             created: SystemTime::now(),
             limit_bytes: order.limit_bytes,
             verified_pages: None,
+            readiness: None,
             state: MachineState::Running,
         });
         if let Some(ended) = early_end
@@ -236,6 +251,34 @@ impl Service {
         {
             self.reap_claimed(id, ended);
         }
+    }
+
+    /// Tells each child who it is. One that cannot be told is ended: it may be like another.
+    fn identified(&self, ids: Vec<MachineId>, began: Instant, failures: &mut Vec<(MachineId, NodeError)>) -> Vec<MachineId> {
+        let told = in_parallel(&ids, |id| {
+            let stream = self.engine.connect(*id)?;
+            identity::tell(stream, *id, &self.left_out_steps(), began).map_err(|error| {
+                let (console, _) = self.engine.console(*id).unwrap_or_default();
+                guest_error(&format!("telling machine {id} who it is"), &error, &console)
+            })
+        });
+        let mut ready = Vec::with_capacity(ids.len());
+        for (id, told) in ids.into_iter().zip(told) {
+            match told {
+                Ok(readiness) => {
+                    tracing::debug!(machine = %id, after = ?readiness.after, "ready");
+                    metrics::ready(&readiness);
+                    self.registry.ready(id, readiness);
+                    ready.push(id);
+                }
+                Err(error) => {
+                    tracing::warn!(machine = %id, %error, "not ready");
+                    let error = self.has_failed(id, error);
+                    failures.push((id, error));
+                }
+            }
+        }
+        ready
     }
 
     /// Lets each child prove itself. One that cannot is ended: it must not be mistaken for a good one.
@@ -258,7 +301,7 @@ impl Service {
         good
     }
 
-    /// Ends a child whose proof has failed. One that has ended by itself did so for a reason that says more than its proof.
+    /// Ends a child whose proof, or readiness, has failed. One that has ended by itself did so for a reason that says more than its proof.
     fn has_failed(&self, id: MachineId, proof: EngineError) -> NodeError {
         match (self.registry.claim(&id.to_string()), proof.kind) {
             (Ok(id), ErrorKind::Ended(reason)) => {

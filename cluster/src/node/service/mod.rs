@@ -6,10 +6,13 @@
 //! | this one | of machines and images that are there |
 //! | [`fork`] | fork, here and on other nodes |
 //! | [`remote`] | what other nodes ask for; certificates |
+//! | [`template`] | templates, and the agents of Linux guests |
 
 pub mod fork;
 pub mod remote;
+pub mod template;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -19,6 +22,7 @@ use std::time::{Duration, SystemTime};
 use types::{Digest, ImageId, MachineId, Reason};
 
 pub use fork::{ForkFrom, ForkOrder, ForkReport};
+pub use template::{Building, TemplateView};
 
 use super::engine::{Ended, Engine, EngineError, ErrorKind, ImageFacts, PoolFacts, Residency, Usage};
 use super::error::NodeError;
@@ -41,6 +45,10 @@ pub struct Service {
     registry: Registry,
     reaper: Mutex<Option<JoinHandle<()>>>,
     stopping: AtomicBool,
+    /// Templates that are being built, and what they are at.
+    builds: Mutex<BTreeMap<ImageName, Building>>,
+    /// Steps after a fork that children leave out: none, but in tests.
+    left_out_steps: Mutex<Vec<String>>,
 }
 
 /// A machine with what it costs and prints.
@@ -98,6 +106,8 @@ impl Service {
             registry: Registry::default(),
             reaper: Mutex::new(None),
             stopping: AtomicBool::new(false),
+            builds: Mutex::default(),
+            left_out_steps: Mutex::default(),
         });
         let weak = Arc::downgrade(&service);
         let reaper = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || reap_all(&weak, &heard));
@@ -299,7 +309,7 @@ impl Service {
     }
 
     fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<ImageName>) -> Image {
-        let image = Image { facts, origin, name, created: SystemTime::now() };
+        let image = Image { facts, origin, name, created: SystemTime::now(), built: Arc::from([]) };
         tracing::info!(image = %image.facts.id, origin = ?image.origin, "image");
         self.registry.add_image(image)
     }

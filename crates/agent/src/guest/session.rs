@@ -1,4 +1,4 @@
-//! One connection: a greeting, one request, its answers.
+//! One connection: a greeting, then requests and their answers, one after the other.
 
 use std::io;
 
@@ -30,7 +30,13 @@ fn converse(guest: &Guest, stream: &mut VsockStream) -> Result<(), FrameError> {
     if version != VERSION {
         return send(stream, &refused(&format!("this agent speaks version {VERSION}, not {version}")));
     }
-    let request = receive(stream)?;
+    loop {
+        let request = receive(stream)?;
+        serve_one(guest, stream, request)?;
+    }
+}
+
+fn serve_one(guest: &Guest, stream: &mut VsockStream, request: ToAgent) -> Result<(), FrameError> {
     // What runs code of users waits until the machine knows who it is.
     let is_gated = guest.phase() != Phase::Running;
     let runs_users_code = matches!(

@@ -52,15 +52,25 @@ pub(crate) struct Vsock {
     streams: BTreeMap<u32, Stream>,
     next_port: u32,
     refusals: VecDeque<Header>,
-    /// The guest has not been told yet that its streams are gone.
-    owes_reset: bool,
+    /// Whether the guest knows that the streams of its parent are gone.
+    reset: ResetNews,
     /// The stream that was served last, so that each has its turn.
     last_served: u32,
 }
 
+/// The news for a child's driver that its transport was reset. While it works on that it ends every stream that it has, new ones
+/// too: none is begun before it gives the buffer back that the news came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ResetNews {
+    Known,
+    Owed,
+    Told,
+}
+
 impl Vsock {
     pub(crate) fn new() -> Self {
-        Self { streams: BTreeMap::new(), next_port: FIRST_PORT, refusals: VecDeque::new(), owes_reset: false, last_served: 0 }
+        let (streams, refusals) = (BTreeMap::new(), VecDeque::new());
+        Self { streams, next_port: FIRST_PORT, refusals, reset: ResetNews::Known, last_served: 0 }
     }
 
     /// Connects a socket, which does not block, with a port of the guest's. `false` if there are too many streams already.
@@ -88,6 +98,9 @@ impl Vsock {
 
     /// Whether there is something for the guest.
     pub(crate) fn has_packets(&self) -> bool {
+        if self.reset != ResetNews::Known {
+            return false;
+        }
         !self.refusals.is_empty() || self.streams.values().any(|stream| stream.is_over() || stream.has_packet())
     }
 
@@ -117,6 +130,9 @@ impl Vsock {
 
     /// The next packet for a guest that has room for so many bytes of data.
     fn next_packet(&mut self, room: usize) -> Option<(Header, Vec<u8>)> {
+        if self.reset != ResetNews::Known {
+            return None;
+        }
         if let Some(refusal) = self.refusals.pop_front() {
             return Some((refusal, Vec::new()));
         }
@@ -169,11 +185,16 @@ impl VirtioDevice for Vsock {
                 room.write_all(&data)?;
                 Ok(Some(used_len(HEADER_LEN + data.len())))
             }),
-            EVENT if self.owes_reset => each_chain(chains, ram, |chain| {
-                if !std::mem::take(&mut self.owes_reset) {
+            EVENT if self.reset == ResetNews::Told => {
+                self.reset = ResetNews::Known;
+                Ok(false)
+            }
+            EVENT => each_chain(chains, ram, |chain| {
+                if self.reset != ResetNews::Owed {
                     return Ok(None);
                 }
                 writer(ram, &chain)?.write_all(&EVENT_TRANSPORT_RESET.to_le_bytes())?;
+                self.reset = ResetNews::Told;
                 Ok(Some(4))
             }),
             _ => Ok(false),
@@ -183,7 +204,7 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.streams.clear();
         self.refusals.clear();
-        self.owes_reset = false;
+        self.reset = ResetNews::Known;
     }
 
     fn save(&self) -> Vec<u8> {
@@ -192,7 +213,7 @@ impl VirtioDevice for Vsock {
 
     fn restore(&mut self, _: &[u8]) -> Result<(), BadDeviceState> {
         self.reset();
-        self.owes_reset = true;
+        self.reset = ResetNews::Owed;
         Ok(())
     }
 }

@@ -1,0 +1,220 @@
+//! Handlers of templates, and the way to the agents of Linux guests.
+
+use std::time::Duration;
+
+use agent::protocol::{GateRules, Outcome};
+use axum::Json;
+use axum::extract::{Extension, Request, State as Shared};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use tokio::net::UnixStream;
+use types::{MemorySize, Tenant};
+
+use super::error::ApiError;
+use super::extract::{JsonBody, PathText};
+use super::images::image;
+use super::machines::us;
+use super::routes::App;
+use super::server::{Peer, Served};
+use super::wire::{
+    BuildRequest, BuildingNow, ErrorAnswer, Ready, RemovedAnswer, StageTook, StepTook, Template, TemplatesAnswer,
+};
+use crate::node::guest::identity::Readiness;
+use crate::node::guest::template::{BuildOrder, WarmUp};
+use crate::node::service::TemplateView;
+use crate::node::{ImageName, NodeError};
+
+/// What a client asks to speak with a guest's agent by.
+pub const AGENT_PROTOCOL: &str = "farfork-agent/1";
+/// How long a stage in the guest may take unless it is said.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// Builds a template: boots a Linux guest, warms it up, seals, freezes and saves it
+///
+/// The answer comes when it is built; meanwhile `GET /v1/templates/{name}` says what it is at.
+#[utoipa::path(
+    post,
+    path = "/v1/templates",
+    tag = "templates",
+    request_body = BuildRequest,
+    responses(
+        (status = 200, description = "It is built and saved", body = Template),
+        (status = "4XX", description = "Refused; 422 GUEST if the guest is not what it has to be", body = ErrorAnswer),
+        (status = "5XX", description = "Failed; there is no such template", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn build(
+    Shared(app): Shared<App>,
+    Extension(peer): Extension<Peer>,
+    JsonBody(request): JsonBody<BuildRequest>,
+) -> Result<Json<Template>, ApiError> {
+    if !peer.is_owner {
+        return Err(NodeError::NotOwner { uid: peer.uid }.into());
+    }
+    let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
+    let tenant = request.tenant.as_deref().map(str::parse::<Tenant>).transpose().map_err(NodeError::from)?.unwrap_or_default();
+    let order = order(request)?;
+    let built = name.clone();
+    app.act(move |service| service.build_template(&built, &order, &tenant)).await?;
+    let view = app.look(move |service| service.template(&name)).await?;
+    Ok(Json(template(&view)))
+}
+
+/// Lists templates, those that are being built too
+#[utoipa::path(
+    get,
+    path = "/v1/templates",
+    tag = "templates",
+    responses(
+        (status = 200, description = "Templates", body = TemplatesAnswer),
+        (status = "5XX", description = "The store cannot be read", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<TemplatesAnswer>, ApiError> {
+    let views = app.look(|service| service.templates()).await?;
+    Ok(Json(TemplatesAnswer { templates: views.iter().map(template).collect() }))
+}
+
+/// Shows a template
+#[utoipa::path(
+    get,
+    path = "/v1/templates/{name}",
+    tag = "templates",
+    params(("name" = String, Path, description = "Its name")),
+    responses(
+        (status = 200, description = "The template", body = Template),
+        (status = "4XX", description = "Refused", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<Template>, ApiError> {
+    let name = ImageName::parse(&name).map_err(NodeError::from)?;
+    Ok(Json(template(&app.look(move |service| service.template(&name)).await?)))
+}
+
+/// Removes a template
+///
+/// Machines that were forked from it go on.
+#[utoipa::path(
+    delete,
+    path = "/v1/templates/{name}",
+    tag = "templates",
+    params(("name" = String, Path, description = "Its name")),
+    responses(
+        (status = 200, description = "It is gone", body = RemovedAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn remove(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
+    let name = ImageName::parse(&name).map_err(NodeError::from)?;
+    let removed = app.act(move |service| service.remove_template(&name).map(|()| name.to_string())).await?;
+    Ok(Json(RemovedAnswer { removed }))
+}
+
+/// Connects with the agent of a Linux guest
+///
+/// The answer is 101, after which the connection is the agent's own: `agent::protocol` of the source describes what is spoken.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{id}/agent",
+    tag = "machines",
+    params(
+        ("id" = String, Path, description = "Full id, or its last 4 and more hex digits"),
+        ("upgrade" = String, Header, description = "farfork-agent/1, with `connection: upgrade`")
+    ),
+    responses(
+        (status = 101, description = "Connected"),
+        (status = "4XX", description = "Refused; 409 NOT_READY before it has been told who it is", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn connect(
+    Shared(app): Shared<App>,
+    PathText(id): PathText,
+    mut request: Request,
+) -> Result<Response, ApiError> {
+    let is_asked = request.headers().get(header::UPGRADE).is_some_and(|value| value == AGENT_PROTOCOL);
+    let upgrade = request.extensions_mut().remove::<OnUpgrade>().filter(|_| is_asked);
+    let Some(upgrade) = upgrade else {
+        return Err(ApiError::bad_request(format!("the request does not ask for an upgrade to {AGENT_PROTOCOL}")));
+    };
+    let guest = app.act(move |service| service.connect(&id)).await?;
+    let failed = |error: std::io::Error| {
+        tracing::error!(%error, "a stream to a guest");
+        ApiError::internal()
+    };
+    guest.set_nonblocking(true).map_err(failed)?;
+    let guest = UnixStream::from_std(guest).map_err(failed)?;
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(client) => relay(client, guest).await,
+            Err(error) => tracing::debug!(%error, "a client left before its upgrade"),
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, AGENT_PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Passes bytes on, both ways, until either side is done. A client may take as long as it likes to read.
+async fn relay(client: Upgraded, mut guest: UnixStream) {
+    let Ok(parts) = client.downcast::<Served>() else {
+        tracing::error!("an upgraded connection is not what was served");
+        return;
+    };
+    let mut client = parts.io.into_inner().into_stream();
+    let begun = tokio::io::AsyncWriteExt::write_all(&mut guest, &parts.read_buf).await;
+    let relayed = match begun {
+        Ok(()) => tokio::io::copy_bidirectional(&mut client, &mut guest).await.map(drop),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = relayed {
+        tracing::debug!(%error, "a conversation with a guest broke off");
+    }
+}
+
+/// What a guest reported.
+pub(super) fn ready(of: &Readiness) -> Ready {
+    let step = |step: &agent::protocol::Step| StepTook {
+        name: step.name.clone(),
+        took_us: step.took_us,
+        skipped: match &step.outcome {
+            Outcome::Skipped(why) => Some(why.clone()),
+            Outcome::Done | Outcome::Failed(_) => None,
+        },
+    };
+    Ready {
+        after_us: us(of.after),
+        was_gated: of.was_gated,
+        hostname: of.hostname.clone(),
+        steps: of.steps.iter().map(step).collect(),
+    }
+}
+
+fn template(view: &TemplateView) -> Template {
+    let times = view.image.as_ref().map(|view| &*view.image.built).unwrap_or_default();
+    Template {
+        name: view.name.to_string(),
+        image: view.image.as_ref().map(image),
+        file_bytes: view.file_bytes,
+        building: view.building.map(|now| BuildingNow { stage: now.stage, for_us: us(now.since.elapsed()) }),
+        built: times.iter().map(|time| StageTook { stage: time.stage, took_us: us(time.took) }).collect(),
+    }
+}
+
+fn order(request: BuildRequest) -> Result<BuildOrder, NodeError> {
+    let BuildRequest { kernel, initrd, rootfs, memory_bytes, vcpus, disk_bytes, kernel_arguments, warm, ready, main, .. } =
+        request;
+    Ok(BuildOrder {
+        kernel: kernel.into(),
+        initrd: initrd.into(),
+        rootfs: rootfs.into(),
+        memory: MemorySize::from_bytes(memory_bytes)?,
+        vcpus: u8::try_from(vcpus).map_err(|_| NodeError::Vcpus { asked: vcpus })?,
+        disk: disk_bytes.map(MemorySize::from_bytes).transpose()?,
+        kernel_arguments,
+        warm: WarmUp { command: warm, ready, main },
+        rules: GateRules { allow_connections: request.allow_connections, allow_secrets: request.allow_secrets },
+        deadline: request.deadline_ms.map_or(DEADLINE, Duration::from_millis),
+    })
+}

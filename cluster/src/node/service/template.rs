@@ -1,0 +1,188 @@
+//! Templates: names that point at images. A template is built once, saved under its name, and forked by it.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use types::Tenant;
+
+use super::{ImageView, Service, log_progress};
+use crate::node::engine::{EngineError, ErrorKind};
+use crate::node::error::NodeError;
+use crate::node::guest::template::{BuildOrder, Stage, StageTime};
+use crate::node::name::ImageName;
+use crate::node::registry::{Image, Origin};
+
+/// A template that is being built.
+#[derive(Clone, Copy, Debug)]
+pub struct Building {
+    /// What it is at.
+    pub stage: Stage,
+    /// Since when.
+    pub since: Instant,
+}
+
+/// A template.
+#[derive(Clone, Debug)]
+pub struct TemplateView {
+    /// Its name.
+    pub name: ImageName,
+    /// The image in memory that it points at, if it is there.
+    pub image: Option<ImageView>,
+    /// Bytes of its file in the store, if it is saved.
+    pub file_bytes: Option<u64>,
+    /// What it is at, if it is being built.
+    pub building: Option<Building>,
+}
+
+impl Service {
+    /// Builds a template, and saves it.
+    ///
+    /// # Errors
+    /// [`NodeError`]; there is no such template then, and nothing is left behind.
+    pub fn build_template(&self, name: &ImageName, order: &BuildOrder, tenant: &Tenant) -> Result<ImageView, NodeError> {
+        self.check_free(name)?;
+        {
+            let mut builds = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
+            if builds.contains_key(name) {
+                return Err(name_taken(name, "is being built"));
+            }
+            builds.insert(name.clone(), Building { stage: Stage::Load, since: Instant::now() });
+        }
+        let _no_longer = super::OnDrop(|| {
+            self.builds.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        });
+        let at = |stage: Stage| {
+            tracing::info!(template = %name, ?stage, "building");
+            let mut builds = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
+            builds.insert(name.clone(), Building { stage, since: Instant::now() });
+        };
+        let (facts, mut times) = self.engine.build(order, tenant, &mut |stage| at(stage))?;
+        at(Stage::Save);
+        let began = Instant::now();
+        let id = facts.id;
+        let saved = self.engine.save(id, name, &mut log_progress("template", name));
+        let facts = match saved {
+            Ok(facts) => facts,
+            Err(error) => {
+                // Its name points at nothing, so nobody would find it.
+                self.engine.forget(id)?;
+                return Err(error.into());
+            }
+        };
+        times.push(StageTime { stage: Stage::Save, took: began.elapsed() });
+        let image = Image {
+            facts,
+            origin: Origin::Template,
+            name: Some(name.clone()),
+            created: SystemTime::now(),
+            built: Arc::from(times),
+        };
+        Ok(self.view(self.registry.add_image(image)))
+    }
+
+    /// All templates: names in the store, and those that are being built.
+    ///
+    /// # Errors
+    /// [`NodeError::Engine`] if the store cannot be read.
+    pub fn templates(&self) -> Result<Vec<TemplateView>, NodeError> {
+        let mut views: Vec<TemplateView> = self
+            .engine
+            .stored()?
+            .into_iter()
+            .map(|(name, bytes)| TemplateView {
+                image: self.named_image(&name).map(|image| self.view(image)),
+                building: None,
+                file_bytes: Some(bytes),
+                name,
+            })
+            .collect();
+        let builds = self.builds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let being_built = |(name, building)| TemplateView { name, image: None, file_bytes: None, building: Some(building) };
+        views.extend(builds.into_iter().map(being_built));
+        Ok(views)
+    }
+
+    /// One template.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none.
+    pub fn template(&self, name: &ImageName) -> Result<TemplateView, NodeError> {
+        self.templates()?.into_iter().find(|view| view.name == *name).ok_or_else(|| unknown(name))
+    }
+
+    /// Removes a template, from memory and store. Machines that were forked from it go on.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none.
+    pub fn remove_template(&self, name: &ImageName) -> Result<(), NodeError> {
+        let image = self.named_image(name);
+        if let Some(image) = &image {
+            self.forget_image(image.facts.id)?;
+        }
+        match self.delete(name) {
+            Err(NodeError::Engine(EngineError { kind: ErrorKind::UnknownImage, .. })) if image.is_some() => Ok(()),
+            Err(NodeError::Engine(EngineError { kind: ErrorKind::UnknownImage, .. })) => Err(unknown(name)),
+            removed => removed,
+        }
+    }
+
+    /// A stream to the agent of a running Linux guest that knows who it is.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is no such machine, it has no agent, or has not been told who it is.
+    pub fn connect(&self, given: &str) -> Result<UnixStream, NodeError> {
+        let id = self.registry.running_machine(given)?;
+        let stream = self.engine.connect(id)?;
+        let machine = self.registry.machine(&id.to_string())?;
+        if machine.readiness.is_none() {
+            return Err(NodeError::NotReady { id: id.to_string() });
+        }
+        Ok(stream)
+    }
+
+    /// Has children leave out steps after a fork, to show what these are for.
+    #[cfg(feature = "testing")]
+    pub fn leave_out(&self, steps: &[&str]) {
+        let steps = steps.iter().map(|step| (*step).to_owned()).collect();
+        *self.left_out_steps.lock().unwrap_or_else(PoisonError::into_inner) = steps;
+    }
+
+    pub(super) fn left_out_steps(&self) -> Vec<String> {
+        self.left_out_steps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The image that a template points at.
+    pub(super) fn template_image(&self, name: &ImageName) -> Result<Image, NodeError> {
+        if let Some(image) = self.named_image(name) {
+            return Ok(image);
+        }
+        match self.load(name) {
+            Ok(view) => Ok(view.image),
+            Err(NodeError::Engine(EngineError { kind: ErrorKind::UnknownImage, .. })) => Err(unknown(name)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The newest image in memory of this name.
+    fn named_image(&self, name: &ImageName) -> Option<Image> {
+        self.registry.images().into_iter().rev().find(|image| image.name.as_ref() == Some(name))
+    }
+
+    fn check_free(&self, name: &ImageName) -> Result<(), NodeError> {
+        let is_taken = self.engine.stored()?.iter().any(|(stored, _)| stored == name);
+        if is_taken { Err(name_taken(name, "exists")) } else { Ok(()) }
+    }
+}
+
+fn unknown(name: &ImageName) -> NodeError {
+    NodeError::UnknownTemplate { name: name.to_string() }
+}
+
+fn name_taken(name: &ImageName, why: &str) -> NodeError {
+    NodeError::Engine(EngineError {
+        kind: ErrorKind::NameTaken,
+        message: format!("a template called {name} {why}"),
+        remedy: "take another name, or remove that one (farfork template rm)".to_owned(),
+    })
+}
