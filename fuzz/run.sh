@@ -9,7 +9,7 @@ export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-co
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions"
 cargo build --quiet --release --target "$host"
-for target in ${*:-head hash_page image_file machine_state from_worker to_worker page_request page_answer certificate \
+for target in ${*:-head hash_page image_file machine_state from_worker to_worker virtio kernel page_request page_answer certificate \
     order order_answer about_image}; do
     mkdir -p "found/$target" "artifacts/$target"
     echo "fuzzing $target for ${FUZZ_SECONDS:=60} s"

@@ -370,6 +370,7 @@ mod tests {
             created: SystemTime::now(),
             limit_bytes: None,
             verified_pages: None,
+            readiness: None,
             state: MachineState::Running,
         }
     }

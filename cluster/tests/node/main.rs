@@ -11,6 +11,7 @@ mod data;
 mod faults;
 mod lifecycle;
 mod limits;
+mod linux;
 mod openapi;
 mod peers;
 mod real;

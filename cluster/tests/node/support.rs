@@ -40,12 +40,21 @@ impl Node {
         Self::start_without(directory, more, "")
     }
 
+    /// As [`Node::start_in`], with children that leave out steps after a fork.
+    pub(crate) fn start_leaving_out(steps: &str) -> Self {
+        Self::start_as(tempfile::tempdir().unwrap(), &[], &[("FARFORK_TEST_LEAVE_OUT", steps)])
+    }
+
     /// As [`Node::start_in`], with guards taken out, as `FARFORK_TEST_WITHOUT` names them.
     pub(crate) fn start_without(directory: TempDir, more: &[&str], guards: &str) -> Self {
+        Self::start_as(directory, more, &[("FARFORK_TEST_WITHOUT", guards)])
+    }
+
+    fn start_as(directory: TempDir, more: &[&str], environment: &[(&str, &str)]) -> Self {
         let socket = directory.path().join("run/farfork.sock");
         let log = File::create(directory.path().join("log")).unwrap();
         let mut command = Command::new(PROGRAM);
-        command.env("FARFORK_TEST_WITHOUT", guards);
+        command.envs(environment.iter().copied());
         command.arg("node").arg("--data").arg(directory.path().join("data"));
         command.arg("--socket").arg(&socket).args(more).stdout(Stdio::null()).stderr(log);
         let node = Self { child: command.spawn().unwrap(), directory: Some(directory), socket };

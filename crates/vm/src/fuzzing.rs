@@ -14,17 +14,35 @@ pub fn message_seeds(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     crate::worker::samples::all(state)
 }
 
+/// Seeds for the corpora of what guests do and what they are made of.
+#[must_use]
+pub fn guest_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let step = |what: u8, near: u16, value: u32, last: u8| {
+        let ([a, b], [c, d, e, f]) = (near.to_le_bytes(), value.to_le_bytes());
+        [what, a, b, c, d, e, f, last]
+    };
+    // Set up, describe a buffer, offer it, save; then the device's outside.
+    let script = [step(0, 0, 0, 0), step(4, 0x800, 0x0200_0040, 0), step(5, 0, 0, 0), step(6, 0, 0, 0), step(7, 0, 0, 0)];
+    let devices = ["disk", "rng", "console", "net", "vsock"];
+    let of_device = |(kind, name): (u8, &'static str)| ("virtio", name, [&[kind][..], &script.concat()].concat());
+    let kernels = [("elf", crate::linux::testing::small_elf()), ("bzimage", crate::linux::testing::small_bzimage())];
+    let kernels = kernels.into_iter().map(|(name, bytes)| ("kernel", name, bytes));
+    (0..).zip(devices).map(of_device).chain(kernels).collect()
+}
+
 /// A fuzz target: its name, which is also the name of its corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 8] = [
     ("head", head),
     ("hash_page", hash_page),
     ("image_file", image_file),
     ("machine_state", machine_state),
     ("from_worker", from_worker),
     ("to_worker", to_worker),
+    ("virtio", virtio),
+    ("kernel", kernel),
 ];
 
 /// A manifest head of somebody who can compute digests.
@@ -85,6 +103,16 @@ pub fn to_worker(bytes: &[u8]) {
         let cpu = CpuProfile { vendor: String::new(), family: 0, model: 0, cpuid: Digest::of(&[]), tsc_khz: 1 };
         Image::received(cpu, wire, Vec::new()).map(drop).unwrap_or_default();
     }
+}
+
+/// What a guest does to its devices.
+pub fn virtio(bytes: &[u8]) {
+    crate::device::virtio::testing::play(bytes);
+}
+
+/// The start of a kernel's file, as it is and with more behind it.
+pub fn kernel(bytes: &[u8]) {
+    crate::linux::testing::load(bytes);
 }
 
 /// Registers and devices.

@@ -156,7 +156,7 @@ impl Shell {
         let started = Instant::now();
         // The order of the names matters: what is named last is dropped first, and the VM must go before its addresses.
         let Self { mut slots, frame, .. } = self;
-        for ((_, slot), region) in slots.iter_mut().zip(image.ram()) {
+        for ((_, slot), region) in slots.iter_mut().zip(image.regions()) {
             slot.map(region.pieces()).map_err(|source| ForkError::Map { source })?;
         }
         watch(&slots)?;

@@ -94,14 +94,14 @@ impl Talk {
     /// [`TalkError`].
     pub fn exchange(&mut self, message: &ToAgent) -> Result<FromAgent, TalkError> {
         send(&mut Timed(self), message).map_err(|error| self.late(error.into()))?;
-        self.next()
+        self.hear()
     }
 
     /// Waits for what the agent says next.
     ///
     /// # Errors
     /// [`TalkError`].
-    pub fn next(&mut self) -> Result<FromAgent, TalkError> {
+    pub fn hear(&mut self) -> Result<FromAgent, TalkError> {
         match receive(&mut Timed(self)).map_err(|error| self.late(error.into()))? {
             FromAgent::Failed(mut failed) => {
                 failed.message.truncate((0..=1024).rev().find(|at| failed.message.is_char_boundary(*at)).unwrap_or(0));
@@ -199,16 +199,16 @@ mod tests {
         assert!(matches!(against(drop, LONG), Err(TalkError::NoAgent)));
         let other = |mut stream: UnixStream| {
             send(&mut stream, &FromAgent::Hello { version: 9, phase: Phase::Running }).unwrap();
-            stream.read(&mut [0; 64]).unwrap();
+            let _ = stream.read(&mut [0; 64]).unwrap();
         };
         assert!(matches!(against(other, LONG), Err(TalkError::OtherVersion { version: 9 })));
         let giant = |mut stream: UnixStream| {
-            stream.read(&mut [0; 64]).unwrap();
+            let _ = stream.read(&mut [0; 64]).unwrap();
             stream.write_all(&u32::MAX.to_le_bytes()).unwrap();
         };
         assert!(matches!(against(giant, LONG), Err(TalkError::Nonsense { .. })));
         let forged = |mut stream: UnixStream| {
-            stream.read(&mut [0; 64]).unwrap();
+            let _ = stream.read(&mut [0; 64]).unwrap();
             send(&mut stream, &FromAgent::Ready(Vec::new())).unwrap();
         };
         assert!(matches!(against(forged, LONG), Err(TalkError::Nonsense { .. })));
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn a_guest_that_dribbles_is_not_waited_for() {
         let dribbles = |mut stream: UnixStream| {
-            stream.read(&mut [0; 64]).unwrap();
+            let _ = stream.read(&mut [0; 64]).unwrap();
             for byte in [200, 0, 0, 0].into_iter().chain([0; 200]) {
                 if stream.write_all(&[byte]).is_err() {
                     return;

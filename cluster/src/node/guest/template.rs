@@ -188,7 +188,7 @@ fn run(parent: &dyn Parent, step: &str, command: &str, is_detached: bool, deadli
                 FromAgent::Started { .. } => return Ok(Exit::Status(0)),
                 other => return Err(nonsense(&other)),
             }
-            said = talk.next()?;
+            said = talk.hear()?;
         }
     })?;
     if exit == Exit::Status(0) {

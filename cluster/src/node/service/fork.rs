@@ -257,7 +257,7 @@ impl Service {
     fn identified(&self, ids: Vec<MachineId>, began: Instant, failures: &mut Vec<(MachineId, NodeError)>) -> Vec<MachineId> {
         let told = in_parallel(&ids, |id| {
             let stream = self.engine.connect(*id)?;
-            identity::tell(stream, *id, &self.left_out_steps(), began).map_err(|error| {
+            identity::tell(stream, *id, &Self::left_out_steps(), began).map_err(|error| {
                 let (console, _) = self.engine.console(*id).unwrap_or_default();
                 guest_error(&format!("telling machine {id} who it is"), &error, &console)
             })

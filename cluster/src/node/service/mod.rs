@@ -47,8 +47,6 @@ pub struct Service {
     stopping: AtomicBool,
     /// Templates that are being built, and what they are at.
     builds: Mutex<BTreeMap<ImageName, Building>>,
-    /// Steps after a fork that children leave out: none, but in tests.
-    left_out_steps: Mutex<Vec<String>>,
 }
 
 /// A machine with what it costs and prints.
@@ -107,7 +105,6 @@ impl Service {
             reaper: Mutex::new(None),
             stopping: AtomicBool::new(false),
             builds: Mutex::default(),
-            left_out_steps: Mutex::default(),
         });
         let weak = Arc::downgrade(&service);
         let reaper = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || reap_all(&weak, &heard));

@@ -68,14 +68,29 @@ fn set_clock(unix_ns: u64) -> Done {
 fn set_hostname(name: &str) -> Done {
     rustix::system::sethostname(name.as_bytes())?;
     if Path::new("/etc/hostname").exists() {
-        fs::write("/etc/hostname", format!("{name}\n"))?;
+        replace("/etc/hostname", &format!("{name}\n"))?;
     }
     Ok(None)
 }
 
+/// Writes a file, also where the root file system is read-only: then over it, for as long as the machine lives.
+fn replace(path: &str, text: &str) -> io::Result<()> {
+    match fs::write(path, text) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            let name = Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or("file");
+            let own = format!("/run/farfork-{name}");
+            fs::write(&own, text)?;
+            if !Path::new(path).exists() {
+                return Err(io::Error::new(io::ErrorKind::NotFound, format!("{path} is missing, and / is read-only")));
+            }
+            Ok(rustix::mount::mount_bind(&own, path)?)
+        }
+        written => written,
+    }
+}
+
 fn set_machine_id(who: &Identity) -> Done {
-    fs::create_dir_all("/etc")?;
-    fs::write("/etc/machine-id", format!("{}\n", who.id.as_uuid().simple()))?;
+    replace("/etc/machine-id", &format!("{}\n", who.id.as_uuid().simple()))?;
     Ok(None)
 }
 

@@ -48,7 +48,7 @@ use types::{Digest, EXTENT_PAGES, EXTENT_SIZE, ExtentIndex, Head, PAGE_SIZE, Rea
 use crate::harness::guards::{Guard, is_off};
 use crate::host::Host;
 use crate::image::load::check_head;
-use crate::image::{Image, Layer, RamRegion, memfd};
+use crate::image::{Image, ImageRegion, Layer, memfd};
 use crate::machine::Ended;
 use crate::sys::uffd::{Alias, Stop};
 pub use error::{AwaitError, OpenError, PublishError, SettleError};
@@ -147,7 +147,7 @@ impl HostImage {
             regions.push(Region { layer, presence, hash_pages, bytes });
         }
         let ram = head.regions.iter().zip(&regions);
-        let ram = ram.map(|(head, region)| RamRegion::new(head.kind, head.map.clone(), vec![Arc::clone(&region.layer)]));
+        let ram = ram.map(|(head, region)| ImageRegion::new(head.kind, head.map.clone(), vec![Arc::clone(&region.layer)]));
         let ram = ram.collect();
         let host_image = Arc::new(Self {
             digest,

@@ -11,7 +11,7 @@ use thiserror::Error;
 use types::extents::Overlay;
 use types::{EXTENT_SIZE, ExtentIndex, ExtentMap, PAGE_SIZE, Source};
 
-use super::{Image, RamRegion, memfd};
+use super::{Image, ImageRegion, memfd};
 use crate::host_image::{AwaitError, EXTENT_LEN};
 
 /// Why a branch could not be completed.
@@ -28,7 +28,7 @@ pub(crate) enum CompleteError {
 pub(crate) fn complete(base: &Image, layers: &[File], deadline: Instant) -> Result<(Vec<ExtentMap>, u64), CompleteError> {
     let mut maps = Vec::with_capacity(layers.len());
     let mut copied = 0;
-    for (number, (region, layer)) in base.ram().iter().zip(layers).enumerate() {
+    for (number, (region, layer)) in base.regions().iter().zip(layers).enumerate() {
         let overlay = overlay(region, &memfd::data_extents(layer)?);
         for extent in overlay.copied.iter().cloned().flatten().map(ExtentIndex) {
             complete_extent(base, number, extent, layer, deadline)?;
@@ -41,7 +41,7 @@ pub(crate) fn complete(base: &Image, layers: &[File], deadline: Instant) -> Resu
 
 /// With what is merged only where all of it is here, since nobody knows for how long its holder lives; but where the map would
 /// have too many runs.
-fn overlay(region: &RamRegion, touched: &[Range<u32>]) -> Overlay {
+fn overlay(region: &ImageRegion, touched: &[Range<u32>]) -> Overlay {
     let merged = region.map().overlay(touched, region.next_layer());
     let is_here = |extent: u32| match region.map().source_of(ExtentIndex(extent)) {
         Some(Source::Layer(layer)) => region.layers()[usize::from(layer.0)].has_all(extent..extent + 1),
@@ -60,7 +60,7 @@ fn complete_extent(
     layer: &File,
     deadline: Instant,
 ) -> Result<(), CompleteError> {
-    let region = &base.ram()[number];
+    let region = &base.regions()[number];
     let bytes = extent.byte_offset()..extent.byte_offset() + EXTENT_SIZE;
     let holes = memfd::holes(layer, bytes.clone())?;
     let mut content = Box::new([0; EXTENT_LEN]);

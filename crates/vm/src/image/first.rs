@@ -4,7 +4,7 @@
 
 use types::{ExtentIndex, PAGE_SIZE, PageIndex, RegionKind};
 
-use super::{Image, RamRegion};
+use super::{Image, ImageRegion};
 
 /// Page table entries: present, and a page of more than 4 KiB.
 const PRESENT: u64 = 1;
@@ -99,8 +99,8 @@ impl Touched<'_> {
         region.read_at(offset, &mut bytes).then(|| u64::from_le_bytes(bytes))
     }
 
-    fn place(&self, address: u64) -> Option<(usize, u64, &RamRegion)> {
-        self.image.ram.iter().enumerate().find_map(|(number, region)| {
+    fn place(&self, address: u64) -> Option<(usize, u64, &ImageRegion)> {
+        self.image.regions.iter().enumerate().find_map(|(number, region)| {
             let RegionKind::Ram(start) = region.kind else { return None };
             let bytes = u64::from(region.map.extent_count()) * types::EXTENT_SIZE;
             let offset = address.checked_sub(start.0).filter(|offset| *offset < bytes)?;

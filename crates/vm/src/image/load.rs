@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use super::file::{PREAMBLE_SIZE, Places, Preamble, PreambleError, VERSION};
 use super::save::{self, each_extent};
-use super::{Image, Layer, RamRegion, memfd};
+use super::{Image, ImageRegion, Layer, memfd};
 use crate::class::{Class, VcpuCountError};
 use crate::host::{Host, HostError, available_memory};
 use crate::machine::state::{MachineState, StateError};
@@ -207,16 +207,16 @@ fn read_image(
         return Err(LoadErrorKind::NoRoom { needed_bytes, available_bytes });
     }
     let mut done = 0;
-    let mut ram = Vec::with_capacity(manifest.head().regions.len());
+    let mut regions = Vec::with_capacity(manifest.head().regions.len());
     for (number, region) in manifest.head().regions.iter().enumerate() {
         let source = Source {
             file,
             number,
             start: places.regions[number],
             digests: manifest.extent_digests(number),
-            base: base.map(|base| &base.ram[number]),
+            base: base.map(|base| &base.regions[number]),
         };
-        ram.push(source.copy(region, &stored.regions[number], &mut || {
+        regions.push(source.copy(region, &stored.regions[number], &mut || {
             done += 1;
             progress(done, stored.count);
         })?);
@@ -227,7 +227,7 @@ fn read_image(
         cpu: head.cpu,
         state,
         class,
-        ram,
+        regions,
         identity_page: head.identity_page,
         depth: u32::try_from(head.parents.len()).unwrap_or(u32::MAX),
         parents: head.parents,
@@ -323,12 +323,12 @@ struct Source<'a> {
     number: usize,
     start: u64,
     digests: &'a [Digest],
-    base: Option<&'a RamRegion>,
+    base: Option<&'a ImageRegion>,
 }
 
 impl Source<'_> {
     /// The region, with every extent verified: those of the file after they were copied, those of the base where they are.
-    fn copy(&self, region: &RegionHead, stored: &[Range<u32>], done: &mut dyn FnMut()) -> Result<RamRegion, LoadErrorKind> {
+    fn copy(&self, region: &RegionHead, stored: &[Range<u32>], done: &mut dyn FnMut()) -> Result<ImageRegion, LoadErrorKind> {
         let memfd = memfd::create("farfork-image", region.size_bytes()).map_err(LoadErrorKind::Memory)?;
         let mut buffer = vec![0; usize::try_from(EXTENT_SIZE).expect("64-bit host")];
         for run in stored {
@@ -342,7 +342,7 @@ impl Source<'_> {
         }
         let layer = Arc::new(Layer::new(memfd));
         let loaded = match self.base {
-            None => RamRegion::new(region.kind, region.map.clone(), vec![layer]),
+            None => ImageRegion::new(region.kind, region.map.clone(), vec![layer]),
             Some(base) => self.over(base, region, stored, layer)?,
         };
         loaded.seal().map_err(LoadErrorKind::Memory)?;
@@ -352,11 +352,11 @@ impl Source<'_> {
     /// The region with `stored` in a layer of its own, and all other data where the base has it.
     fn over(
         &self,
-        base: &RamRegion,
+        base: &ImageRegion,
         region: &RegionHead,
         stored: &[Range<u32>],
         layer: Arc<Layer>,
-    ) -> Result<RamRegion, LoadErrorKind> {
+    ) -> Result<ImageRegion, LoadErrorKind> {
         let mut sources: Vec<_> = (0..region.map.extent_count())
             .map(ExtentIndex)
             .map(|extent| {

@@ -7,7 +7,7 @@ use types::manifest::hash_page_digests;
 use types::{Digest, ExtentIndex, ExtentMap, Head, LayerIndex, Manifest, RegionHead, Source};
 
 use super::save::{SaveError, each_extent, is_zero};
-use super::{Image, RamRegion};
+use super::{Image, ImageRegion};
 use crate::host_image::EXTENT_LEN;
 
 /// What is known of an extent's content here.
@@ -50,7 +50,7 @@ impl Image {
     /// # Panics
     /// If there is no such region.
     pub fn read_extent(&self, region: usize, extent: ExtentIndex, buffer: &mut [u8; EXTENT_LEN]) -> io::Result<Content> {
-        let region = &self.ram[region];
+        let region = &self.regions[region];
         match region.map.source_of(extent) {
             None | Some(Source::Zero) => Ok(Content::Zero),
             Some(Source::Layer(layer)) => match region.layers[usize::from(layer.0)].read_extent(extent, buffer)? {
@@ -77,11 +77,11 @@ impl Image {
     }
 
     fn hash(&self, progress: &mut impl FnMut(u64, u64)) -> Result<Manifest, SaveError> {
-        let total: u64 = self.ram.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
+        let total: u64 = self.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
         let mut done = 0;
-        let mut extent_digests = Vec::with_capacity(self.ram.len());
-        let mut regions = Vec::with_capacity(self.ram.len());
-        for (number, region) in self.ram.iter().enumerate() {
+        let mut extent_digests = Vec::with_capacity(self.regions.len());
+        let mut regions = Vec::with_capacity(self.regions.len());
+        for (number, region) in self.regions.iter().enumerate() {
             let mut digests = vec![Digest::ZERO_CONTENT; region.map.extent_count() as usize];
             // Asked first: what arrives meanwhile is hashed too, to the same end.
             let arriving: Vec<_> = region.arriving_runs().flatten().collect();
@@ -115,7 +115,7 @@ impl Image {
 }
 
 /// In a manifest the layers are one.
-fn flat(region: &RamRegion) -> ExtentMap {
+fn flat(region: &ImageRegion) -> ExtentMap {
     let mut joined: Vec<(u32, Source)> = Vec::new();
     for run in region.map.runs() {
         let source = if run.source == Source::Zero { Source::Zero } else { Source::Layer(LayerIndex(0)) };

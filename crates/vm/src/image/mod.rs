@@ -41,7 +41,7 @@ pub struct Image {
     cpu: CpuProfile,
     state: MachineState,
     class: Class,
-    ram: Vec<RamRegion>,
+    regions: Vec<ImageRegion>,
     identity_page: Option<GuestAddress>,
     depth: u32,
     /// Digests of the images that it was branched from, as far as they were known, nearest first.
@@ -56,7 +56,7 @@ pub struct Image {
 
 /// One region of an image.
 #[derive(Clone, Debug)]
-pub struct RamRegion {
+pub struct ImageRegion {
     kind: RegionKind,
     map: ExtentMap,
     layers: Vec<Arc<Layer>>,
@@ -85,9 +85,9 @@ impl Image {
         memfds: Vec<File>,
         identity_page: Option<GuestAddress>,
     ) -> Self {
-        let region = |(((kind, _), map), memfd)| RamRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]);
-        let ram = class.regions().into_iter().zip(maps).zip(memfds).map(region).collect();
-        Self::new(cpu, state, class, ram, identity_page, None)
+        let region = |(((kind, _), map), memfd)| ImageRegion::new(kind, map, vec![Arc::new(Layer::new(memfd))]);
+        let regions = class.regions().into_iter().zip(maps).zip(memfds).map(region).collect();
+        Self::new(cpu, state, class, regions, identity_page, None)
     }
 
     /// The image of a machine that rests on `base`: a new layer for each region, and maps over all its layers.
@@ -99,16 +99,16 @@ impl Image {
         layers: Vec<File>,
         identity_page: Option<GuestAddress>,
     ) -> Self {
-        let region = |((base, map), layer): ((&RamRegion, _), _)| base.with_layer(map, Arc::new(Layer::new(layer)));
-        let ram = base.ram.iter().zip(maps).zip(layers).map(region).collect();
-        Self::new(cpu, state, base.class, ram, identity_page, Some(base))
+        let region = |((base, map), layer): ((&ImageRegion, _), _)| base.with_layer(map, Arc::new(Layer::new(layer)));
+        let regions = base.regions.iter().zip(maps).zip(layers).map(region).collect();
+        Self::new(cpu, state, base.class, regions, identity_page, Some(base))
     }
 
     pub(crate) fn new(
         cpu: CpuProfile,
         state: MachineState,
         class: Class,
-        ram: Vec<RamRegion>,
+        regions: Vec<ImageRegion>,
         identity_page: Option<GuestAddress>,
         parent: Option<&Self>,
     ) -> Self {
@@ -123,7 +123,7 @@ impl Image {
             cpu,
             state,
             class,
-            ram,
+            regions,
             identity_page,
             depth,
             parents,
@@ -135,14 +135,14 @@ impl Image {
     }
 
     /// The image of a host image.
-    pub(crate) fn arriving(host_image: &Arc<HostImage>, state: MachineState, class: Class, ram: Vec<RamRegion>) -> Self {
+    pub(crate) fn arriving(host_image: &Arc<HostImage>, state: MachineState, class: Class, regions: Vec<ImageRegion>) -> Self {
         let head = host_image.head();
         Self {
             id: ImageId::from_uuid(Uuid::now_v7()),
             cpu: head.cpu.clone(),
             state,
             class,
-            ram,
+            regions,
             identity_page: head.identity_page,
             depth: u32::try_from(head.parents.len()).unwrap_or(u32::MAX),
             parents: head.parents.clone(),
@@ -167,11 +167,11 @@ impl Image {
 
     /// The layers that are not all there: region and number.
     pub(crate) fn arriving_layers(&self) -> Vec<(u8, u16)> {
-        let of_region = |(region, of): (u8, &RamRegion)| {
+        let of_region = |(region, of): (u8, &ImageRegion)| {
             let arriving = (0..).zip(&of.layers).filter(|(_, layer)| !layer.is_whole());
             arriving.map(|(number, _)| (region, number)).collect::<Vec<_>>()
         };
-        (0..).zip(&self.ram).flat_map(of_region).collect()
+        (0..).zip(&self.regions).flat_map(of_region).collect()
     }
 
     /// Its name on this node.
@@ -205,10 +205,10 @@ impl Image {
         self.depth
     }
 
-    /// Its regions of RAM, by guest address.
+    /// Its regions: RAM by guest address, then its disk.
     #[must_use]
-    pub fn ram(&self) -> &[RamRegion] {
-        &self.ram
+    pub fn regions(&self) -> &[ImageRegion] {
+        &self.regions
     }
 
     /// Where a child finds out who it is.
@@ -221,30 +221,30 @@ impl Image {
     pub(crate) fn received(cpu: CpuProfile, wire: WireImage, layers: Vec<OwnedFd>) -> Result<Self, BadWireImage> {
         let class = Class::try_from(wire.class)?;
         let state = MachineState::decode(&wire.state)?;
-        let regions = class.regions();
-        if regions.len() != wire.regions.len() {
-            return Err(BadWireImage::Regions { due: regions.len(), there: wire.regions.len() });
+        let due = class.regions();
+        if due.len() != wire.regions.len() {
+            return Err(BadWireImage::Regions { due: due.len(), there: wire.regions.len() });
         }
         let mut layers = layers.into_iter();
-        let mut ram = Vec::with_capacity(regions.len());
-        for ((kind, bytes), (map, count)) in regions.into_iter().zip(wire.regions) {
+        let mut regions = Vec::with_capacity(due.len());
+        for ((kind, bytes), (map, count)) in due.into_iter().zip(wire.regions) {
             check_map(&map, bytes, usize::from(count))?;
             let own: Vec<_> = layers.by_ref().take(usize::from(count)).map(|fd| Arc::new(Layer::new(File::from(fd)))).collect();
             if own.len() != usize::from(count) {
                 return Err(BadWireImage::Layers);
             }
-            ram.push(RamRegion::new(kind, map, own));
+            regions.push(ImageRegion::new(kind, map, own));
         }
         if layers.next().is_some() {
             return Err(BadWireImage::Layers);
         }
-        Ok(Self::new(cpu, state, class, ram, wire.identity_page, None))
+        Ok(Self::new(cpu, state, class, regions, wire.identity_page, None))
     }
 
     /// What a worker must know of it to become its child, encoded: a [`WireImage`].
     pub(crate) fn wire(&self) -> &[u8] {
         self.wire.get_or_init(|| {
-            let regions = self.ram.iter().map(|region| (region.map.clone(), region.next_layer().0)).collect();
+            let regions = self.regions.iter().map(|region| (region.map.clone(), region.next_layer().0)).collect();
             let state = self.state.encode();
             let wire = WireImage { class: self.class.into(), state, identity_page: self.identity_page, regions };
             postcard::to_stdvec(&wire).expect("plain data")
@@ -253,17 +253,20 @@ impl Image {
 
     /// Descriptors to read its layers through, in the order of its regions.
     pub(crate) fn read_only_layers(&self) -> io::Result<Vec<&File>> {
-        self.ram.iter().flat_map(|region| &region.layers).map(|layer| layer.read_only()).collect()
+        self.regions.iter().flat_map(|region| &region.layers).map(|layer| layer.read_only()).collect()
     }
 
     /// Makes the layers that were made for it final, and makes sure that nobody has one mapped to write.
     pub(crate) fn seal_for_mapping(&self) -> io::Result<()> {
-        self.ram.iter().filter_map(|region| region.layers.last()).try_for_each(|layer| memfd::seal_for_mapping(&layer.memfd))
+        self.regions
+            .iter()
+            .filter_map(|region| region.layers.last())
+            .try_for_each(|layer| memfd::seal_for_mapping(&layer.memfd))
     }
 
     /// Makes the layers that were made for it final.
     pub(crate) fn seal(&self) -> io::Result<()> {
-        self.ram.iter().try_for_each(RamRegion::seal)
+        self.regions.iter().try_for_each(ImageRegion::seal)
     }
 
     pub(crate) fn state(&self) -> &MachineState {
@@ -275,7 +278,7 @@ impl Image {
     /// # Errors
     /// If the kernel does not say.
     pub fn own_bytes(&self) -> io::Result<u64> {
-        self.ram.iter().filter_map(|region| region.layers.last()).map(|layer| memfd::stored_bytes(&layer.memfd)).sum()
+        self.regions.iter().filter_map(|region| region.layers.last()).map(|layer| memfd::stored_bytes(&layer.memfd)).sum()
     }
 
     /// Bytes of memory that all its layers take.
@@ -283,7 +286,7 @@ impl Image {
     /// # Errors
     /// If the kernel does not say.
     pub fn stored_bytes(&self) -> io::Result<u64> {
-        self.ram.iter().flat_map(|region| &region.layers).map(|layer| memfd::stored_bytes(&layer.memfd)).sum()
+        self.regions.iter().flat_map(|region| &region.layers).map(|layer| memfd::stored_bytes(&layer.memfd)).sum()
     }
 }
 
@@ -314,7 +317,7 @@ pub(crate) fn check_map(map: &ExtentMap, region_bytes: u64, layer_count: usize) 
     Ok(())
 }
 
-impl RamRegion {
+impl ImageRegion {
     /// A region with these layers. The map uses no others.
     pub(crate) fn new(kind: RegionKind, map: ExtentMap, layers: Vec<Arc<Layer>>) -> Self {
         assert!(map.used_layers().last().is_none_or(|last| usize::from(last.0) < layers.len()));
@@ -346,7 +349,8 @@ impl RamRegion {
     }
 
     /// Reads some bytes of one extent, if they are here.
-    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> bool {
+    #[must_use]
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> bool {
         let extent = ExtentIndex(u32::try_from(offset / EXTENT_SIZE).expect("at most 32 GiB"));
         match self.map.source_of(extent) {
             None => false,

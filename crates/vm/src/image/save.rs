@@ -16,7 +16,7 @@ use types::{Digest, EXTENT_SIZE, ExtentIndex, Manifest, PAGE_SIZE, Source};
 use uuid::Uuid;
 
 use super::file::{Places, Preamble};
-use super::{Image, RamRegion};
+use super::{Image, ImageRegion};
 use crate::sys::file_map::SealedMap;
 
 /// What was saved.
@@ -135,7 +135,7 @@ const SYNC_DIRECTORY: &str = "fsync of the directory (the image is there, but ma
 /// What the file of a branch leaves out.
 struct Base<'a> {
     digest: Digest,
-    regions: &'a [RamRegion],
+    regions: &'a [ImageRegion],
 }
 
 impl<'a> Base<'a> {
@@ -144,11 +144,11 @@ impl<'a> Base<'a> {
         if base.class != image.class {
             return Err(SaveError::ForeignBase);
         }
-        Ok(Self { digest, regions: &base.ram })
+        Ok(Self { digest, regions: &base.regions })
     }
 
     /// Whether the base has an extent of the image in the very same place in memory.
-    fn has(&self, number: usize, region: &RamRegion, extent: ExtentIndex) -> bool {
+    fn has(&self, number: usize, region: &ImageRegion, extent: ExtentIndex) -> bool {
         let base = &self.regions[number];
         match (region.map.source_of(extent), base.map.source_of(extent)) {
             (Some(Source::Layer(ours)), Some(Source::Layer(theirs))) => {
@@ -178,7 +178,7 @@ fn write_all(
     write_at(file, &preamble.encode(), 0).map_err(failed("writing the preamble"))?;
     write_at(file, frame, Places::HEAD).map_err(failed("writing the manifest"))?;
     let mut written = 0;
-    for (number, region) in image.ram.iter().enumerate() {
+    for (number, region) in image.regions.iter().enumerate() {
         let mut digests = manifest.extent_digests(number);
         for (at, count) in &places.hash_pages[number] {
             let (page, rest) = digests.split_at(*count as usize);
@@ -213,7 +213,7 @@ fn write_all(
 }
 
 /// Calls `each` with every extent that a layer holds which is all there.
-pub(super) fn each_extent(region: &RamRegion, mut each: impl FnMut(ExtentIndex, &[u8]) -> io::Result<()>) -> io::Result<()> {
+pub(super) fn each_extent(region: &ImageRegion, mut each: impl FnMut(ExtentIndex, &[u8]) -> io::Result<()>) -> io::Result<()> {
     let extent_len = usize::try_from(EXTENT_SIZE).expect("64-bit host");
     for run in region.map.data_runs() {
         let Source::Layer(layer) = run.source else {

@@ -13,6 +13,8 @@ mod kernel;
 mod mp_tables;
 mod params;
 mod registers;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testing;
 
 use std::fs::File;
 use std::io;

@@ -232,13 +232,13 @@ impl Machine {
         new_layers: &[File],
         copied: Copied,
     ) -> Result<Taken, FreezeError> {
-        assert_eq!(new_layers.len(), base.ram().len(), "a new layer for each region");
+        assert_eq!(new_layers.len(), base.regions().len(), "a new layer for each region");
         let turn = Turn::wait();
         let mut pause = Pause::begin(self)?;
         let state = pause.capture(host, self)?;
         let mut maps = Vec::with_capacity(new_layers.len());
         let (mut jobs, mut inherited) = (Vec::new(), Vec::new());
-        for (number, (region, layer)) in base.ram().iter().zip(new_layers).enumerate() {
+        for (number, (region, layer)) in base.regions().iter().zip(new_layers).enumerate() {
             let mut pages = Vec::new();
             let (touched, dirty_pages) = self.touched_extents(host, number, &mut pages).map_err(step("PAGEMAP_SCAN"))?;
             pause.report.dirty_pages += dirty_pages;

@@ -170,7 +170,7 @@ impl Jailed {
                 let is_settled = base.unsettled().is_none() && self.worker.may_have_processes();
                 let order = if is_settled { ToWorker::Freeze } else { ToWorker::FreezePages };
                 let frozen = self.worker.send(&order, &descriptors).and_then(|()| self.wait_for_frozen());
-                let counts: Vec<usize> = base.ram().iter().map(|region| region.layers().len() + 1).collect();
+                let counts: Vec<usize> = base.regions().iter().map(|region| region.layers().len() + 1).collect();
                 let checked = frozen.and_then(|wire| self.check(*wire, &counts));
                 let checked = checked.and_then(|(state, maps, identity_page, mut report)| {
                     if is_settled {

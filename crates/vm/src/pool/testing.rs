@@ -41,7 +41,7 @@ impl Jailed {
     /// [`PoolError`]; the end of the worker among them.
     pub fn read_hole(&self, at: u64, is_forked: bool) -> Result<i32, PoolError> {
         let image = self.image().expect("a child");
-        let layer = image.ram()[0].layers()[0].read_only().expect("a descriptor to read");
+        let layer = image.regions()[0].layers()[0].read_only().expect("a descriptor to read");
         self.worker.mail().await_attempted();
         self.worker.send(&ToWorker::ReadHole { at, is_forked }, &[layer.as_fd()])?;
         self.worker.wait(|mail| mail.attempted.take())

@@ -243,7 +243,7 @@ impl Builder {
             have_no_more_processes()?;
         }
         let watch = self.host.faults().ok_or(io::ErrorKind::Unsupported)?.watch()?;
-        for ((number, region), (_, slot)) in (0u8..).zip(image.ram()).zip(slots) {
+        for ((number, region), (_, slot)) in (0u8..).zip(image.regions()).zip(slots) {
             for run in region.map().data_runs() {
                 let is_arriving = |layer: types::LayerIndex| watching.arriving.contains(&(number, layer.0));
                 if matches!(run.source, Source::Layer(layer) if is_arriving(layer)) {

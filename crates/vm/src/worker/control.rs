@@ -261,7 +261,7 @@ impl Control {
             self.send(&FromWorker::NotFrozen(Failure { message, remedy: "freeze again when it is".into(), errno: 0 }));
             return false;
         }
-        let regions = self.machine.image().map_or(0, |image| image.ram().len());
+        let regions = self.machine.image().map_or(0, |image| image.regions().len());
         if layers.len() != regions {
             let message = format!("{} layers for {regions} regions", layers.len());
             self.send(&FromWorker::NotFrozen(Failure { message, remedy: "none: the node is wrong".into(), errno: 0 }));

@@ -27,6 +27,9 @@ fn seeds_of_the_corpora_can_be_written_anew() {
     let seeds =
         [("head", frame), ("hash_page", &hash_page), ("image_file", &file[..4096 + head_len]), ("machine_state", &head.state)];
     let seeds = seeds.into_iter().map(|(name, seed)| (name, "seed", seed.to_vec()));
+    for (name, file, seed) in vm::fuzzing::guest_seeds() {
+        corpus::seed(&TARGETS, name, file, &seed);
+    }
     // A message goes into both: each refuses the other's at its number, or takes it for another.
     let messages = vm::fuzzing::message_seeds(&head.state);
     let messages =

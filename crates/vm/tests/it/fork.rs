@@ -240,7 +240,7 @@ fn forks_of_forks_to_depth_32_keep_a_flat_index() {
         expected.extend((0..pages).map(|page| (from.0 + page, 100 + generation)));
         let image = machine.freeze(&host).unwrap().image;
         assert_eq!(u64::from(image.depth()), generation);
-        for region in image.ram() {
+        for region in image.regions() {
             assert!(region.map().runs().len() <= types::extents::MAX_RUNS);
             assert!(region.layers().len() as u64 <= generation + 1, "layers that nobody uses are kept");
         }
@@ -370,7 +370,7 @@ fn a_write_pattern_of_many_runs_is_merged_within_the_bound() {
     let touch = Command::TouchWrite { first: PageIndex(first), count: 1300, stride: 48, shuffle: false, value: 5 };
     Probe::of(&child_of_base).call(touch).unwrap();
     let image = child_of_base.freeze(&host).unwrap().image;
-    assert!(image.ram()[0].map().runs().len() <= types::extents::MAX_RUNS);
+    assert!(image.regions()[0].map().runs().len() <= types::extents::MAX_RUNS);
     let grandchild = child_at_rest(&host, &image);
     for n in 0..1300 {
         let at = GuestAddress(PageIndex(first + n * 48).byte_offset());

@@ -93,7 +93,7 @@ fn memory_above_the_gap_is_a_region_of_its_own() {
     Probe::of(&parent).fill(high, 300, 5).unwrap();
     let mut parent = parent;
     let image = parent.freeze(&host).unwrap().image;
-    assert_eq!(image.ram().len(), 2);
+    assert_eq!(image.regions().len(), 2);
     let child = vm::harness::child(&host, &image);
     assert_eq!(Probe::of(&child).verify(high, 300, 5).unwrap(), None);
     let outside = Probe::of(&child).call(Command::Fault(probe::Fault::Read(GuestAddress(0xD000_0000)))).unwrap();

@@ -14,6 +14,10 @@ pub mod disk;
 pub mod net;
 mod persist;
 pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod transport;
 pub mod vsock;
 

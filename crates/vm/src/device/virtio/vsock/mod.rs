@@ -207,11 +207,16 @@ impl VirtioDevice for Vsock {
         self.reset = ResetNews::Known;
     }
 
+    /// The next port: a child must not take one that its parent has had, since its driver may still keep what became of that
+    /// stream, and would answer for it.
     fn save(&self) -> Vec<u8> {
-        Vec::new()
+        self.next_port.to_le_bytes().to_vec()
     }
 
-    fn restore(&mut self, _: &[u8]) -> Result<(), BadDeviceState> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), BadDeviceState> {
+        let port = <[u8; 4]>::try_from(state).map(u32::from_le_bytes).ok().filter(|port| *port >= FIRST_PORT);
+        let bad = || BadDeviceState { device: Self::NAME.to_owned(), cause: "its next port is none".to_owned() };
+        self.next_port = port.ok_or_else(bad)?;
         self.reset();
         self.reset = ResetNews::Owed;
         Ok(())
