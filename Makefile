@@ -18,7 +18,7 @@ demo: setup-build ## start a node, fork 100 children of a warm guest, have each 
 	@cargo build --quiet --release --package farfork
 	@./deploy/demo.sh
 
-test: setup verify ## install what the tests need, then run every check and every test (what CI runs)
+test: setup guest verify ## install what the tests need, then run every check and every test (what CI runs)
 	@if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then \
 		cargo nextest run --workspace --all-features; \
 	else \
@@ -39,19 +39,21 @@ build: setup-build ## build everything, optimised
 guest: setup-build ## build kernel, agent and root file systems of Linux guests into a cache (docs/guests.md)
 	@./deploy/guest/build.sh
 
-bench: setup-build ## measure the floor and the rows of the specification, local and remote, into target/bench (BENCH_ARGS=--quick)
+bench: setup-build ## measure the floor and the rows of the specification, local, remote and Linux, into target/bench (BENCH_ARGS=--quick)
 	@mkdir -p target/bench
 	cargo run --quiet --release --package farfork-bench -- floor --json target/bench/floor.json
 	cargo run --quiet --release --package farfork-bench -- local --json target/bench/local.json $(BENCH_ARGS)
 	cargo run --quiet --release --package farfork-bench -- workers --json target/bench/workers.json $(BENCH_ARGS)
 	cargo build --quiet --release --package farfork
 	cargo run --quiet --release --package farfork-bench -- node --json target/bench/node.json $(BENCH_ARGS)
+	./deploy/guest/build.sh
+	cargo run --quiet --release --package farfork-bench -- linux --json target/bench/linux.json $(BENCH_ARGS)
 	@# Its children touch memory by command, which takes a build of its own.
 	cargo build --quiet --release --package farfork --features farfork/bench --target-dir target/for-bench
 	cargo run --quiet --release --package farfork-bench -- remote --json target/bench/remote.json \
 		--farfork target/for-bench/release/farfork $(BENCH_ARGS)
 
-soak: setup ## the same tests with their full counts, by seed, resumable; writes target/soak/soak.json (SEEDS=1 SOAK_ARGS="--only TEXT")
+soak: setup guest ## the same tests with their full counts, by seed, resumable; writes target/soak/soak.json (SEEDS=1 SOAK_ARGS="--only TEXT")
 	cargo xtask soak --seeds $(SEEDS) $(SOAK_ARGS)
 
 verify: setup-build ## check format, lints, import rules, unsafe islands, file lengths, links, licences; changes nothing

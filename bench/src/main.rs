@@ -5,6 +5,7 @@ mod daemon;
 mod firecracker;
 mod floor;
 mod http;
+mod linux;
 mod local;
 mod node;
 mod proof;
@@ -59,6 +60,17 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
     },
+    /// Linux guests (rows G1 to G4), and templates by stage of building them
+    Linux {
+        #[command(flatten)]
+        run: Run,
+        /// The farfork program [default: the one beside this program]
+        #[arg(long, value_name = "PATH")]
+        farfork: Option<PathBuf>,
+        /// The directory that `make guest` printed [default: in the user's cache]
+        #[arg(long, value_name = "PATH")]
+        guests: Option<PathBuf>,
+    },
     /// Remote fork (rows R1 to R9): real nodes in network namespaces, or given ones
     Remote {
         #[command(flatten)]
@@ -106,6 +118,9 @@ fn main() -> ExitCode {
             workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
         Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
+        Verb::Linux { run, farfork, guests } => {
+            linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
+        }
         Verb::Remote { run, remote } => remote::run(run.json.as_deref(), run.quick, &remote),
         Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib, idle_us } => floor::print_sample(mib, Duration::from_micros(idle_us)),

@@ -15,7 +15,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("farfork-control", &["farfork-types"]),
     ("farfork-agent", &["farfork-types"]),
     ("farfork", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork-agent"]),
-    ("farfork-bench", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork", "farfork-chaos"]),
+    (
+        "farfork-bench",
+        &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork-agent", "farfork", "farfork-chaos"],
+    ),
     ("farfork-chaos", &["farfork-types", "farfork-vm", "farfork-pages", "farfork-control", "farfork"]),
     ("xtask", &[]),
 ];

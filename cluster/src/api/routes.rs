@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::error::ApiError;
 use super::server::Peer;
-use super::{images, machines, node, templates, trust};
+use super::{archive, images, machines, node, templates, trust};
 use crate::node::calls::Calls;
 use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
@@ -145,6 +145,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/machines/{id}/branch", post(machines::branch))
         .route("/v1/machines/{id}/agent", post(templates::connect))
         .route("/v1/templates", get(templates::list).post(templates::build))
+        .route("/v1/templates/{name}/archive", get(archive::export).put(archive::import))
         .route("/v1/templates/{name}", get(templates::show).delete(templates::remove))
         .route("/v1/images", get(images::list))
         .route("/v1/images/load", post(images::load))
@@ -198,6 +199,8 @@ pub fn openapi_json() -> String {
         templates::show,
         templates::remove,
         templates::connect,
+        archive::export,
+        archive::import,
         trust::list,
         trust::own,
         trust::add,

@@ -191,7 +191,7 @@ pub(super) fn ready(of: &Readiness) -> Ready {
     }
 }
 
-fn template(view: &TemplateView) -> Template {
+pub(super) fn template(view: &TemplateView) -> Template {
     let times = view.image.as_ref().map(|view| &*view.image.built).unwrap_or_default();
     Template {
         name: view.name.to_string(),

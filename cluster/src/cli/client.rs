@@ -4,8 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use axum::http::{Method, Request, StatusCode, header};
-use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Bytes, Frame};
 use hyper::client::conn::http1::{Connection, SendRequest};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use types::{Digest, ExitCode};
 
 use crate::api::templates::AGENT_PROTOCOL;
@@ -107,6 +108,62 @@ impl Client {
             // What is ambiguous among its own kind is ambiguous.
             (Err(error), _) | (_, Err(error)) => Err(error),
         }
+    }
+
+    /// GET of an answer that is no JSON, given to `each` piece by piece.
+    ///
+    /// # Errors
+    /// [`ClientError`], also those of `each`.
+    pub async fn download<E: From<ClientError>>(
+        &self,
+        path: &str,
+        mut each: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (mut sender, connection) = self.connect().await?;
+        tokio::spawn(connection);
+        let request = Request::builder().uri(path).header(header::HOST, "farfork").body(Full::new(Bytes::new()));
+        let response = sender.send_request(request.expect("paths are encoded")).await.map_err(ClientError::from)?;
+        let status = response.status();
+        let mut body = response.into_body();
+        if !status.is_success() {
+            let raw = body.collect().await.map_err(ClientError::from)?.to_bytes();
+            return Err(refused(status, &raw)?.into());
+        }
+        while let Some(frame) = body.frame().await {
+            if let Ok(data) = frame.map_err(ClientError::from)?.into_data() {
+                each(&data)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// PUT of a body that comes piece by piece.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn upload<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        pieces: mpsc::Receiver<io::Result<Bytes>>,
+    ) -> Result<Answer<T>, ClientError> {
+        let no_node = |source| ClientError::NoNode { socket: self.socket.clone(), source };
+        let stream = UnixStream::connect(&self.socket).await.map_err(no_node)?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let frames = futures_util::stream::unfold(pieces, |mut pieces| async move {
+            let piece = pieces.recv().await?;
+            Some((piece.map(Frame::data), pieces))
+        });
+        let request = Request::builder().method(Method::PUT).uri(path).header(header::HOST, "farfork");
+        let body = StreamBody::new(Box::pin(frames));
+        let response = sender.send_request(request.body(body).expect("paths are encoded")).await?;
+        let status = response.status();
+        let raw = response.into_body().collect().await?.to_bytes();
+        if !status.is_success() {
+            return Err(refused(status, &raw)?);
+        }
+        let value = serde_json::from_slice(&raw).map_err(|source| ClientError::Answer { status, source })?;
+        Ok(Answer { raw, value })
     }
 
     /// Connects with the agent of a machine.

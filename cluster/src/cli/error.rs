@@ -12,6 +12,7 @@ use super::client::ClientError;
 use super::guest::{GuestError, OWN_FAILURE};
 use super::output::{Output, printable};
 use super::paths::PathError;
+use super::rootfs::RootfsError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
 use crate::node::engine::{EngineError, ErrorKind};
@@ -58,6 +59,9 @@ pub enum CliError {
         /// Why.
         source: io::Error,
     },
+    /// No root file system could be made of what was named.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     /// A guest did not do as it was asked.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -138,7 +142,7 @@ impl CliError {
             Self::Path(_) => Code::Usage,
             Self::Engine(EngineError { kind: ErrorKind::Host, .. }) => Code::Unreachable,
             Self::Closed => Code::Ok,
-            Self::Input { .. } | Self::Usage { .. } => Code::Usage,
+            Self::Input { .. } | Self::Usage { .. } | Self::Rootfs(_) => Code::Usage,
             Self::Data(_)
             | Self::Socket(_)
             | Self::Engine(_)
@@ -163,6 +167,7 @@ impl CliError {
             Self::Node(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),
+            Self::Rootfs(error) => ("ROOTFS", error.remedy().to_owned()),
             Self::Guest(error) => ("GUEST", error.remedy().to_owned()),
             Self::Lost { reason, .. } => {
                 of = Some(reason.clone());

@@ -23,6 +23,7 @@ pub mod node;
 pub mod output;
 pub mod paths;
 pub mod progress;
+pub mod rootfs;
 pub mod show;
 pub mod size;
 pub mod template;

@@ -1,6 +1,8 @@
 //! `farfork template`.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,14 +13,14 @@ use super::client::segment;
 use super::error::CliError;
 use super::output::{short, table, time};
 use super::progress::Progress;
-use super::{Context, paths, size};
+use super::{Context, paths, rootfs, size};
 use crate::api::wire::{BuildRequest, RemovedAnswer, Template, TemplatesAnswer};
 use crate::node::ImageName;
 
 /// How often somebody who builds is told what the node is at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Build, list, show and remove templates: warm Linux machines to fork
+/// Build, list, show, move and remove templates: warm Linux machines to fork
 ///
 /// A template is a machine that was booted and warmed up once, and sealed before anything of a child had run in it.
 #[derive(Debug, Args)]
@@ -44,6 +46,25 @@ enum Verb {
         /// Its name
         name: ImageName,
     },
+    /// Write a template into a file, for `template import` on another host
+    #[command(after_help = "\
+Examples:
+  farfork template export py py.img
+  farfork template export py - | zstd | ssh B 'zstd -d | farfork template import py -'")]
+    Export {
+        /// Its name
+        name: ImageName,
+        /// The file, which must not exist; - is standard output
+        file: PathBuf,
+    },
+    /// Take in a template that was exported; it is verified, and refused if this host cannot run it
+    #[command(after_help = "Example:\n  farfork template import py py.img")]
+    Import {
+        /// The name that it gets
+        name: ImageName,
+        /// The file; - is standard input
+        file: PathBuf,
+    },
     /// Remove a template; machines that were forked from it go on
     #[command(after_help = "Example:\n  farfork template rm py")]
     Rm {
@@ -60,13 +81,15 @@ enum Verb {
 #[command(after_help = "\
 Examples:
   farfork template build base
+  docker save nginx:alpine -o nginx.tar && farfork template build nginx --rootfs nginx.tar
   farfork template build web --rootfs ./web.ext4 --warm 'httpd -p 80' --ready 'wget -qO- localhost'
   farfork template build py --rootfs python --memory 256MiB --main 'python3 /usr/lib/farfork/main.py json'")]
 struct Build {
     /// Its name
     name: ImageName,
-    /// The root file system: an ext4 image, or `base` or `python` of `make guest`
-    #[arg(long, value_name = "FILE|NAME", default_value = "base")]
+    /// The root file system: an ext4 image, a directory, a tar archive, an OCI layout, what `docker save` wrote, or `base` or
+    /// `python` of `make guest`
+    #[arg(long, value_name = "PATH|NAME", default_value = "base")]
     rootfs: PathBuf,
     /// A vmlinux or bzImage [default: that of `make guest`]
     #[arg(long, value_name = "FILE")]
@@ -117,6 +140,8 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
             let answer = context.client.get::<Template>(&path_of(&name)).await?;
             context.output.answer(&answer.raw, || describe(&answer.value))?;
         }
+        Verb::Export { name, file } => export(&name, file, context).await?,
+        Verb::Import { name, file } => import(&name, file, context).await?,
         Verb::Rm { name } => {
             let answer = context.client.delete::<RemovedAnswer>(&path_of(&name)).await?;
             context.output.answer(&answer.raw, || format!("removed {}\n", answer.value.removed))?;
@@ -134,11 +159,18 @@ async fn build(build: Build, context: &Context) -> Result<(), CliError> {
             remedy: "rename it".to_owned(),
         })
     };
+    let progress = Progress::start(format!("building {name}: root file system"));
+    let (named, disk) = (rootfs_named(build.rootfs)?, build.disk);
+    // A path is wrong before anything is made of it.
+    named.metadata().map_err(|source| CliError::Input { file: named.clone(), source })?;
+    let made = tokio::task::spawn_blocking(move || rootfs::prepare(&named, disk)).await;
+    let made = made.map_err(|error| CliError::Runtime(std::io::Error::other(error)))??;
+    drop(progress);
     let request = BuildRequest {
         name: name.clone(),
         kernel: text(or_of_guests(build.kernel, "vmlinux")?)?,
         initrd: text(or_of_guests(build.initrd, "initrd")?)?,
-        rootfs: text(rootfs(build.rootfs)?)?,
+        rootfs: text(made.path.clone())?,
         memory_bytes: build.memory,
         vcpus: build.vcpus,
         disk_bytes: build.disk,
@@ -174,6 +206,61 @@ async fn build(build: Build, context: &Context) -> Result<(), CliError> {
     context.output.answer(&answer.raw, || describe(&answer.value))
 }
 
+async fn export(name: &ImageName, file: PathBuf, context: &Context) -> Result<(), CliError> {
+    let path = format!("{}/archive", path_of(name));
+    if file == Path::new("-") {
+        return context.client.download(&path, super::output::print).await;
+    }
+    let failed = |source| CliError::Input { file: file.clone(), source };
+    let out = File::options().write(true).create_new(true).open(&file).map_err(failed)?;
+    let progress = Progress::start(format!("exporting {name}"));
+    let mut at = 0u64;
+    let written = context
+        .client
+        .download(&path, |bytes| {
+            // Runs of zeros become holes.
+            if bytes.iter().any(|byte| *byte != 0) {
+                out.write_all_at(bytes, at).map_err(failed)?;
+            }
+            at += bytes.len() as u64;
+            Ok::<_, CliError>(())
+        })
+        .await;
+    drop(progress);
+    let whole = written.and_then(|()| out.set_len(at).and_then(|()| out.sync_all()).map_err(failed));
+    if whole.is_err() {
+        // Half an archive is none.
+        std::fs::remove_file(&file).unwrap_or_default();
+    }
+    whole
+}
+
+async fn import(name: &ImageName, file: PathBuf, context: &Context) -> Result<(), CliError> {
+    let mut input: Box<dyn Read + Send> = if file == Path::new("-") {
+        Box::new(std::io::stdin())
+    } else {
+        Box::new(File::open(&file).map_err(|source| CliError::Input { file: file.clone(), source })?)
+    };
+    let progress = Progress::start(format!("importing {name}"));
+    let (sender, pieces) = tokio::sync::mpsc::channel(4);
+    tokio::task::spawn_blocking(move || {
+        loop {
+            let mut piece = vec![0; 256 << 10];
+            let read = input.read(&mut piece).map(|count| {
+                piece.truncate(count);
+                hyper::body::Bytes::from(piece)
+            });
+            let is_last = read.as_ref().map_or(true, |piece| piece.is_empty());
+            if read.as_ref().is_ok_and(|piece| piece.is_empty()) || sender.blocking_send(read).is_err() || is_last {
+                return;
+            }
+        }
+    });
+    let answer = context.client.upload::<Template>(&format!("{}/archive", path_of(name)), pieces).await?;
+    drop(progress);
+    context.output.answer(&answer.raw, || describe(&answer.value))
+}
+
 /// What was named, or the file of this name among those that `make guest` has built.
 fn or_of_guests(named: Option<PathBuf>, file: &str) -> Result<PathBuf, CliError> {
     match named {
@@ -183,7 +270,7 @@ fn or_of_guests(named: Option<PathBuf>, file: &str) -> Result<PathBuf, CliError>
 }
 
 /// A file, or one of ours by its name.
-fn rootfs(named: PathBuf) -> Result<PathBuf, CliError> {
+fn rootfs_named(named: PathBuf) -> Result<PathBuf, CliError> {
     let is_name = named.parent() == Some(Path::new("")) && named.extension().is_none();
     match named.to_str().filter(|_| is_name && !named.exists()) {
         Some(name) => guest_file(&format!("{name}.ext4")),

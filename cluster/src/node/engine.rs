@@ -2,6 +2,8 @@
 //! fake without KVM. Its calls block (a fork takes a fraction of a millisecond, a freeze some, a load seconds): the node calls
 //! them where that does not hurt.
 
+use std::fs::File;
+use std::io::Read;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Receiver;
@@ -125,6 +127,22 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`EngineError`]; nothing is loaded.
     fn load(&self, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+
+    /// The file of a saved image, to read: all that it takes to import it elsewhere, verified there.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    fn export(&self, _name: &ImageName) -> Result<File, EngineError> {
+        Err(no_guests())
+    }
+
+    /// Saves what `export` gave elsewhere under a name, and loads it, verified, for this tenant.
+    ///
+    /// # Errors
+    /// [`EngineError`], of kind [`ErrorKind::BadImage`] if it is damaged or cannot run here; the store is as it was.
+    fn import(&self, _name: &ImageName, _archive: &mut dyn Read, _tenant: &Tenant) -> Result<ImageFacts, EngineError> {
+        Err(no_guests())
+    }
 
     /// The names in the node's store, with the size of each file in bytes.
     ///

@@ -2,11 +2,13 @@
 
 mod build;
 mod errors;
+mod move_images;
 mod remote;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -150,6 +152,19 @@ impl KvmEngine {
         }
         self.lock().images.insert(facts.id, known);
         Ok(facts)
+    }
+
+    /// Whether the store has room for a name. `saving` is locked.
+    fn check_free(&self, name: &ImageName) -> Result<(), EngineError> {
+        match rustix::fs::statat(&self.store, file_name(name), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(()),
+            Ok(_) => Err(EngineError {
+                kind: ErrorKind::NameTaken,
+                message: format!("the store has an image called {name}"),
+                remedy: "take another name, or remove that one (farfork image rm)".to_owned(),
+            }),
+            Err(error) => Err(of_store("looking for the name", error)),
+        }
     }
 
     /// Refuses forks that the host's memory does not allow even if they write nothing.
@@ -330,17 +345,7 @@ impl Engine for KvmEngine {
         let known = self.known(image)?;
         let _one_at_a_time = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let file = file_name(name);
-        match rustix::fs::statat(&self.store, &file, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => {}
-            Ok(_) => {
-                return Err(EngineError {
-                    kind: ErrorKind::NameTaken,
-                    message: format!("the store has an image called {name}"),
-                    remedy: "take another name, or remove that one (farfork image rm)".to_owned(),
-                });
-            }
-            Err(error) => return Err(of_store("looking for the name", error)),
-        }
+        self.check_free(name)?;
         vm::image::save_in(&known.image, self.store.as_fd(), &file, progress_in_bytes(progress))
             .map_err(|error| of_save(&error))?;
         facts(&known)
@@ -350,6 +355,14 @@ impl Engine for KvmEngine {
         let loaded = vm::image::load_in(self.pool.host(), self.store.as_fd(), &file_name(name), progress_in_bytes(progress));
         let image = loaded.map_err(|error| of_load(&error, name))?;
         self.keep(KnownImage { image, tenant: Tenant::default_tenant(), pattern_pages: None })
+    }
+
+    fn export(&self, name: &ImageName) -> Result<File, EngineError> {
+        self.export_image(name)
+    }
+
+    fn import(&self, name: &ImageName, archive: &mut dyn Read, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
+        self.import_image(name, archive, tenant)
     }
 
     fn stored(&self) -> Result<Vec<(ImageName, u64)>, EngineError> {

@@ -1,5 +1,7 @@
 //! Templates: names that point at images. A template is built once, saved under its name, and forked by it.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -125,6 +127,27 @@ impl Service {
             Err(NodeError::Engine(EngineError { kind: ErrorKind::UnknownImage, .. })) => Err(unknown(name)),
             removed => removed,
         }
+    }
+
+    /// The file of a template, to read.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none.
+    pub fn export_template(&self, name: &ImageName) -> Result<File, NodeError> {
+        match self.engine.export(name) {
+            Err(EngineError { kind: ErrorKind::UnknownImage, .. }) => Err(unknown(name)),
+            exported => Ok(exported?),
+        }
+    }
+
+    /// Takes in a template that was exported elsewhere.
+    ///
+    /// # Errors
+    /// [`NodeError`]; there is no such template then.
+    pub fn import_template(&self, name: &ImageName, archive: &mut dyn Read, tenant: &Tenant) -> Result<(), NodeError> {
+        let facts = self.engine.import(name, archive, tenant)?;
+        self.note_image(facts, Origin::Store, Some(name.clone()));
+        Ok(())
     }
 
     /// A stream to the agent of a running Linux guest that knows who it is.

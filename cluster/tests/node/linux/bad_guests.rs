@@ -39,8 +39,8 @@ fn real_files_that_are_no_guest_are_refused_before_anything_is_started() {
     let large = here.path().join("large");
     fs::File::create(&large).unwrap().set_len(1 << 30).unwrap();
     refused(&build(&node, "t", &["--initrd", large.to_str().unwrap()]), "GUEST", &["initrd", "does not fit"]);
-    refused(&build(&node, "t", &["--rootfs", &text]), "GUEST", &["no ext4 file system"]);
-    refused(&build(&node, "t", &["--rootfs", "/dev/null"]), "GUEST", &["is no file"]);
+    refused(&build(&node, "t", &["--rootfs", &text]), "ROOTFS", &["neither an ext4 image"]);
+    refused(&build(&node, "t", &["--rootfs", "/dev/null"]), "ROOTFS", &["neither an ext4 image"]);
     refused(&build(&node, "t", &["--rootfs", "/nonexistent.ext4"]), "INPUT", &["/nonexistent.ext4"]);
     refused(&build(&node, "t", &["--disk", "2MiB"]), "UNFIT", &["the disk was asked to have 2 MiB"]);
     refused(&build(&node, "t", &["--vcpus", "2"]), "GUEST", &["one virtual CPU"]);

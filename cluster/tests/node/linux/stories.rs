@@ -173,3 +173,35 @@ fn real_children_evaluate_with_what_was_imported_before_the_fork() {
     assert_eq!(node.cli(&["eval", one, "1"]).code, Some(125));
     held("Linux children that evaluated with what was imported", children.len() as u64);
 }
+
+#[test]
+fn real_templates_move_between_nodes_and_are_verified_where_they_come_in() {
+    let (a, b) = (node_with(BASE), Node::start_in(tempfile::tempdir().unwrap(), &[]));
+    let here = tempfile::tempdir().unwrap();
+    let file = here.path().join("base.img").to_str().unwrap().to_owned();
+    let exported = a.cli(&["template", "export", BASE.name, &file]);
+    assert_eq!(exported.code, Some(0), "{exported:?}");
+    assert_eq!(a.cli(&["template", "export", BASE.name, &file]).code, Some(2), "a file is never overwritten");
+    let imported = b.cli(&["template", "import", "moved", &file]);
+    assert_eq!(imported.code, Some(0), "{imported:?}");
+    let forked = b.json(&["fork", "moved", "-n", "1"]);
+    let child = crate::support::ids(&forked["children"]).remove(0);
+    assert_eq!(sh(&b, &child, "echo here"), "here");
+
+    let taken = b.cli(&["template", "import", "moved", &file, "--output", "json"]);
+    assert_eq!((taken.code, taken.error_code().as_str()), (Some(4), "NAME_TAKEN"));
+    let whole = std::fs::read(&file).unwrap();
+    let mut flipped = whole.clone();
+    let at = whole.iter().rposition(|byte| *byte != 0).unwrap();
+    flipped[at] ^= 1;
+    for damaged in [&whole[..whole.len() / 2], &flipped, b"no image"] {
+        let bad = here.path().join("bad");
+        std::fs::write(&bad, damaged).unwrap();
+        let refused = b.cli(&["template", "import", "bad", bad.to_str().unwrap(), "--output", "json"]);
+        assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "BAD_IMAGE"), "{refused:?}");
+    }
+    let left = std::fs::read_dir(b.path().join("data/images")).unwrap().count();
+    assert_eq!(left, 1, "what was refused is gone");
+    let none = a.cli(&["template", "export", "nosuch", "-", "--output", "json"]);
+    assert_eq!(none.error_code(), "UNKNOWN_TEMPLATE");
+}

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use rustix::net::{AddressFamily, SocketType};
+use rustix::process::{Pid, Signal};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::{Guest, boot};
@@ -15,6 +16,7 @@ use crate::protocol::{Exit, Identity, Outcome, Phase, STEPS_MAX, Step, TEXT_MAX}
 use crate::sys;
 
 const HOOKS: &str = "/etc/farfork/fork.d";
+const SERVICES: &str = "/etc/farfork/services";
 const SEED_FILES: [&str; 2] = ["/var/lib/systemd/random-seed", "/var/lib/urandom/random-seed"];
 const INTERFACE: &str = "eth0";
 /// How long one hook may take.
@@ -47,6 +49,9 @@ pub(super) fn become_somebody(guest: &Guest, who: &Identity) -> Vec<Step> {
     step("machine-id", &mut || set_machine_id(who));
     step("random-seed", &mut || write_seed_files(who));
     step("addresses", &mut || set_addresses(who));
+    for (service, signal) in services() {
+        step(&format!("service {service}"), &mut || tell_service(&service, signal));
+    }
     for hook in hooks() {
         step(&format!("fork.d/{hook}"), &mut || run_hook(guest, &hook, who));
     }
@@ -121,6 +126,45 @@ fn set_addresses(who: &Identity) -> Done {
     Ok(None)
 }
 
+/// `/etc/farfork/services`: a process id file on each line, and what is done with that service in each child: `hup`, `term`, `usr1` or
+/// `usr2`, the signal that it is sent, or `keep`. A service that is stopped in the gate gets it when it goes on.
+fn services() -> Vec<(String, Option<Signal>)> {
+    services_in(&fs::read_to_string(SERVICES).unwrap_or_default())
+}
+
+fn services_in(text: &str) -> Vec<(String, Option<Signal>)> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .filter_map(|line| line.split_once(char::is_whitespace))
+        .filter_map(|(file, policy)| {
+            let signal = match policy.trim() {
+                "keep" => None,
+                "hup" => Some(Signal::HUP),
+                "term" => Some(Signal::TERM),
+                "usr1" => Some(Signal::USR1),
+                "usr2" => Some(Signal::USR2),
+                _ => return None,
+            };
+            Some((file.to_owned(), signal))
+        })
+        .collect()
+}
+
+fn tell_service(file: &str, signal: Option<Signal>) -> Done {
+    let Some(signal) = signal else { return Ok(Some("it is kept as it is".to_owned())) };
+    let pid = match fs::read_to_string(file) {
+        Ok(text) => text.trim().parse().ok().and_then(Pid::from_raw),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some("it does not run".to_owned())),
+        Err(error) => return Err(error),
+    };
+    // The first process is this one.
+    let pid = pid.filter(|pid| pid.as_raw_pid() > 1).ok_or_else(|| io::Error::other(format!("{file} names no process")))?;
+    match rustix::process::kill_process(pid, signal) {
+        Err(rustix::io::Errno::SRCH) => Ok(Some("it does not run".to_owned())),
+        told => Ok(told.map(|()| None)?),
+    }
+}
+
 /// The image's own hooks: programs, by name.
 fn hooks() -> Vec<String> {
     let entries = fs::read_dir(HOOKS).into_iter().flatten().flatten();
@@ -167,4 +211,18 @@ fn tell_main(guest: &Guest, who: &Identity, was_gated: bool) -> Done {
 
 fn shortened(text: &str) -> String {
     text.chars().take(TEXT_MAX / 4).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_image_declares_of_its_services_is_read() {
+        let text = "# ours\n/run/nginx.pid hup\n/run/cron.pid   term\n/run/db.pid keep\n/run/odd.pid explode\n/run/none\n\n";
+        let declared = services_in(text);
+        let expected = [("/run/nginx.pid", Some(Signal::HUP)), ("/run/cron.pid", Some(Signal::TERM)), ("/run/db.pid", None)];
+        assert!(declared.iter().map(|(file, signal)| (file.as_str(), *signal)).eq(expected), "{declared:?}");
+        assert_eq!(tell_service("/nonexistent.pid", Some(Signal::HUP)).unwrap().as_deref(), Some("it does not run"));
+    }
 }
