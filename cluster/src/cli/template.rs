@@ -302,6 +302,7 @@ fn stage_name(stage: crate::node::guest::template::Stage) -> &'static str {
         Stage::Warm => "warm",
         Stage::Gate => "gate",
         Stage::Freeze => "freeze",
+        Stage::Record => "record",
         Stage::Save => "save",
     }
 }

@@ -30,7 +30,8 @@ const MAGIC: [u8; 8] = *b"farfork\x1a";
 const FRAME_SIZE: usize = 16;
 const REGIONS_MAX: usize = 8;
 const PARENTS_MAX: usize = 64;
-const WORKING_SET_RUNS_MAX: usize = 512;
+/// The most runs of a recorded working set.
+pub const WORKING_SET_RUNS_MAX: usize = 512;
 /// Guest RAM ends below this address: the 46 bits that every x86-64 CPU of the last decade has.
 const GUEST_ADDRESS_END: u64 = 1 << 46;
 

@@ -62,6 +62,8 @@ pub enum Stage {
     Gate,
     /// It is frozen.
     Freeze,
+    /// A first child is forked, and what it touches until it is ready is recorded: the next host fetches that ahead.
+    Record,
     /// The image is hashed and written to the store.
     Save,
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use agent::protocol::PORT;
@@ -12,14 +13,15 @@ use types::{MachineId, MemorySize, Tenant};
 use uuid::Uuid;
 use vm::Class;
 use vm::class::Devices;
+use vm::image::Image;
 use vm::linux::{self, Kernel};
 use vm::pool::Jailed;
 
 use super::errors::{of_ended, of_pool};
 use super::{KnownImage, KvmEngine};
 use crate::node::engine::{EngineError, ErrorKind, ImageFacts};
-use crate::node::guest::ended_error;
 use crate::node::guest::template::{self, BuildOrder, Parent, Stage, StageTime};
+use crate::node::guest::{ended_error, guest_error, identity};
 
 /// Bytes that are copied at a time.
 const PIECE: usize = 1 << 20;
@@ -75,9 +77,26 @@ impl KvmEngine {
         progress(Stage::Freeze);
         let began = Instant::now();
         let image = parent.freeze().map_err(of_pool)?.image;
-        let facts = self.keep(KnownImage { image, tenant: tenant.clone(), pattern_pages: None })?;
+        drop(parent);
         times.push(StageTime { stage: Stage::Freeze, took: began.elapsed() });
+
+        progress(Stage::Record);
+        let began = Instant::now();
+        self.record(&image)?;
+        let facts = self.keep(KnownImage { image, tenant: tenant.clone(), pattern_pages: None })?;
+        times.push(StageTime { stage: Stage::Record, took: began.elapsed() });
         Ok((facts, times))
+    }
+
+    /// Forks a first child, which also shows that it can be done.
+    fn record(&self, image: &Arc<Image>) -> Result<(), EngineError> {
+        let id = MachineId::from_uuid(Uuid::now_v7());
+        let forked = self.pool.fork(image, &[id], vm::pool::ForkOptions::default()).pop();
+        let (child, _) = forked.expect("an outcome for each id").map_err(of_pool)?;
+        let told = identity::tell(Parent::connect(&child)?, id, &[], Instant::now());
+        told.map_err(|error| guest_error("the first child", &error, &Parent::console(&child)))?;
+        image.record_working_set(child.touched().map_err(of_pool)?);
+        Ok(())
     }
 
     fn class_of(&self, order: &BuildOrder, rootfs: &File) -> Result<Class, EngineError> {

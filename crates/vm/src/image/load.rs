@@ -223,6 +223,7 @@ fn read_image(
     }
     let head = manifest.into_head();
     Ok(Arc::new(Image {
+        working_set: OnceLock::from(head.working_set),
         id: ImageId::from_uuid(Uuid::now_v7()),
         cpu: head.cpu,
         state,

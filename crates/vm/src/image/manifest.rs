@@ -107,7 +107,7 @@ impl Image {
             state: self.state.encode(),
             regions,
             identity_page: self.identity_page,
-            working_set: Vec::new(),
+            working_set: self.working_set().to_vec(),
             parents: self.parents.clone(),
         };
         Ok(Manifest::new(head, extent_digests)?)

@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use thiserror::Error;
+use types::manifest::WorkingSetRun;
 use types::{
     CpuProfile, Digest, EXTENT_SIZE, ExtentIndex, ExtentMap, GuestAddress, ImageId, LayerIndex, Manifest, RegionKind, Source,
 };
@@ -47,6 +48,8 @@ pub struct Image {
     /// Digests of the images that it was branched from, as far as they were known, nearest first.
     parents: Vec<Digest>,
     digest: OnceLock<Digest>,
+    /// What children touch first, if that was recorded before it was hashed.
+    working_set: OnceLock<Vec<WorkingSetRun>>,
     wire: OnceLock<Vec<u8>>,
     /// Once it was hashed; held by who hashes it.
     manifest: Mutex<Option<Arc<Manifest>>>,
@@ -128,6 +131,7 @@ impl Image {
             depth,
             parents,
             digest: OnceLock::new(),
+            working_set: OnceLock::new(),
             wire: OnceLock::new(),
             manifest: Mutex::default(),
             host_image,
@@ -147,6 +151,7 @@ impl Image {
             depth: u32::try_from(head.parents.len()).unwrap_or(u32::MAX),
             parents: head.parents.clone(),
             digest: OnceLock::from(host_image.digest()),
+            working_set: OnceLock::from(head.working_set.clone()),
             wire: OnceLock::new(),
             manifest: Mutex::default(),
             host_image: Some(Arc::clone(host_image)),
@@ -172,6 +177,18 @@ impl Image {
             arriving.map(|(number, _)| (region, number)).collect::<Vec<_>>()
         };
         (0..).zip(&self.regions).flat_map(of_region).collect()
+    }
+
+    /// Records what children touch first, for hosts that will read it from here. Only the first record counts, and only if the
+    /// image has not been hashed: what it consists of is in its digest.
+    pub fn record_working_set(&self, runs: Vec<WorkingSetRun>) {
+        self.working_set.set(runs).unwrap_or_default();
+    }
+
+    /// What children touch first, as far as it is known.
+    #[must_use]
+    pub fn working_set(&self) -> &[WorkingSetRun] {
+        self.working_set.get().map_or(&[], Vec::as_slice)
     }
 
     /// Its name on this node.

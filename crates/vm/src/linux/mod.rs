@@ -58,8 +58,8 @@ pub struct Kernel<'a> {
 /// Where the first vCPU starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
-    entry: GuestAddress,
-    boot_params: GuestAddress,
+    pub(crate) entry: GuestAddress,
+    pub(crate) boot_params: GuestAddress,
 }
 
 /// Why a kernel could not be started.

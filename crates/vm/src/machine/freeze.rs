@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use types::manifest::{WORKING_SET_RUNS_MAX, WorkingSetRun};
 use types::{ExtentIndex, ExtentMap, LayerIndex, PAGE_SIZE, PageIndex, Reason, Run, Source};
 
 use super::state::{self, MachineState, StateError};
@@ -24,7 +25,7 @@ use crate::host::Host;
 use crate::image::Image;
 use crate::image::memfd;
 use crate::sys::copier::{self, Copier, CopyJob, Turn};
-use crate::sys::pagemap::scan_private;
+use crate::sys::pagemap::{scan_private, scan_touched};
 use crate::sys::slot::{Content, Piece};
 
 /// An image and what it cost.
@@ -294,6 +295,37 @@ impl Machine {
             private.push(pages);
         })?;
         Ok((touched, dirty_pages))
+    }
+
+    /// The extents that the machine has touched so far, by reading or writing, in at most as many runs as a head may have: the
+    /// nearest are joined.
+    pub(crate) fn touched(&self, host: &Host) -> io::Result<Vec<WorkingSetRun>> {
+        let mut runs: Vec<WorkingSetRun> = Vec::new();
+        for (region, (_, slot)) in (0u8..).zip(self.memory.slots()) {
+            scan_touched(&host.pagemap, slot.start(), slot.len() as u64, |pages| {
+                let (start, end) = (PageIndex(pages.start).extent(), PageIndex(pages.end - 1).extent().0 + 1);
+                match runs.last_mut() {
+                    Some(last) if last.region == region && start.0 <= last.start.0 + last.count => {
+                        last.count = last.count.max(end - last.start.0);
+                    }
+                    _ => runs.push(WorkingSetRun { region, start, count: end - start.0 }),
+                }
+            })?;
+        }
+        let mut gap = 1;
+        while runs.len() > WORKING_SET_RUNS_MAX {
+            let mut joined: Vec<WorkingSetRun> = Vec::with_capacity(runs.len());
+            for run in runs {
+                match joined.last_mut() {
+                    Some(last) if last.region == run.region && run.start.0 <= last.start.0 + last.count + gap => {
+                        last.count = run.start.0 + run.count - last.start.0;
+                    }
+                    _ => joined.push(run),
+                }
+            }
+            (runs, gap) = (joined, gap * 2);
+        }
+        Ok(runs)
     }
 
     /// Maps each region of a first parent as its children will see it.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use types::MachineId;
+use types::manifest::{WORKING_SET_RUNS_MAX, WorkingSetRun};
 
 use super::worker::Worker;
 use super::{Inner, PoolError, keeper};
@@ -312,6 +313,24 @@ impl Jailed {
         }
         self.worker.send(&ToWorker::StopProbe { vcpu }, &[])?;
         self.answer(vcpu)
+    }
+
+    /// The extents of its image that it has touched so far; what is none of the image's is left out, whatever its worker says.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn touched(&self) -> Result<Vec<WorkingSetRun>, PoolError> {
+        let _one_at_a_time = self.worker.ask();
+        self.worker.mail().await_touched();
+        self.worker.send(&ToWorker::Touched, &[])?;
+        let mut runs = self.worker.wait(|mail| mail.touched.take())?;
+        let regions = self.class().regions();
+        runs.truncate(WORKING_SET_RUNS_MAX);
+        runs.retain(|run| {
+            let extents = regions.get(usize::from(run.region)).map_or(0, |(_, bytes)| bytes / types::EXTENT_SIZE);
+            run.start.0.checked_add(run.count).is_some_and(|end| u64::from(end) <= extents)
+        });
+        Ok(runs)
     }
 
     /// A stream to a vsock port of the guest. Whether somebody listens there shows when it is used: it ends at once if not.

@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 
 use types::MachineId;
+use types::manifest::WorkingSetRun;
 
 use crate::machine::Ended;
 use crate::probe::Reply;
@@ -22,6 +23,7 @@ pub(super) struct Mail {
     pub(super) is_done: bool,
     pub(super) answers: [Option<Result<Reply, Failure>>; 8],
     pub(super) console: Option<(Vec<u8>, u64)>,
+    pub(super) touched: Option<Vec<WorkingSetRun>>,
     #[cfg(feature = "testing")]
     pub(super) attempted: Option<i32>,
     awaits: Awaited,
@@ -42,6 +44,7 @@ struct Awaited {
     answers: [bool; 8],
     frozen: bool,
     console: bool,
+    touched: bool,
     done: bool,
     #[cfg(feature = "testing")]
     attempted: bool,
@@ -98,6 +101,11 @@ impl Mail {
                 self.console = is_due.then_some((bytes, dropped));
                 is_due
             }
+            FromWorker::Touched(runs) => {
+                let is_due = std::mem::take(&mut self.awaits.touched);
+                self.touched = is_due.then_some(runs);
+                is_due
+            }
             FromWorker::Ended { reason, detail, console } => {
                 self.said_end.get_or_insert(Ended { reason, detail: shortened(detail) });
                 self.console.get_or_insert((console, 0));
@@ -134,6 +142,11 @@ impl Mail {
     /// What was printed is about to be asked for.
     pub(super) fn await_console(&mut self) {
         (self.console, self.awaits.console) = (None, true);
+    }
+
+    /// What was touched is about to be asked for.
+    pub(super) fn await_touched(&mut self) {
+        (self.touched, self.awaits.touched) = (None, true);
     }
 
     /// A pause or its end is about to be asked for.

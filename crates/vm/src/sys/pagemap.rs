@@ -44,7 +44,17 @@ struct PageRegion {
 /// Calls `each` with every range of pages (counted from `start`, ascending) of `bytes` from `start` on that the machine has
 /// written: not FILE, PRESENT or SWAPPED, and not the shared zero page. Costs time in proportion to what is mapped, not to the
 /// range's size. The pagemap is that of the process whose addresses these are.
-pub(crate) fn scan_private(pagemap: &File, start: HostAddress, bytes: u64, mut each: impl FnMut(Range<u64>)) -> io::Result<()> {
+pub(crate) fn scan_private(pagemap: &File, start: HostAddress, bytes: u64, each: impl FnMut(Range<u64>)) -> io::Result<()> {
+    scan(pagemap, start, bytes, PAGE_IS_FILE | PAGE_IS_PFNZERO, each)
+}
+
+/// The same of every page that the machine has touched in any way, or that the kernel mapped beside one.
+pub(crate) fn scan_touched(pagemap: &File, start: HostAddress, bytes: u64, each: impl FnMut(Range<u64>)) -> io::Result<()> {
+    scan(pagemap, start, bytes, PAGE_IS_PFNZERO, each)
+}
+
+/// Pages that are PRESENT or SWAPPED, and none of `without`.
+fn scan(pagemap: &File, start: HostAddress, bytes: u64, without: u64, mut each: impl FnMut(Range<u64>)) -> io::Result<()> {
     let start = start.0 as u64;
     let end = start + bytes;
     let mut regions = [PageRegion::default(); REGIONS_PER_CALL];
@@ -59,8 +69,8 @@ pub(crate) fn scan_private(pagemap: &File, start: HostAddress, bytes: u64, mut e
             vec: regions.as_mut_ptr() as u64,
             vec_len: REGIONS_PER_CALL as u64,
             max_pages: 0,
-            category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
-            category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            category_inverted: without,
+            category_mask: without,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             return_mask: PAGE_IS_PRESENT,
         };

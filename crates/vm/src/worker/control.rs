@@ -203,6 +203,10 @@ impl Control {
                     self.machine.connect(port, socket);
                 }
             }
+            ToWorker::Touched => {
+                let touched = self.machine.touched(&self.host).unwrap_or_default();
+                self.send(&FromWorker::Touched(touched));
+            }
             ToWorker::Console => {
                 let (bytes, dropped) = self.machine.console().contents();
                 self.send(&FromWorker::Console { bytes, dropped });

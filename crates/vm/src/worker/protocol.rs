@@ -8,6 +8,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use types::manifest::WorkingSetRun;
 use types::{ExtentMap, GuestAddress, MachineId, MemorySize, Reason};
 
 use crate::class::{Class, Devices, VcpuCountError};
@@ -189,6 +190,8 @@ pub enum ToWorker {
         /// Where it starts.
         start: Start,
     },
+    /// Say which extents the machine has touched so far.
+    Touched,
     /// Connect the socket that comes along, which does not block, with a vsock port of the guest.
     Connect {
         /// The port.
@@ -267,6 +270,8 @@ pub enum FromWorker {
     },
     /// It has closed that descriptor.
     HasLetGo,
+    /// The extents that the machine has touched.
+    Touched(Vec<WorkingSetRun>),
     /// What came of an attempt to break out: 0, or the error number.
     #[cfg(feature = "testing")]
     Attempted(i32),

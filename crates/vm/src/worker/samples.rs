@@ -1,10 +1,12 @@
 //! Samples of every message, for golden files and corpora.
 
-use types::{ExtentMap, GuestAddress, LayerIndex, MachineId, MemorySize, PageIndex, Reason, Source};
+use types::manifest::WorkingSetRun;
+use types::{ExtentIndex, ExtentMap, GuestAddress, LayerIndex, MachineId, MemorySize, PageIndex, Reason, Source};
 use uuid::Uuid;
 
 use super::protocol::{Exit, Failure, FromWorker, FromZygote, ToWorker, ToZygote, WireClass, WireFrozen, WireImage, encode};
 use crate::class::Class;
+use crate::linux::Start;
 use crate::probe::Command;
 
 fn id() -> MachineId {
@@ -62,6 +64,16 @@ pub(crate) fn all(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("freeze-pages", encode(&ToWorker::FreezePages)),
         ("let-go", encode(&ToWorker::LetGo)),
+        ("touched", encode(&ToWorker::Touched)),
+        ("connect", encode(&ToWorker::Connect { port: 1024 })),
+        (
+            "boot-linux",
+            encode(&ToWorker::BootLinux {
+                id: id(),
+                start: Start { entry: GuestAddress(1 << 24), boot_params: GuestAddress(0x7000) },
+            }),
+        ),
+        ("touches", encode(&FromWorker::Touched(vec![WorkingSetRun { region: 1, start: ExtentIndex(2), count: 3 }]))),
         ("has-let-go", encode(&FromWorker::HasLetGo)),
         ("watched", encode(&FromWorker::Watched { starts: vec![1 << 45] })),
         ("built", encode(&FromWorker::Built { took_ns: 1 })),
