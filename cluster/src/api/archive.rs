@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Request, State as Shared};
+use axum::extract::{Extension, Request, State as Shared};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
@@ -15,6 +15,7 @@ use types::Tenant;
 use super::error::ApiError;
 use super::extract::PathText;
 use super::routes::App;
+use super::server::Peer;
 use super::templates::template;
 use super::wire::{ErrorAnswer, Template};
 use crate::node::{ImageName, NodeError};
@@ -78,9 +79,14 @@ pub(crate) async fn export(Shared(app): Shared<App>, PathText(name): PathText) -
 )]
 pub(crate) async fn import(
     Shared(app): Shared<App>,
+    Extension(peer): Extension<Peer>,
     PathText(name): PathText,
     request: Request,
 ) -> Result<Json<Template>, ApiError> {
+    // Its size has no bound but the disk.
+    if !peer.is_owner {
+        return Err(NodeError::NotOwner { uid: peer.uid }.into());
+    }
     let name = ImageName::parse(&name).map_err(NodeError::from)?;
     let (sender, receiver) = mpsc::channel(AHEAD);
     let feeding = tokio::spawn(feed(request.into_body(), sender, app.limits().read_deadline));

@@ -9,6 +9,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 use types::NodeId;
@@ -37,6 +38,8 @@ struct Shared {
     /// Calls of other nodes. None of them waits for another node's line, as verbs do: two nodes that ask one another do not wait
     /// in a circle.
     orders: Calls,
+    /// Connections that were handed over to guests' agents.
+    handed_over: Arc<Semaphore>,
     limits: Limits,
     node: Uuid,
     started: Instant,
@@ -81,7 +84,9 @@ impl App {
     pub fn new(service: Arc<Service>, node: Uuid, limits: Limits) -> Self {
         metrics::install();
         let line = || Calls::new(limits.calls_max, limits.queued_max);
-        let shared = Shared { service, verbs: line(), looks: line(), orders: line(), limits, node, started: Instant::now() };
+        let handed_over = Arc::new(Semaphore::new(limits.connections_max));
+        let (verbs, looks, orders) = (line(), line(), line());
+        let shared = Shared { service, verbs, looks, orders, handed_over, limits, node, started: Instant::now() };
         Self { shared: Arc::new(shared) }
     }
 
@@ -121,6 +126,12 @@ impl App {
         let Shared { verbs, looks, orders, .. } = &*self.shared;
         let ended = tokio::join!(verbs.stop(deadline), looks.stop(deadline), orders.stop(deadline));
         ended == (true, true, true)
+    }
+
+    /// The right to one more connection with a guest's agent.
+    pub(crate) fn hand_over(&self) -> Result<OwnedSemaphorePermit, NodeError> {
+        let permit = Arc::clone(&self.shared.handed_over).try_acquire_owned();
+        permit.map_err(|_| NodeError::Busy { queued: self.shared.limits.connections_max })
     }
 
     pub(crate) fn node(&self) -> Uuid {

@@ -139,6 +139,7 @@ pub(crate) async fn connect(
     let Some(upgrade) = upgrade else {
         return Err(ApiError::bad_request(format!("the request does not ask for an upgrade to {AGENT_PROTOCOL}")));
     };
+    let permit = app.hand_over()?;
     let guest = app.act(move |service| service.connect(&id)).await?;
     let failed = |error: std::io::Error| {
         tracing::error!(%error, "a stream to a guest");
@@ -151,6 +152,7 @@ pub(crate) async fn connect(
             Ok(client) => relay(client, guest).await,
             Err(error) => tracing::debug!(%error, "a client left before its upgrade"),
         }
+        drop(permit);
     });
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, AGENT_PROTOCOL)];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())

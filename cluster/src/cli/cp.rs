@@ -1,7 +1,7 @@
 //! `farfork cp`.
 
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
 use agent::protocol::{FromAgent, PIECE, ToAgent};
@@ -112,6 +112,8 @@ async fn get(id: &str, path: String, to: PathBuf, context: &Context) -> Result<(
         return Err(output(io::ErrorKind::NotADirectory.into()));
     }
     let mut guest = Guest::connect(id, context).await?;
+    // What was asked for, and nothing else that the guest may send along.
+    let asked = Path::new(&path).file_name().map_or_else(|| "root".into(), ToOwned::to_owned);
     guest.says.say(&ToAgent::Get { path }).await?;
     let (sender, receiver) = mpsc::channel::<Vec<u8>>(AHEAD);
     let into = to.clone();
@@ -120,6 +122,9 @@ async fn get(id: &str, path: String, to: PathBuf, context: &Context) -> Result<(
         archive.set_preserve_permissions(false);
         for entry in archive.entries()? {
             let mut entry = entry?;
+            if entry.path()?.components().next() != Some(Component::Normal(&asked)) {
+                return Err(io::Error::other("the guest sends a file that was not asked for"));
+            }
             let kind = entry.header().entry_type();
             // Devices and the like are nothing that a guest could have us make.
             let is_plain = kind.is_file() || kind.is_dir() || kind.is_symlink() || kind.is_hard_link();

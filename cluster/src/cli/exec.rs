@@ -8,6 +8,7 @@ use clap::Args;
 use rustix::termios::{OptionalActions, Termios};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 
 use super::Context;
 use super::error::CliError;
@@ -53,6 +54,9 @@ pub struct Arguments {
     program: Vec<String>,
 }
 
+/// Words for the guest that wait to be said.
+const WORDS_AHEAD: usize = 16;
+
 fn variable(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is no NAME=VALUE"))?;
     if name.is_empty() { Err("a variable without a name".to_owned()) } else { Ok((name.to_owned(), value.to_owned())) }
@@ -86,12 +90,49 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
 /// Until the program has ended; `None` if it was left to itself.
 async fn converse(guest: Guest, interactive: bool, tty: bool) -> Result<Option<Exit>, CliError> {
     let Guest { hears, mut says } = guest;
+    // By a task of its own: who waits for the guest to take its input must go on hearing its output.
+    let (speaker, mut words) = mpsc::channel::<ToAgent>(WORDS_AHEAD);
+    let speaking = tokio::spawn(async move {
+        while let Some(word) = words.recv().await {
+            // The end of the conversation is heard.
+            if says.say(&word).await.is_err() {
+                return;
+            }
+        }
+    });
+    if interactive {
+        tokio::spawn(pass_input(speaker.clone()));
+    }
+    let outcome = hear_out(hears, &speaker, tty).await;
+    speaking.abort();
+    outcome
+}
+
+/// Standard input, to its end.
+async fn pass_input(speaker: mpsc::Sender<ToAgent>) {
+    let mut stdin = tokio::io::stdin();
+    let mut typed = vec![0; PIECE];
+    loop {
+        let word = match stdin.read(&mut typed).await {
+            Ok(0) | Err(_) => ToAgent::StdinEnd,
+            Ok(count) => ToAgent::Stdin(typed[..count].to_vec()),
+        };
+        let is_last = word == ToAgent::StdinEnd;
+        if speaker.send(word).await.is_err() || is_last {
+            return;
+        }
+    }
+}
+
+/// Signals that do not fit are as good as those before them.
+fn pass_signal(speaker: &mpsc::Sender<ToAgent>, kind: SignalKind) {
+    speaker.try_send(ToAgent::Signal(kind.as_raw_value())).unwrap_or_default();
+}
+
+async fn hear_out(hears: Hears, speaker: &mpsc::Sender<ToAgent>, tty: bool) -> Result<Option<Exit>, CliError> {
     let stream = |kind: SignalKind| signal(kind).map_err(CliError::Runtime);
     let (mut interrupts, mut ends) = (stream(SignalKind::interrupt())?, stream(SignalKind::terminate())?);
     let (mut hangups, mut resizes) = (stream(SignalKind::hangup())?, stream(SignalKind::window_change())?);
-    let mut stdin = tokio::io::stdin();
-    let mut typed = vec![0; PIECE];
-    let mut has_input = interactive;
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     // What has been heard in part must not be dropped with a turn of the loop.
     let mut next = Box::pin(hear(hears));
@@ -107,21 +148,12 @@ async fn converse(guest: Guest, interactive: bool, tty: bool) -> Result<Option<E
                 }
                 next = Box::pin(hear(hears));
             }
-            read = stdin.read(&mut typed), if has_input => {
-                match read {
-                    Ok(0) | Err(_) => {
-                        has_input = false;
-                        says.say(&ToAgent::StdinEnd).await?;
-                    }
-                    Ok(count) => says.say(&ToAgent::Stdin(typed[..count].to_vec())).await?,
-                }
-            }
-            _ = interrupts.recv() => says.say(&ToAgent::Signal(libc_signal(SignalKind::interrupt()))).await?,
-            _ = ends.recv() => says.say(&ToAgent::Signal(libc_signal(SignalKind::terminate()))).await?,
-            _ = hangups.recv() => says.say(&ToAgent::Signal(libc_signal(SignalKind::hangup()))).await?,
+            _ = interrupts.recv() => pass_signal(speaker, SignalKind::interrupt()),
+            _ = ends.recv() => pass_signal(speaker, SignalKind::terminate()),
+            _ = hangups.recv() => pass_signal(speaker, SignalKind::hangup()),
             _ = resizes.recv(), if tty => {
                 let (rows, columns) = size();
-                says.say(&ToAgent::Resize { rows, columns }).await?;
+                speaker.try_send(ToAgent::Resize { rows, columns }).unwrap_or_default();
             }
         }
     }
@@ -129,10 +161,6 @@ async fn converse(guest: Guest, interactive: bool, tty: bool) -> Result<Option<E
 
 async fn hear(mut hears: Hears) -> (Result<FromAgent, GuestError>, Hears) {
     (hears.hear().await, hears)
-}
-
-fn libc_signal(kind: SignalKind) -> i32 {
-    kind.as_raw_value()
 }
 
 async fn write(to: &mut (impl AsyncWriteExt + Unpin), bytes: &[u8]) -> Result<(), CliError> {

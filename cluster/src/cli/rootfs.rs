@@ -237,10 +237,12 @@ fn blob(descriptor: &Descriptor) -> Result<String, String> {
 /// A path that an image names, which stays within it.
 fn beneath(layout: &Path, named: &str) -> Result<PathBuf, String> {
     let path = Path::new(named);
-    if path.components().all(|component| matches!(component, Component::Normal(_))) {
-        Ok(layout.join(path))
-    } else {
-        Err(format!("it names {named:?}, outside of itself"))
+    let is_plain = path.components().all(|component| matches!(component, Component::Normal(_)));
+    // Links within it are followed, as `docker save` makes them.
+    let real = layout.canonicalize().ok().zip(layout.join(path).canonicalize().ok());
+    match real.filter(|(root, path)| is_plain && path.starts_with(root) && path.is_file()) {
+        Some((_, path)) => Ok(path),
+        None => Err(format!("it names {named:?}, which is no file of its own")),
     }
 }
 
@@ -265,17 +267,28 @@ fn apply_layer(layer: &Path, into: &Path) -> io::Result<()> {
             for below in fs::read_dir(&directory)? {
                 remove(&below?.path())?;
             }
-        } else {
-            remove(&directory.join(&name[WHITEOUT.len()..]))?;
+        } else if let Some(Component::Normal(file)) = Path::new(&name[WHITEOUT.len()..]).components().next() {
+            // And not the directory itself, or the one above it.
+            remove(&directory.join(file))?;
         }
     }
     let mut archive = open_archive(layer)?;
     for entry in archive.entries()? {
         let mut entry = entry?;
-        let is_whiteout = entry.path()?.file_name().is_some_and(|name| name.to_string_lossy().starts_with(WHITEOUT));
-        if !is_whiteout {
-            entry.unpack_in(into)?;
+        let path = entry.path()?.into_owned();
+        let is_whiteout = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(WHITEOUT));
+        if is_whiteout {
+            continue;
         }
+        // What is there of a lower layer makes room, unless both are directories: hard links and the like replace nothing.
+        let place = path.parent().and_then(|parent| real_directory(into, parent)).zip(path.file_name());
+        if let Some(place) = place.map(|(directory, name)| directory.join(name)) {
+            let is_directory = place.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
+            if !(is_directory && entry.header().entry_type().is_dir()) {
+                remove(&place)?;
+            }
+        }
+        entry.unpack_in(into)?;
     }
     Ok(())
 }
@@ -299,15 +312,15 @@ fn remove(path: &Path) -> io::Result<()> {
 fn write_environment(tree: &Path, environment: &[String]) -> io::Result<()> {
     let text: String =
         environment.iter().filter(|line| line.contains('=') && !line.contains('\n')).map(|line| format!("{line}\n")).collect();
-    let etc = tree.join("etc");
-    // Not through a link that the image brought along.
-    if text.is_empty() || etc.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink()) {
+    let directory = tree.join("etc/farfork");
+    // Not through a link that the image brought along, on the way or at its end.
+    let is_link = |path: &Path| path.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink());
+    let file = directory.join("environment");
+    if text.is_empty() || is_link(&tree.join("etc")) || is_link(&directory) || file.symlink_metadata().is_ok() {
         return Ok(());
     }
-    let directory = etc.join("farfork");
     fs::create_dir_all(&directory)?;
-    let file = directory.join("environment");
-    if file.symlink_metadata().is_ok() { Ok(()) } else { fs::write(file, text) }
+    fs::write(file, text)
 }
 
 #[cfg(test)]
@@ -359,14 +372,34 @@ mod tests {
     fn layers_are_put_over_one_another_and_take_away_what_they_say() {
         let work = tempfile::tempdir().unwrap();
         let lower: &[(&str, &str)] =
-            &[("etc/", ""), ("etc/a", "1"), ("etc/b", "1"), ("var/", ""), ("var/x", "1"), ("var/y", "1")];
-        let upper: &[(&str, &str)] = &[("etc/.wh.a", ""), ("etc/b", "2"), ("var/.wh..wh..opq", ""), ("var/z", "2")];
+            &[("etc/", ""), ("etc/a", "1"), ("etc/b", "1"), ("var/", ""), ("var/x", "1"), ("var/y", "1"), ("was-dir/", "")];
+        let upper: &[(&str, &str)] =
+            &[("etc/.wh.a", ""), ("etc/b", "2"), ("var/.wh..wh..opq", ""), ("var/z", "2"), ("was-dir", "2")];
         layout(work.path(), &[lower, upper]);
         let tree = tempfile::tempdir().unwrap();
         unpack_image(work.path(), tree.path()).unwrap();
         assert_eq!((read(tree.path(), "etc/a"), read(tree.path(), "etc/b").as_deref()), (None, Some("2")));
         assert_eq!((read(tree.path(), "var/x"), read(tree.path(), "var/z").as_deref()), (None, Some("2")));
+        assert_eq!(read(tree.path(), "was-dir").as_deref(), Some("2"));
         assert_eq!(read(tree.path(), "etc/farfork/environment").as_deref(), Some("PATH=/bin\nA=b c\n"));
+    }
+
+    /// Unpacking is done by root.
+    #[test]
+    fn an_image_reaches_nothing_outside_of_itself() {
+        let work = tempfile::tempdir().unwrap();
+        let outside = work.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("kept"), "1").unwrap();
+        let (oci, tree) = (work.path().join("oci"), work.path().join("tree"));
+        fs::create_dir(&tree).unwrap();
+        layout(&oci, &[&[("etc/", ""), (".wh...", ""), (".wh..", ""), ("etc/.wh...", ""), ("link/.wh.kept", "")]]);
+        std::os::unix::fs::symlink(&outside, tree.join("link")).unwrap();
+        fs::create_dir(tree.join("etc")).unwrap();
+        std::os::unix::fs::symlink(&outside, tree.join("etc/farfork")).unwrap();
+        unpack_image(&oci, &tree).unwrap();
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "something was written or removed outside");
+        assert!(tree.join("etc").is_dir() && oci.is_dir());
     }
 
     #[test]

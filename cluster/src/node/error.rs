@@ -50,7 +50,7 @@ pub enum NodeError {
     UnknownTemplate { name: String },
     #[error("machine {id} has not been told who it is yet, or has no agent")]
     NotReady { id: String },
-    #[error("user {uid} may not have the node read files")]
+    #[error("user {uid} may not have the node read or keep files")]
     NotOwner { uid: u32 },
     #[error("{given} could be {}", candidates.join(", "))]
     Ambiguous { given: String, candidates: Vec<String> },

@@ -12,6 +12,8 @@ use super::talk::{Talk, TalkError, nonsense};
 
 /// How long a child may take to become somebody. Kernels that are emulated take a second; hooks may take a minute each.
 const DEADLINE: Duration = Duration::from_secs(240);
+/// How much longer all children of one fork may take together, for each of them.
+const DEADLINE_EACH: Duration = Duration::from_secs(2);
 
 /// What a child reported.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,12 +28,26 @@ pub struct Readiness {
     pub steps: Vec<Step>,
 }
 
+/// The fork that a child is of.
+#[derive(Clone, Copy, Debug)]
+pub struct Fork {
+    /// When it was called.
+    pub since: Instant,
+    /// How many children it has.
+    pub children: u32,
+}
+
 /// Tells the child at the other end of the stream who it is. When it knows, code of users may run in it.
 ///
 /// # Errors
 /// [`TalkError`]; [`TalkError::Failed`] if a step failed without which it may be like another.
-pub fn tell(stream: UnixStream, id: MachineId, without: &[String], since: Instant) -> Result<Readiness, TalkError> {
-    let mut talk = Talk::begin(stream, DEADLINE)?;
+pub fn tell(stream: UnixStream, id: MachineId, without: &[String], fork: Fork) -> Result<Readiness, TalkError> {
+    let all = DEADLINE + DEADLINE_EACH * fork.children;
+    let left = all.saturating_sub(fork.since.elapsed()).min(DEADLINE);
+    if left.is_zero() {
+        return Err(TalkError::Late { deadline: all });
+    }
+    let mut talk = Talk::begin(stream, left)?;
     let was_gated = talk.phase() == Phase::Gated;
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).map_err(|error| TalkError::Io(error.into()))?;
@@ -52,7 +68,7 @@ pub fn tell(stream: UnixStream, id: MachineId, without: &[String], since: Instan
     if was_gated {
         talk.ask_done(&ToAgent::Go)?;
     }
-    Ok(Readiness { after: since.elapsed(), was_gated, hostname, steps })
+    Ok(Readiness { after: fork.since.elapsed(), was_gated, hostname, steps })
 }
 
 /// A name that no other machine has: the last 12 digits of its id.

@@ -110,7 +110,7 @@ pub fn wait_for_agent(parent: &dyn Parent, deadline: Duration) -> Result<(), Eng
     let started = Instant::now();
     loop {
         parent.check("booting")?;
-        match Talk::begin(parent.connect()?, GREETING) {
+        match Talk::begin(connect(parent, "booting")?, GREETING) {
             Ok(_) => return Ok(()),
             Err(error @ TalkError::OtherVersion { .. }) => return Err(guest_error("booting", &error, &parent.console())),
             Err(_) if started.elapsed() < deadline => std::thread::sleep(BOOT_ROUND),
@@ -121,6 +121,14 @@ pub fn wait_for_agent(parent: &dyn Parent, deadline: Duration) -> Result<(), Eng
             }
         }
     }
+}
+
+/// A machine that has ended meanwhile says so with what it printed.
+fn connect(parent: &dyn Parent, step: &str) -> Result<UnixStream, EngineError> {
+    parent.connect().or_else(|error| {
+        parent.check(step)?;
+        Err(error)
+    })
 }
 
 /// Makes it warm.
@@ -212,7 +220,7 @@ fn talk<T>(
     deadline: Duration,
     converse: impl FnOnce(&mut Talk) -> Result<T, TalkError>,
 ) -> Result<T, EngineError> {
-    let outcome = Talk::begin(parent.connect()?, deadline).and_then(|mut talk| converse(&mut talk));
+    let outcome = Talk::begin(connect(parent, step)?, deadline).and_then(|mut talk| converse(&mut talk));
     outcome.or_else(|error| {
         parent.check(step)?;
         Err(guest_error(step, &error, &parent.console()))

@@ -20,8 +20,9 @@ use vm::pool::Jailed;
 use super::errors::{of_ended, of_pool};
 use super::{KnownImage, KvmEngine};
 use crate::node::engine::{EngineError, ErrorKind, ImageFacts};
+use crate::node::guest::identity::{self, Fork};
 use crate::node::guest::template::{self, BuildOrder, Parent, Stage, StageTime};
-use crate::node::guest::{ended_error, guest_error, identity};
+use crate::node::guest::{ended_error, guest_error};
 
 /// Bytes that are copied at a time.
 const PIECE: usize = 1 << 20;
@@ -93,7 +94,7 @@ impl KvmEngine {
         let id = MachineId::from_uuid(Uuid::now_v7());
         let forked = self.pool.fork(image, &[id], vm::pool::ForkOptions::default()).pop();
         let (child, _) = forked.expect("an outcome for each id").map_err(of_pool)?;
-        let told = identity::tell(Parent::connect(&child)?, id, &[], Instant::now());
+        let told = identity::tell(Parent::connect(&child)?, id, &[], Fork { since: Instant::now(), children: 1 });
         told.map_err(|error| guest_error("the first child", &error, &Parent::console(&child)))?;
         image.record_working_set(child.touched().map_err(of_pool)?);
         Ok(())

@@ -72,6 +72,7 @@ pub fn open(
     }
     let store = data.images().try_clone_to_owned();
     let store = store.map_err(|error| host_error(format!("duplicating a descriptor failed: {error}"), "raise ulimit -n"))?;
+    move_images::remove_halves(&store).map_err(|error| of_store("removing half an import", error))?;
     settings.page_patience = network.page_deadline;
     let pool = Pool::open(host, settings).map_err(|error| EngineError { kind: ErrorKind::Host, ..of_pool(error) })?;
     let (pool, state) = (Arc::new(pool), Arc::<Mutex<State>>::default());

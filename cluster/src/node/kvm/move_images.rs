@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::PoisonError;
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use types::Tenant;
+use uuid::Uuid;
 
 use super::errors::{of_load, of_store, unknown_name};
 use super::{KnownImage, KvmEngine, file_name};
@@ -20,6 +21,17 @@ use crate::node::name::ImageName;
 const COMING: &str = ".importing";
 const PIECE: usize = 1 << 20;
 const PAGE: usize = 4096;
+
+/// Removes what a node that was killed had left of imports.
+pub(super) fn remove_halves(store: &OwnedFd) -> Result<(), Errno> {
+    for entry in Dir::read_from(store)? {
+        let entry = entry?;
+        if entry.file_name().to_bytes().ends_with(COMING.as_bytes()) {
+            rustix::fs::unlinkat(store, entry.file_name(), AtFlags::empty())?;
+        }
+    }
+    Ok(())
+}
 
 impl KvmEngine {
     pub(super) fn export_image(&self, name: &ImageName) -> Result<File, EngineError> {
@@ -36,12 +48,14 @@ impl KvmEngine {
         archive: &mut dyn Read,
         tenant: &Tenant,
     ) -> Result<ImageFacts, EngineError> {
-        let _one_at_a_time = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_free(name)?;
-        let coming = OsString::from(format!("{name}{COMING}"));
+        let coming = OsString::from(format!("{}{COMING}", Uuid::now_v7().simple()));
         let imported = self.receive(archive, &coming).and_then(|()| {
             let image = vm::image::load_in(self.pool.host(), self.store.as_fd(), &coming, |_, _| {});
             let image = image.map_err(|error| of_load(&error, name))?;
+            // Nobody waits for a client that is slow to send.
+            let _one_at_a_time = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+            self.check_free(name)?;
             rustix::fs::renameat(&self.store, &coming, &self.store, file_name(name))
                 .and_then(|()| rustix::fs::fsync(&self.store))
                 .map_err(|error| of_store("naming the image", error))?;

@@ -12,7 +12,8 @@ use super::{ImageView, OnDrop, Outcome, Service, check_count, first_if_none, in_
 use crate::node::address::NodeAddress;
 use crate::node::engine::{Ended, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, OpenOrder};
 use crate::node::error::NodeError;
-use crate::node::guest::{guest_error, identity};
+use crate::node::guest::guest_error;
+use crate::node::guest::identity::{self, Fork};
 use crate::node::metrics;
 use crate::node::name::ImageName;
 use crate::node::peers::{ForkedChild, HOLDERS_MAX, PeerError, PeerForkOrder, PeerForkReport};
@@ -255,9 +256,10 @@ impl Service {
 
     /// Tells each child who it is. One that cannot be told is ended: it may be like another.
     fn identified(&self, ids: Vec<MachineId>, began: Instant, failures: &mut Vec<(MachineId, NodeError)>) -> Vec<MachineId> {
+        let fork = Fork { since: began, children: u32::try_from(ids.len()).unwrap_or(u32::MAX) };
         let told = in_parallel(&ids, |id| {
             let stream = self.engine.connect(*id)?;
-            identity::tell(stream, *id, &Self::left_out_steps(), began).map_err(|error| {
+            identity::tell(stream, *id, &Self::left_out_steps(), fork).map_err(|error| {
                 let (console, _) = self.engine.console(*id).unwrap_or_default();
                 guest_error(&format!("telling machine {id} who it is"), &error, &console)
             })

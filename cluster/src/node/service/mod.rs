@@ -47,6 +47,8 @@ pub struct Service {
     stopping: AtomicBool,
     /// Templates that are being built, and what they are at.
     builds: Mutex<BTreeMap<ImageName, Building>>,
+    /// Locked while a template is looked for, and loaded if it is not in memory.
+    loading: Mutex<()>,
 }
 
 /// A machine with what it costs and prints.
@@ -105,6 +107,7 @@ impl Service {
             reaper: Mutex::new(None),
             stopping: AtomicBool::new(false),
             builds: Mutex::default(),
+            loading: Mutex::default(),
         });
         let weak = Arc::downgrade(&service);
         let reaper = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || reap_all(&weak, &heard));

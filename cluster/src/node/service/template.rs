@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use types::Tenant;
+use vm::class::Devices;
 
 use super::{ImageView, Service, log_progress};
 use crate::node::engine::{EngineError, ErrorKind};
@@ -118,9 +119,10 @@ impl Service {
     /// # Errors
     /// [`NodeError`] if there is none.
     pub fn remove_template(&self, name: &ImageName) -> Result<(), NodeError> {
-        let image = self.named_image(name);
-        if let Some(image) = &image {
-            self.forget_image(image.facts.id)?;
+        let mut image = None;
+        while let Some(next) = self.named_image(name) {
+            self.forget_image(next.facts.id)?;
+            image = Some(next);
         }
         match self.delete(name) {
             Err(NodeError::Engine(EngineError { kind: ErrorKind::UnknownImage, .. })) if image.is_some() => Ok(()),
@@ -156,12 +158,13 @@ impl Service {
     /// [`NodeError`] if there is no such machine, it has no agent, or has not been told who it is.
     pub fn connect(&self, given: &str) -> Result<UnixStream, NodeError> {
         let id = self.registry.running_machine(given)?;
-        let stream = self.engine.connect(id)?;
-        let machine = self.registry.machine(&id.to_string())?;
-        if machine.readiness.is_none() {
+        // A machine without an agent says so; of one that has one, its streams are first for who tells it who it is.
+        let image = self.registry.machine(&id.to_string())?;
+        let has_agent = self.engine.image(image.image).is_ok_and(|facts| facts.class.devices() != Devices::None);
+        if has_agent && image.readiness.is_none() {
             return Err(NodeError::NotReady { id: id.to_string() });
         }
-        Ok(stream)
+        Ok(self.engine.connect(id)?)
     }
 
     /// Steps after a fork that children leave out: none, but in the tests that show what each is for.
@@ -175,6 +178,8 @@ impl Service {
 
     /// The image that a template points at.
     pub(super) fn template_image(&self, name: &ImageName) -> Result<Image, NodeError> {
+        // One load, however many ask at once.
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(image) = self.named_image(name) {
             return Ok(image);
         }

@@ -47,8 +47,11 @@ fn real_children_of_a_template_are_themselves_and_private() {
     assert_eq!(node.cli(&[&["exec", one], &arguments[..]].concat()).out, "b c /tmp 65534\n");
     let mut fed = node.command(&["exec", one, "-i", "--", "cat"]);
     let mut fed = fed.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
-    std::io::Write::write_all(&mut fed.stdin.take().unwrap(), &[b'x'; 100_000]).unwrap();
-    assert_eq!(fed.wait_with_output().unwrap().stdout, [b'x'; 100_000]);
+    // More than all pipes on the way hold: whoever passes it on must not wait for one end alone.
+    let mut input = fed.stdin.take().unwrap();
+    let feeding = std::thread::spawn(move || std::io::Write::write_all(&mut input, &vec![b'x'; 1 << 20]));
+    assert!(fed.wait_with_output().unwrap().stdout == vec![b'x'; 1 << 20]);
+    feeding.join().unwrap().unwrap();
 
     // Files in and out.
     let here = tempfile::tempdir().unwrap();

@@ -1,15 +1,17 @@
 //! Programs: run for a session with their streams, left to themselves, or kept warm.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process_group};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 use vsock::VsockStream;
@@ -23,8 +25,11 @@ use super::{Guest, say};
 use crate::protocol::{Exec, FrameError, FromAgent, MAIN_MESSAGE_MAX, PIECE, ToAgent, receive, send};
 use crate::sys;
 
-/// What a program's descendants write after its end is waited for so long.
+/// What a program's descendants write after its end is waited for so long, and so much of it is passed on.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+const DRAINED_MAX: usize = 1 << 20;
+/// What came for a program and was not taken by it: no more is read from the host until it is less.
+const PENDING_MAX: usize = 64 << 10;
 
 /// Runs a program for a session.
 pub(super) fn run(guest: &Guest, stream: &mut VsockStream, program: &Exec) -> Result<(), FrameError> {
@@ -100,6 +105,10 @@ struct Attached {
     end: OwnedFd,
     /// Its standard input, or its terminal.
     input: Option<File>,
+    /// What came for it that it has not taken yet.
+    pending: VecDeque<u8>,
+    /// No more is to come.
+    is_input_over: bool,
     /// Standard output and standard error; a terminal is both.
     outputs: [Option<File>; 2],
     terminal: Option<OwnedFd>,
@@ -110,30 +119,40 @@ fn start(guest: &Guest, program: &Exec) -> io::Result<Running> {
     if program.is_detached {
         let console = console()?;
         command.stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console).process_group(0);
-        let child = guest.reaper.spawn(&mut command)?;
+        let (child, _end) = guest.reaper.spawn(&mut command)?;
         return Ok(Running::Detached(pid_of(&child)));
     }
     if let Some((rows, columns)) = program.terminal {
         let (ours, its) = terminal(rows, columns)?;
         command.stdin(its.try_clone()?).stdout(its.try_clone()?).stderr(its);
         sys::with_terminal(&mut command);
-        let child = guest.reaper.spawn(&mut command)?;
+        let (child, end) = guest.reaper.spawn(&mut command)?;
         let ours = File::from(ours);
         let (input, terminal) = (Some(ours.try_clone()?), Some(OwnedFd::from(ours.try_clone()?)));
-        return attached(&child, input, [Some(ours), None], terminal);
+        return attached(&child, end, input, [Some(ours), None], terminal);
     }
     command.stdin(if program.has_input { Stdio::piped() } else { Stdio::null() });
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let mut child = guest.reaper.spawn(&mut command)?;
+    let (mut child, end) = guest.reaper.spawn(&mut command)?;
     let input = child.stdin.take().map(|pipe| File::from(OwnedFd::from(pipe)));
     let output = child.stdout.take().map(|pipe| File::from(OwnedFd::from(pipe)));
     let errors = child.stderr.take().map(|pipe| File::from(OwnedFd::from(pipe)));
-    attached(&child, input, [output, errors], None)
+    attached(&child, end, input, [output, errors], None)
 }
 
-fn attached(child: &Child, input: Option<File>, outputs: [Option<File>; 2], terminal: Option<OwnedFd>) -> io::Result<Running> {
-    let end = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
-    Ok(Running::Attached(Attached { pid: pid_of(child), end, input, outputs, terminal }))
+fn attached(
+    child: &Child,
+    end: OwnedFd,
+    input: Option<File>,
+    outputs: [Option<File>; 2],
+    terminal: Option<OwnedFd>,
+) -> io::Result<Running> {
+    for fd in input.iter().chain(outputs.iter().flatten()) {
+        // One thread serves all of them: it waits for them together, and for none alone.
+        rustix::io::ioctl_fionbio(fd, true)?;
+    }
+    let pending = VecDeque::new();
+    Ok(Running::Attached(Attached { pid: pid_of(child), end, input, pending, is_input_over: false, outputs, terminal }))
 }
 
 /// The program with its environment, directory and user.
@@ -193,11 +212,17 @@ fn resize(terminal: impl AsFd, rows: u16, columns: u16) -> io::Result<()> {
     Ok(rustix::termios::tcsetwinsize(terminal, size)?)
 }
 
+/// Whether a descriptor is to be tried again when it is ready.
+fn is_later(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
 /// What a wait was for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
     Host,
     End,
+    Input,
     Output(usize),
 }
 
@@ -206,39 +231,51 @@ impl Attached {
     /// running; its output is then read and forgotten, so that it does not wait for anybody.
     fn converse(&mut self, stream: &mut VsockStream) -> Result<(), FrameError> {
         let mut lost: Option<FrameError> = None;
-        let mut ended: Option<Instant> = None;
+        let mut ended = false;
+        // After the end: what is in the pipes, but not all that a descendant may go on to write.
+        let mut left_to_drain = DRAINED_MAX;
         loop {
             let ready = self.wait(stream.as_fd(), lost.is_none(), ended);
-            if ready.contains(&Source::End) && ended.is_none() {
-                ended = Some(Instant::now());
-            }
+            ended |= ready.contains(&Source::End);
             for source in &ready {
                 let said = match source {
-                    Source::Output(number) => self.pass_output(*number, stream, lost.is_none()),
+                    Source::Output(number) => self.pass_output(*number, stream, lost.is_none()).map(|count| {
+                        if ended {
+                            left_to_drain = left_to_drain.saturating_sub(count);
+                        }
+                    }),
+                    Source::Input => {
+                        self.pass_input();
+                        Ok(())
+                    }
                     Source::Host if lost.is_none() => receive(stream).map(|message| self.take(message)),
                     _ => Ok(()),
                 };
                 if let Err(error) = said {
-                    self.lose_host();
+                    self.lose_host(stream);
                     lost.get_or_insert(error);
                 }
             }
             let is_silent = self.outputs.iter().all(Option::is_none) || ready.is_empty();
-            if ended.is_some_and(|at| is_silent || at.elapsed() > LAST_WORDS) {
+            if ended && (is_silent || left_to_drain == 0) {
                 return lost.map_or(Ok(()), Err);
             }
         }
     }
 
     /// Waits for something to do. Nothing is ready when the last words are over.
-    fn wait(&self, stream: std::os::fd::BorrowedFd<'_>, has_host: bool, ended: Option<Instant>) -> Vec<Source> {
+    fn wait(&self, stream: std::os::fd::BorrowedFd<'_>, has_host: bool, ended: bool) -> Vec<Source> {
         let mut sources = Vec::with_capacity(4);
         let mut fds = Vec::with_capacity(4);
-        if has_host {
+        if has_host && self.pending.len() < PENDING_MAX {
             sources.push(Source::Host);
             fds.push(PollFd::from_borrowed_fd(stream, PollFlags::IN));
         }
-        if ended.is_none() {
+        if let Some(input) = self.input.as_ref().filter(|_| !self.pending.is_empty() && !ended) {
+            sources.push(Source::Input);
+            fds.push(PollFd::new(input, PollFlags::OUT));
+        }
+        if !ended {
             sources.push(Source::End);
             fds.push(PollFd::new(&self.end, PollFlags::IN));
         }
@@ -248,8 +285,8 @@ impl Attached {
                 fds.push(PollFd::new(output, PollFlags::IN));
             }
         }
-        let patience = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-        if let Err(error) = poll(&mut fds, ended.map(|_| &patience)).or_else(|error| match error {
+        let patience = Timespec { tv_sec: 0, tv_nsec: LAST_WORDS.subsec_nanos().into() };
+        if let Err(error) = poll(&mut fds, ended.then_some(&patience)).or_else(|error| match error {
             rustix::io::Errno::INTR => Ok(0),
             error => Err(error),
         }) {
@@ -258,28 +295,53 @@ impl Attached {
         sources.into_iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty()).map(|(source, _)| source).collect()
     }
 
-    fn pass_output(&mut self, number: usize, stream: &mut VsockStream, has_host: bool) -> Result<(), FrameError> {
-        let Some(output) = &mut self.outputs[number] else { return Ok(()) };
+    /// Says how much that was.
+    fn pass_output(&mut self, number: usize, stream: &mut VsockStream, has_host: bool) -> Result<usize, FrameError> {
+        let Some(output) = &mut self.outputs[number] else { return Ok(0) };
         let mut buffer = vec![0; PIECE];
         match output.read(&mut buffer) {
+            Err(error) if is_later(&error) => Ok(0),
             // EIO: the last program has left the terminal.
-            Ok(0) | Err(_) => self.outputs[number] = None,
+            Ok(0) | Err(_) => {
+                self.outputs[number] = None;
+                Ok(0)
+            }
             Ok(count) if has_host => {
                 buffer.truncate(count);
-                return send(stream, &if number == 0 { FromAgent::Stdout(buffer) } else { FromAgent::Stderr(buffer) });
+                let said = if number == 0 { FromAgent::Stdout(buffer) } else { FromAgent::Stderr(buffer) };
+                send(stream, &said).map(|()| count)
             }
-            Ok(_) => {}
+            Ok(count) => Ok(count),
         }
-        Ok(())
+    }
+
+    fn pass_input(&mut self) {
+        let Some(input) = &mut self.input else { return self.pending.clear() };
+        match input.write(self.pending.as_slices().0) {
+            Ok(count) => drop(self.pending.drain(..count)),
+            Err(error) if is_later(&error) => {}
+            // A program that does not read its input any more is no failure.
+            Err(_) => self.close_input(),
+        }
+        if self.pending.is_empty() && self.is_input_over {
+            self.input = None;
+        }
+    }
+
+    fn close_input(&mut self) {
+        self.pending.clear();
+        self.input = None;
     }
 
     fn take(&mut self, message: ToAgent) {
         match message {
-            // A program that does not read its input any more is no failure.
-            ToAgent::Stdin(bytes) if self.input.as_mut().is_some_and(|input| input.write_all(&bytes).is_err()) => {
-                self.input = None;
+            ToAgent::Stdin(bytes) if self.input.is_some() && !self.is_input_over => self.pending.extend(bytes),
+            ToAgent::StdinEnd if self.terminal.is_none() => {
+                self.is_input_over = true;
+                if self.pending.is_empty() {
+                    self.input = None;
+                }
             }
-            ToAgent::StdinEnd if self.terminal.is_none() => self.input = None,
             ToAgent::Resize { rows, columns } => {
                 if let Some(Err(error)) = self.terminal.as_ref().map(|terminal| resize(terminal, rows, columns)) {
                     say(&format!("resizing a terminal: {error}"));
@@ -296,10 +358,12 @@ impl Attached {
         }
     }
 
-    /// Nobody is there to type any more. A terminal is kept: its program would be ended with it.
-    fn lose_host(&mut self) {
+    /// Nobody is there to type any more, and the stream is given back. A terminal is kept: its program would be ended with it.
+    fn lose_host(&mut self, stream: &VsockStream) {
         if self.terminal.is_none() {
-            self.input = None;
+            self.close_input();
         }
+        // It may be gone already.
+        stream.shutdown(Shutdown::Both).unwrap_or_default();
     }
 }

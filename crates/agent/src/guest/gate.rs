@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -78,8 +79,8 @@ fn processes() -> impl Iterator<Item = i32> {
 
 /// Connections with somebody else than this machine.
 fn connections() -> Vec<String> {
-    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
-    connections_in(&table)
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
+    tables.iter().flat_map(|table| connections_in(table)).collect()
 }
 
 fn connections_in(table: &str) -> Vec<String> {
@@ -88,10 +89,18 @@ fn connections_in(table: &str) -> Vec<String> {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let (Some(remote), Some(&ESTABLISHED)) = (fields.get(2), fields.get(3)) else { continue };
         let address = remote.split_once(':').and_then(|(address, port)| {
-            Some((u32::from_str_radix(address, 16).ok()?.to_le_bytes(), u16::from_str_radix(port, 16).ok()?))
+            // Words of the host's byte order: one of IPv4, four of IPv6.
+            let words = address.as_bytes().chunks(8).map(|word| std::str::from_utf8(word).ok());
+            let words: Option<Vec<u32>> = words.map(|word| u32::from_str_radix(word?, 16).ok()).collect();
+            let bytes: Vec<u8> = words?.into_iter().flat_map(u32::to_le_bytes).collect();
+            let address = match bytes.len() {
+                4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
+                _ => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical(),
+            };
+            Some((address, u16::from_str_radix(port, 16).ok()?))
         });
-        if let Some(([a, b, c, d], port)) = address.filter(|(address, _)| address[0] != 127) {
-            found.push(format!("an established connection with {a}.{b}.{c}.{d}:{port}"));
+        if let Some((address, port)) = address.filter(|(address, _)| !address.is_loopback()) {
+            found.push(format!("an established connection with {address}, port {port}"));
         }
     }
     found
@@ -141,8 +150,11 @@ mod tests {
                      1: 0100007F:1F90 0100007F:C350 01 0\n\
                      2: 0201A8C0:C350 0101A8C0:01BB 01 0\n\
                      3: 0201A8C0:C351 0101A8C0:01BB 06 0\n\
-                     broken\n";
-        assert_eq!(connections_in(table), ["an established connection with 192.168.1.1:443"]);
+                     broken\n\
+                     4: 0000000000000000FFFF00000201A8C0:C350 0000000000000000FFFF00000301A8C0:01BB 01 0\n\
+                     5: 00000000000000000000000001000000:C350 00000000000000000000000001000000:01BB 01 0\n";
+        let found = ["192.168.1.1", "192.168.1.3"].map(|host| format!("an established connection with {host}, port 443"));
+        assert_eq!(connections_in(table), found);
     }
 
     #[test]

@@ -181,9 +181,8 @@ fn run_hook(guest: &Guest, hook: &str, who: &Identity) -> Done {
     command.env_clear().envs(boot::ENVIRONMENT).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(Stdio::null());
     command.env("FARFORK_MACHINE_ID", who.id.as_uuid().to_string()).env("FARFORK_HOSTNAME", &who.hostname);
-    let child = guest.reaper.spawn(&mut command)?;
-    let pid = rustix::process::Pid::from_child(&child);
-    let end = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+    let (child, end) = guest.reaper.spawn(&mut command)?;
+    let pid = Pid::from_child(&child);
     let mut fds = [rustix::event::PollFd::new(&end, rustix::event::PollFlags::IN)];
     let patience = Timespec { tv_sec: i64::from(HOOK_SECONDS), tv_nsec: 0 };
     let is_late = rustix::event::poll(&mut fds, Some(&patience))? == 0;

@@ -21,7 +21,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vsock::{VMADDR_CID_ANY, VsockListener};
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::protocol::{PORT, Phase};
 use reaper::Reaper;
@@ -68,6 +68,8 @@ pub fn main() -> ExitCode {
     loop {
         let connection = listener.accept();
         match connection {
+            // Programs of the guest itself, by the kernel's loopback, are not obeyed: this is root.
+            Ok((_, address)) if address.cid() != VMADDR_CID_HOST => say("somebody in the guest asks, and is turned away"),
             Ok((stream, _)) => {
                 let guest = Arc::clone(&guest);
                 let life = move || session::serve(&guest, stream);

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::process::{Child, Command};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, wait, waitid};
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, wait, waitid};
 
 use super::say;
 use crate::protocol::Exit;
@@ -29,14 +30,16 @@ impl Reaper {
         reaper
     }
 
-    /// Starts a program, whose end is then [waited for](Self::wait) once.
-    pub(super) fn spawn(&self, command: &mut Command) -> io::Result<Child> {
-        // Locked meanwhile: its end is not looked at before it is known that somebody waits for it.
+    /// Starts a program, with what becomes readable when it ends; its end is then [waited for](Self::wait) once.
+    pub(super) fn spawn(&self, command: &mut Command) -> io::Result<(Child, OwnedFd)> {
+        // Locked meanwhile: its end is not looked at before it is known that somebody waits for it, and what becomes readable
+        // with its end is opened.
         let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
         let child = command.spawn()?;
+        let end = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         awaited.insert(pid_of(&child), None);
         self.changed.notify_all();
-        Ok(child)
+        Ok((child, end))
     }
 
     /// Waits for the end of a program that was started here.

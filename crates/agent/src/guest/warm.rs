@@ -27,7 +27,7 @@ impl Warm {
     pub(super) fn start(reaper: &Reaper, command: &mut Command) -> io::Result<Self> {
         let (ours, its) = UnixStream::pair()?;
         command.stdin(Stdio::from(std::os::fd::OwnedFd::from(its)));
-        let child = reaper.spawn(command)?;
+        let (child, _end) = reaper.spawn(command)?;
         let pid = Pid::from_raw(pid_of(&child)).ok_or(io::ErrorKind::InvalidData)?;
         // The command holds the other end: without it gone, the end of the process would not show.
         command.stdin(Stdio::null());

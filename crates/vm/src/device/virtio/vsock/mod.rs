@@ -94,6 +94,8 @@ impl Vsock {
     /// Moves what can be moved between sockets and buffers. The control thread's part.
     pub(crate) fn serve_sockets(&mut self) {
         self.streams.values_mut().for_each(Stream::serve_socket);
+        // Whatever the guest does: nobody waits for a socket whose stream is over.
+        self.streams.retain(|_, stream| !stream.is_forgotten());
     }
 
     /// Whether there is something for the guest.
@@ -139,7 +141,8 @@ impl Vsock {
         let after = self.streams.range(self.last_served.wrapping_add(1)..).map(|(port, _)| *port);
         let ports: Vec<u32> = after.chain(self.streams.range(..=self.last_served).map(|(port, _)| *port)).collect();
         for port in ports {
-            let stream = self.streams.get_mut(&port).expect("listed above");
+            // Listed twice where the last one served had the highest number, and gone the second time.
+            let Some(stream) = self.streams.get_mut(&port) else { continue };
             let next = stream.next_packet(port, room);
             if stream.is_over() && next.as_ref().is_none_or(|(header, _)| header.op == Op::Reset) {
                 self.streams.remove(&port);

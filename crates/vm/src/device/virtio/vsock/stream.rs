@@ -154,6 +154,11 @@ impl Stream {
         matches!(self.phase, Phase::Broken | Phase::Over)
     }
 
+    /// Whether nobody is to be told anything of it any more.
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.phase == Phase::Over
+    }
+
     fn credit(&self) -> usize {
         let under_way = (self.sent - self.guest_taken).0;
         usize::try_from(self.guest_room.saturating_sub(under_way)).expect("64-bit")
