@@ -4,6 +4,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use agent::protocol::{Exit, Failed, FromAgent, Outcome, Phase, Step, encode, receive};
 use types::{Digest, MachineId, NodeId, Reason, Tenant};
 use uuid::Uuid;
 
@@ -16,7 +17,8 @@ use super::peers::{Answer, ForkedChild, Order, PeerFailure, PeerForkOrder, PeerF
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 3] = [("order", order), ("order_answer", answer), ("about_image", about)];
+pub const TARGETS: [Target; 4] =
+    [("order", order), ("order_answer", answer), ("about_image", about), ("from_agent", from_agent)];
 
 /// What a node takes from one that asks it to fork.
 pub fn order(bytes: &[u8]) {
@@ -39,6 +41,15 @@ pub fn about(bytes: &[u8]) {
     assert_eq!(About::decode(&about.encode()), about);
 }
 
+/// What a guest says, one frame after the other.
+pub fn from_agent(bytes: &[u8]) {
+    let mut rest = bytes;
+    while let Ok(message) = receive::<FromAgent>(&mut rest) {
+        let again = encode(&message).expect("what came in a frame fits into one");
+        assert_eq!(receive::<FromAgent>(&mut &again[..]).expect("a whole frame"), message);
+    }
+}
+
 /// Messages for the corpora: a target, a name, and bytes that it accepts.
 #[must_use]
 pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
@@ -59,11 +70,24 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         children: vec![ForkedChild { forked, verified_pages: Some(4096), ready: None }],
         failures: vec![PeerFailure { id, refusal: refusal.clone() }],
     };
+    let step = |name: &str, outcome| Step { name: name.to_owned(), took_us: 7, outcome };
+    let steps = vec![step("rng", Outcome::Done), step("addresses", Outcome::Skipped("none".to_owned()))];
+    let said = [
+        FromAgent::Hello { version: 1, phase: Phase::Gated },
+        FromAgent::Ready(steps),
+        FromAgent::Stdout(b"out".to_vec()),
+        FromAgent::Failed(Failed { message: "what".to_owned(), errno: 2 }),
+        FromAgent::Exited(Exit::Signal(9)),
+        FromAgent::Reply { bytes: 3 },
+        FromAgent::Data(vec![1, 2, 3]),
+    ];
+    let frames: Vec<Vec<u8>> = said.iter().map(|message| encode(message).expect("short")).collect();
     vec![
         ("order", "fork", order.encode()),
         ("order_answer", "refused", Answer::Refused(refusal).encode()),
         ("order_answer", "forked", Answer::Forked(report).encode()),
         ("about_image", "pattern", About { pattern_pages: Some(4096) }.encode()),
         ("about_image", "none", About::default().encode()),
+        ("from_agent", "conversation", frames.concat()),
     ]
 }
