@@ -92,13 +92,16 @@ pub(crate) async fn import(
     let feeding = tokio::spawn(feed(request.into_body(), sender, app.limits().read_deadline));
     let named = name.clone();
     let mut archive = Pieces { receiver, piece: Bytes::new() };
-    app.act(move |service| service.import_template(&named, &mut archive, &Tenant::default_tenant())).await?;
-    feeding.abort();
+    let imported = app.act(move |service| service.import_template(&named, &mut archive, &Tenant::default_tenant())).await;
+    // To its end, also of what is refused: a client that is still sending would not see the answer.
+    feeding.await.unwrap_or_default();
+    imported?;
     Ok(Json(template(&app.look(move |service| service.template(&name)).await?)))
 }
 
-/// Passes the body on, as long as it keeps coming.
+/// Passes the body on, as long as it keeps coming. What nobody wants any more is read and thrown away.
 async fn feed(mut body: Body, sender: mpsc::Sender<io::Result<Bytes>>, patience: Duration) {
+    let mut is_wanted = true;
     loop {
         let piece = match tokio::time::timeout(patience, body.frame()).await {
             Ok(None) => return,
@@ -110,7 +113,8 @@ async fn feed(mut body: Body, sender: mpsc::Sender<io::Result<Bytes>>, patience:
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         };
         let is_over = piece.is_err();
-        if sender.send(piece).await.is_err() || is_over {
+        is_wanted = is_wanted && sender.send(piece).await.is_ok();
+        if is_over {
             return;
         }
     }

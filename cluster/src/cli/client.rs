@@ -3,9 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use axum::http::{Method, Request, StatusCode, header};
+use axum::http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Bytes, Frame};
+use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::client::conn::http1::{Connection, SendRequest};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -146,9 +146,7 @@ impl Client {
         path: &str,
         pieces: mpsc::Receiver<io::Result<Bytes>>,
     ) -> Result<Answer<T>, ClientError> {
-        let no_node = |source| ClientError::NoNode { socket: self.socket.clone(), source };
-        let stream = UnixStream::connect(&self.socket).await.map_err(no_node)?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let (mut sender, connection) = self.connect().await?;
         tokio::spawn(connection);
         let frames = futures_util::stream::unfold(pieces, |mut pieces| async move {
             let piece = pieces.recv().await?;
@@ -156,14 +154,7 @@ impl Client {
         });
         let request = Request::builder().method(Method::PUT).uri(path).header(header::HOST, "farfork");
         let body = StreamBody::new(Box::pin(frames));
-        let response = sender.send_request(request.body(body).expect("paths are encoded")).await?;
-        let status = response.status();
-        let raw = response.into_body().collect().await?.to_bytes();
-        if !status.is_success() {
-            return Err(refused(status, &raw)?);
-        }
-        let value = serde_json::from_slice(&raw).map_err(|source| ClientError::Answer { status, source })?;
-        Ok(Answer { raw, value })
+        understood(sender.send_request(request.body(body).expect("paths are encoded")).await?).await
     }
 
     /// Connects with the agent of a machine.
@@ -189,7 +180,12 @@ impl Client {
         Ok(TokioIo::new(hyper::upgrade::on(response).await?))
     }
 
-    async fn connect(&self) -> Result<(SendRequest<Full<Bytes>>, Connection<TokioIo<UnixStream>, Full<Bytes>>), ClientError> {
+    async fn connect<B>(&self) -> Result<(SendRequest<B>, Connection<TokioIo<UnixStream>, B>), ClientError>
+    where
+        B: Body + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let no_node = |source| ClientError::NoNode { socket: self.socket.clone(), source };
         let stream = UnixStream::connect(&self.socket).await.map_err(no_node)?;
         Ok(hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?)
@@ -203,15 +199,19 @@ impl Client {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
         let request = request.body(Full::new(body)).expect("paths are encoded");
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let raw = response.into_body().collect().await?.to_bytes();
-        if !status.is_success() {
-            return Err(refused(status, &raw)?);
-        }
-        let value = serde_json::from_slice(&raw).map_err(|source| ClientError::Answer { status, source })?;
-        Ok(Answer { raw, value })
+        understood(sender.send_request(request).await?).await
     }
+}
+
+/// An answer to its end, which is a success or says why not.
+async fn understood<T: DeserializeOwned>(response: Response<Incoming>) -> Result<Answer<T>, ClientError> {
+    let status = response.status();
+    let raw = response.into_body().collect().await?.to_bytes();
+    if !status.is_success() {
+        return Err(refused(status, &raw)?);
+    }
+    let value = serde_json::from_slice(&raw).map_err(|source| ClientError::Answer { status, source })?;
+    Ok(Answer { raw, value })
 }
 
 /// What an answer that is no success says.
