@@ -380,6 +380,36 @@ fn streams_and_refusals_are_bounded() {
     assert_eq!(driver.transport.device.sockets().count(), 0, "a reset ends every stream");
 }
 
+/// A vCPU's thread may make no system calls: what a guest ends there is closed by the control thread, which is told of it.
+#[test]
+fn sockets_of_streams_that_the_guest_ends_are_left_to_the_control_thread() {
+    let ends: [fn(&mut Driver<Vsock>, u32) -> bool; 3] = [
+        // The driver starts anew.
+        |driver, _| driver.transport.write(0x70, &0u32.to_le_bytes(), Some(&driver.ram)),
+        // Data before the stream was accepted.
+        |driver, port| {
+            driver.send(1, &packet(DATA, (1024, port), b"too early", 0), 0);
+            true
+        },
+        // The guest ends it, and then has room for a packet.
+        |driver, port| {
+            driver.send(1, &packet(3, (1024, port), b"", 0), 0);
+            driver.send(vsock::RECEIVE, &[], 4096);
+            true
+        },
+    ];
+    for (index, end) in ends.into_iter().enumerate() {
+        let mut driver = Driver::new(Vsock::new());
+        let mut socket = stream(&mut driver);
+        let (_, port, _) = received(&mut driver).unwrap();
+        assert!(end(&mut driver, port), "way {index}: the control thread is not told");
+        let still_open = socket.read(&mut [0]).map_err(|error| error.kind());
+        assert_eq!(still_open, Err(std::io::ErrorKind::WouldBlock), "way {index}: closed by the vCPU's thread");
+        driver.transport.device.serve_sockets();
+        assert_eq!(socket.read(&mut [0]).unwrap(), 0, "way {index}: never closed");
+    }
+}
+
 /// A child's driver ends all streams when it learns of the reset, new ones too: none is begun before it has.
 #[test]
 fn a_child_is_told_of_the_reset_before_any_new_stream() {

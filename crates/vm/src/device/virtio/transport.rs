@@ -124,7 +124,7 @@ impl<D: VirtioDevice> Transport<D> {
             0x44 => self.set_queue(|queue| queue.set_ready(value == 1)),
             0x50 => return self.notify(value, ram),
             0x64 => self.registers.interrupts &= !value,
-            0x70 => self.set_status(value, ram),
+            0x70 => return self.set_status(value, ram),
             0x80 => self.set_queue(|queue| queue.set_desc_table_address(Some(value), None)),
             0x84 => self.set_queue(|queue| queue.set_desc_table_address(None, Some(value))),
             0x90 => self.set_queue(|queue| queue.set_avail_ring_address(Some(value), None)),
@@ -178,12 +178,13 @@ impl<D: VirtioDevice> Transport<D> {
         self.interrupt(INTERRUPT_CONFIG);
     }
 
-    fn set_status(&mut self, value: u32, ram: Option<&Ram>) {
+    /// `true` for a reset: what the device then lets go of is for whoever runs the machine.
+    fn set_status(&mut self, value: u32, ram: Option<&Ram>) -> bool {
         if value == 0 {
             self.device.reset();
             self.queues.iter_mut().for_each(Queue::reset);
             (self.registers, self.complaint) = (Registers::default(), None);
-            return;
+            return true;
         }
         let mut new = value & !(self.registers.status | status::NEEDS_RESET);
         if new & status::FEATURES_OK != 0 {
@@ -203,6 +204,7 @@ impl<D: VirtioDevice> Transport<D> {
                 self.fail(format!("{} queue {bad}: its rings are not in memory", D::NAME));
             }
         }
+        false
     }
 
     fn set_queue(&mut self, set: impl FnOnce(&mut Queue)) {

@@ -50,6 +50,9 @@ const PACKET_MAX: usize = 64 << 10;
 pub(crate) struct Vsock {
     /// By the host's port.
     streams: BTreeMap<u32, Stream>,
+    /// Streams that ended while a vCPU held the device. Their sockets are the control thread's to close: a vCPU's makes no system
+    /// calls.
+    ended: Vec<Stream>,
     next_port: u32,
     refusals: VecDeque<Header>,
     /// Whether the guest knows that the streams of its parent are gone.
@@ -69,8 +72,8 @@ enum ResetNews {
 
 impl Vsock {
     pub(crate) fn new() -> Self {
-        let (streams, refusals) = (BTreeMap::new(), VecDeque::new());
-        Self { streams, next_port: FIRST_PORT, refusals, reset: ResetNews::Known, last_served: 0 }
+        let (streams, ended, refusals) = (BTreeMap::new(), Vec::new(), VecDeque::new());
+        Self { streams, ended, next_port: FIRST_PORT, refusals, reset: ResetNews::Known, last_served: 0 }
     }
 
     /// Connects a socket, which does not block, with a port of the guest's. `false` if there are too many streams already.
@@ -93,6 +96,7 @@ impl Vsock {
 
     /// Moves what can be moved between sockets and buffers. The control thread's part.
     pub(crate) fn serve_sockets(&mut self) {
+        self.ended.clear();
         self.streams.values_mut().for_each(Stream::serve_socket);
         // Whatever the guest does: nobody waits for a socket whose stream is over.
         self.streams.retain(|_, stream| !stream.is_forgotten());
@@ -104,6 +108,10 @@ impl Vsock {
             return false;
         }
         !self.refusals.is_empty() || self.streams.values().any(|stream| stream.is_over() || stream.has_packet())
+    }
+
+    fn end(&mut self, port: u32) {
+        self.ended.extend(self.streams.remove(&port));
     }
 
     fn refuse(&mut self, packet: &Header) {
@@ -122,7 +130,7 @@ impl Vsock {
             None => self.refuse(packet),
             Some(stream) => {
                 if !stream.take(packet, data)? {
-                    self.streams.remove(&packet.destination_port);
+                    self.end(packet.destination_port);
                     self.refuse(packet);
                 }
             }
@@ -145,7 +153,7 @@ impl Vsock {
             let Some(stream) = self.streams.get_mut(&port) else { continue };
             let next = stream.next_packet(port, room);
             if stream.is_over() && next.as_ref().is_none_or(|(header, _)| header.op == Op::Reset) {
-                self.streams.remove(&port);
+                self.end(port);
             }
             if next.is_some() {
                 self.last_served = port;
@@ -205,7 +213,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        self.streams.clear();
+        self.ended.extend(std::mem::take(&mut self.streams).into_values());
         self.refusals.clear();
         self.reset = ResetNews::Known;
     }
