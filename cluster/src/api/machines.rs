@@ -67,8 +67,8 @@ pub(crate) async fn branch(
     PathText(id): PathText,
     JsonBody(request): JsonBody<BranchRequest>,
 ) -> Result<Json<ForkAnswer>, ApiError> {
-    let BranchRequest { count, limit_bytes } = request;
-    let order = ForkOrder { from: ForkFrom::Machine(id), count, limit_bytes, verify: false, tenant: None, on: None };
+    let BranchRequest { count, limit_bytes, network } = request;
+    let order = ForkOrder { from: ForkFrom::Machine(id), count, limit_bytes, verify: false, network, tenant: None, on: None };
     Ok(Json(fork_answer(&app.act(move |service| service.fork(&order)).await?)))
 }
 
@@ -222,7 +222,7 @@ async fn kill_these(app: &App, request: KillRequest) -> Result<Json<KillAnswer>,
 }
 
 fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
-    let ForkRequest { from, count, memory_bytes, vcpus, limit_bytes, verify, tenant, on } = request;
+    let ForkRequest { from, count, memory_bytes, vcpus, limit_bytes, verify, network, tenant, on } = request;
     let class_is_given = memory_bytes.is_some() || vcpus.is_some();
     let from = match from {
         ForkSource::Guest(guest) => {
@@ -242,7 +242,7 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
     };
     let tenant = tenant.map(|tenant| tenant.parse::<Tenant>()).transpose()?;
     let on = on.map(|on| on.parse::<NodeAddress>()).transpose()?;
-    Ok(ForkOrder { from, count, limit_bytes, verify, tenant, on })
+    Ok(ForkOrder { from, count, limit_bytes, verify, network, tenant, on })
 }
 
 fn fork_answer(report: &ForkReport) -> ForkAnswer {
@@ -262,7 +262,7 @@ fn fork_answer(report: &ForkReport) -> ForkAnswer {
 }
 
 fn child(child: &ForkedChild) -> Child {
-    let ForkedChild { forked, verified_pages, ready } = child;
+    let ForkedChild { forked, verified_pages, ready, link } = child;
     Child {
         id: forked.id,
         first_us: us(forked.first),
@@ -270,6 +270,7 @@ fn child(child: &ForkedChild) -> Child {
         had_shell: forked.had_shell,
         verified_pages: *verified_pages,
         ready_us: ready.map(us),
+        address: link.map(|link| link.guest.to_string()),
     }
 }
 

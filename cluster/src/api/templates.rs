@@ -189,6 +189,7 @@ pub(super) fn ready(of: &Readiness) -> Ready {
         after_us: us(of.after),
         was_gated: of.was_gated,
         hostname: of.hostname.clone(),
+        address: of.link.map(|link| link.guest.to_string()),
         steps: of.steps.iter().map(step).collect(),
     }
 }
@@ -214,6 +215,7 @@ fn order(request: BuildRequest) -> Result<BuildOrder, NodeError> {
         memory: MemorySize::from_bytes(memory_bytes)?,
         vcpus: u8::try_from(vcpus).map_err(|_| NodeError::Vcpus { asked: vcpus })?,
         disk: disk_bytes.map(MemorySize::from_bytes).transpose()?,
+        network: request.network,
         kernel_arguments,
         warm: WarmUp { command: warm, ready, main },
         rules: GateRules { allow_connections: request.allow_connections, allow_secrets: request.allow_secrets },

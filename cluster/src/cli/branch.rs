@@ -28,13 +28,16 @@ pub struct Arguments {
     /// The most memory of its own that each child may have [default: all of its RAM]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     limit: Option<u64>,
+    /// Plug each child into the node's network of guests
+    #[arg(long)]
+    network: bool,
 }
 
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CliError> {
-    let Arguments { machine, count, limit } = arguments;
+    let Arguments { machine, count, limit, network } = arguments;
     let progress = Progress::start(format!("branching {machine}"));
     let path = format!("/v1/machines/{}/branch", segment(&machine));
-    let answer = context.client.post(&path, &BranchRequest { count, limit_bytes: limit }).await?;
+    let answer = context.client.post(&path, &BranchRequest { count, limit_bytes: limit, network }).await?;
     drop(progress);
     finish(&answer, context)
 }

@@ -31,6 +31,7 @@ Examples:
   farfork fork a3d9e37c -n 10                                 # of an image, or a running machine
   farfork fork python -n 10                                   # of a template (farfork template)
   farfork fork a3d9e37c --limit 16MiB --output json
+  farfork fork web -n 10 --network                            # each has an address (farfork node --guest-network)
   farfork fork a3d9e37c -n 8 --on node-b.example:7117         # there, of what is here
   farfork fork $(farfork --socket /run/b.sock image digest 77f0) -n 8 --from 192.0.2.7:7117   # here, of what is there")]
 #[command(group(clap::ArgGroup::new("source").required(true).multiple(true).args(["guest", "image", "from"])))]
@@ -65,6 +66,9 @@ pub struct Arguments {
     /// Let each child prove its memory and identity
     #[arg(long)]
     verify: bool,
+    /// Plug each child into the node's network of guests; its template has to be built with --network
+    #[arg(long, conflicts_with = "guest")]
+    network: bool,
 }
 
 /// What follows `--from`.
@@ -85,7 +89,7 @@ impl FromWhere {
 }
 
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CliError> {
-    let Arguments { image, guest, from, on, tenant, count, memory, vcpus, limit, verify } = arguments;
+    let Arguments { image, guest, from, on, tenant, count, memory, vcpus, limit, verify, network } = arguments;
     let what = what(image, from, on.is_some())?;
     let progress = Progress::start(format!("forking {count}"));
     let from = match (guest, what) {
@@ -94,7 +98,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
         (None, What::Elsewhere(remote)) => ForkSource::Remote(remote),
     };
     let (tenant, on) = (tenant.map(String::from), on.map(String::from));
-    let request = ForkRequest { from, count, memory_bytes: memory, vcpus, limit_bytes: limit, verify, tenant, on };
+    let request = ForkRequest { from, count, memory_bytes: memory, vcpus, limit_bytes: limit, verify, network, tenant, on };
     let answer = context.client.post("/v1/forks", &request).await?;
     drop(progress);
     finish(&answer, context)
@@ -204,9 +208,10 @@ fn for_people(report: &ForkAnswer) -> String {
         let shell = if child.had_shell { "ready" } else { "built" };
         let ready = child.ready_us.map_or_else(|| "-".to_owned(), time);
         let stages = stage_cell(&child.stages_us);
-        [short(child.id.as_uuid()), child.first_us.to_string(), stages, shell.to_owned(), ready, verified]
+        let address = child.address.clone().unwrap_or_else(|| "-".to_owned());
+        [short(child.id.as_uuid()), child.first_us.to_string(), stages, shell.to_owned(), ready, address, verified]
     });
-    let head = ["MACHINE", "FIRST us", "= SHELL+SEND+MAP+RESTORE+RUN", "SHELL", "READY", "VERIFIED"];
+    let head = ["MACHINE", "FIRST us", "= SHELL+SEND+MAP+RESTORE+RUN", "SHELL", "READY", "ADDRESS", "VERIFIED"];
     let mut text = table(head, &[1, 4], rows.collect());
     if let Some(freeze) = &report.freeze {
         text.push_str(&format!(

@@ -16,6 +16,7 @@ use super::error::CliError;
 use super::network::{self, Parts};
 use super::{paths, size};
 use crate::api::{Access, App, Limits, Socket, serve};
+use crate::node::guest::network::{GuestNetwork, GuestNetworkError};
 use crate::node::{DataDirectory, NetworkSettings, NodeAddress, Service};
 
 /// Run a node: what machines live in, and what all other verbs ask
@@ -31,6 +32,7 @@ Examples:
   farfork node
   farfork node --socket /tmp/ff.sock --data /tmp/ff-data --log json
   farfork node --allow-uid 1000
+  farfork node --guest-network 10.90.0.0/16                        # machines may have a network
   farfork node --listen 192.0.2.7:7117                             # others may fork from and to this node
   farfork node --listen 0.0.0.0:7117 --advertise node-7.example:7117")]
 pub struct Arguments {
@@ -52,6 +54,9 @@ pub struct Arguments {
     /// The most memory for images that other nodes hold [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Remote forks")]
     host_image_memory: Option<u64>,
+    /// IPv4 addresses for guests that are forked with --network; each machine takes four. Takes CAP_NET_ADMIN
+    #[arg(long, value_name = "RANGE", value_parser = guest_network)]
+    guest_network: Option<GuestNetwork>,
     /// Fetch only what children touch: images never settle
     #[arg(long, hide = true)]
     no_stream: bool,
@@ -68,6 +73,10 @@ pub struct Arguments {
     #[cfg(feature = "testing")]
     #[arg(long, hide = true, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "")]
     pub(super) fake_engine: Option<crate::node::fake::FakeOptions>,
+}
+
+fn guest_network(text: &str) -> Result<GuestNetwork, String> {
+    text.parse().map_err(|error: GuestNetworkError| format!("{error}: {}", error.remedy()))
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -123,6 +132,7 @@ impl Arguments {
         NetworkSettings {
             listen: self.listen,
             advertise: self.advertise.clone(),
+            guests: self.guest_network,
             page_deadline: self.page_deadline,
             host_image_bytes: self.host_image_memory,
             streams: !self.no_stream,

@@ -50,6 +50,7 @@ fn machine(answer: &MachineAnswer) -> String {
     if let Some(ready) = &machine.ready {
         let gate = if ready.was_gated { "" } else { ", ungated: a branch of what ran" };
         lines.add("ready", format!("{} after the fork, as {}{gate}", time(ready.after_us), ready.hostname));
+        lines.add_some("address", ready.address.as_ref());
         for step in &ready.steps {
             let skipped = step.skipped.as_ref().map_or_else(String::new, |why| format!(" (skipped: {why})"));
             lines.add("", format!("{}: {}{skipped}", step.name, time(step.took_us)));

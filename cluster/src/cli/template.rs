@@ -115,6 +115,9 @@ struct Build {
     /// The main process, which answers `farfork eval` in children
     #[arg(long, value_name = "COMMAND")]
     main: Option<String>,
+    /// Give it a network card, plugged into the node's network of guests (farfork node --guest-network) while it is warmed up
+    #[arg(long)]
+    network: bool,
     /// Added to the kernel's command line
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     kernel_arguments: String,
@@ -174,6 +177,7 @@ async fn build(build: Build, context: &Context) -> Result<(), CliError> {
         memory_bytes: build.memory,
         vcpus: build.vcpus,
         disk_bytes: build.disk,
+        network: build.network,
         kernel_arguments: build.kernel_arguments,
         warm: build.warm,
         ready: build.ready,

@@ -14,6 +14,7 @@ use thiserror::Error;
 use types::{Digest, ImageId, MachineId, NodeId, Reason, Tenant};
 use vm::Class;
 
+use super::guest::network::Link;
 use super::guest::template::{BuildOrder, Stage, StageTime};
 use super::name::ImageName;
 
@@ -44,6 +45,15 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`EngineError`] of kind [`ErrorKind::UnknownMachine`], [`ErrorKind::Ended`], or [`ErrorKind::Guest`] if it has no agent.
     fn connect(&self, _machine: MachineId) -> Result<UnixStream, EngineError> {
+        Err(no_guests())
+    }
+
+    /// Plugs a machine's network card into this host: it gets a place in the network of guests, for as long as it lives.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownMachine`], [`ErrorKind::Ended`], [`ErrorKind::NoGuestNetwork`], or
+    /// [`ErrorKind::Exhausted`] if all places are taken.
+    fn plug(&self, _machine: MachineId) -> Result<Link, EngineError> {
         Err(no_guests())
     }
 
@@ -434,6 +444,8 @@ pub enum ErrorKind {
     Guest,
     /// The host cannot run machines (no /dev/kvm, say).
     Host,
+    /// The node has no network for guests.
+    NoGuestNetwork,
     /// Another node cannot be reached.
     Unreachable,
     /// Another node is not trusted by this one, or does not trust it.

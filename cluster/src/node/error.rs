@@ -58,6 +58,8 @@ pub enum NodeError {
     Ended { id: String, reason: Reason, detail: String },
     #[error("children of image {id} cannot be asked for a proof")]
     NotVerifiable { id: String },
+    #[error("machines of image {id} have no network card")]
+    NoNetworkCard { id: String },
     #[error("{count} holders where 1 to {HOLDERS_MAX} are allowed")]
     Holders { count: usize },
     #[error("an image that others hold is to be forked on yet another node")]
@@ -102,6 +104,7 @@ impl NodeError {
             Self::Vcpus { .. } => "BAD_VCPUS",
             Self::Limit => "BAD_LIMIT",
             Self::ClassIsGiven | Self::NothingNamed | Self::IdsAndAll | Self::RemoteElsewhere => "BAD_REQUEST",
+            Self::NoNetworkCard { .. } => "NO_NETWORK_CARD",
             Self::Holders { .. } => "BAD_HOLDERS",
             Self::Address(AddressError::Malformed { .. }) => "BAD_ADDRESS",
             Self::Address(AddressError::Unknown { .. }) => "UNREACHABLE",
@@ -171,6 +174,7 @@ impl NodeError {
             Self::Ambiguous { .. } => "give more digits from the end of the id",
             Self::Ended { .. } => "fork another one",
             Self::NotVerifiable { .. } => "fork without verifying, or from a guest that proves its memory",
+            Self::NoNetworkCard { .. } => "build its template with --network, or leave --network out",
             Self::Busy { .. } => "wait a little and ask again",
             Self::Stopping => "ask again when the node is back",
             Self::Panicked => "look for its cause in the node's log, and report it",
@@ -204,6 +208,7 @@ fn engine_code(kind: ErrorKind) -> &'static str {
         ErrorKind::WrongProof => "WRONG_PROOF",
         ErrorKind::Guest => "GUEST",
         ErrorKind::Host => "HOST",
+        ErrorKind::NoGuestNetwork => "NO_GUEST_NETWORK",
         ErrorKind::Unreachable => "UNREACHABLE",
         ErrorKind::NotTrusted => "NOT_TRUSTED",
         ErrorKind::Refused => "REFUSED",

@@ -59,6 +59,7 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         count: 3,
         limit_bytes: Some(64 << 20),
         verify: true,
+        network: true,
         holders: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 7117)), "[::1]:7117".parse().expect("an address")],
         deadline: Duration::from_secs(60),
     });
@@ -67,7 +68,7 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let forked = Forked { id, first: Duration::from_micros(300), stages: ForkStages::default(), had_shell: true };
     let report = PeerForkReport {
         node: NodeId::from_uuid(Uuid::max()),
-        children: vec![ForkedChild { forked, verified_pages: Some(4096), ready: None }],
+        children: vec![ForkedChild { forked, verified_pages: Some(4096), ready: None, link: None }],
         failures: vec![PeerFailure { id, refusal: refusal.clone() }],
     };
     let step = |name: &str, outcome| Step { name: name.to_owned(), took_us: 7, outcome };

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::address::NodeAddress;
 use super::error::NodeError;
+use super::guest::network::GuestNetwork;
 use super::peers::Peers;
 use super::trust::TrustStore;
 
@@ -16,6 +17,8 @@ pub struct NetworkSettings {
     pub listen: Option<SocketAddr>,
     /// How others reach it. `None`: where it listens.
     pub advertise: Option<NodeAddress>,
+    /// The addresses of guests that are asked to have a network. `None`: none has.
+    pub guests: Option<GuestNetwork>,
     /// How long a child waits for a page before it is ended; not zero.
     pub page_deadline: Duration,
     /// The most memory in bytes for images that others hold. `None`: as much as the host has.

@@ -10,6 +10,7 @@ use types::{Digest, MachineId, NodeId, Reason, Tenant};
 
 use super::engine::Forked;
 use super::error::NodeError;
+use super::guest::network::Link;
 
 /// The most bytes of an encoded [`Order`].
 pub const ORDER_BYTES_MAX: usize = 64 << 10;
@@ -41,6 +42,8 @@ pub struct PeerForkOrder {
     pub limit_bytes: Option<u64>,
     /// Whether each has to prove its memory and identity.
     pub verify: bool,
+    /// Whether each is plugged into that node's network of guests.
+    pub network: bool,
     /// Nodes that hold the image, the asking one first; at most [`HOLDERS_MAX`].
     pub holders: Vec<SocketAddr>,
     /// How long the asking node waits for the answer.
@@ -67,6 +70,8 @@ pub struct ForkedChild {
     pub verified_pages: Option<u64>,
     /// From the call of the fork until it knew who it is: a Linux guest.
     pub ready: Option<Duration>,
+    /// Where it is on the network, if that was asked for.
+    pub link: Option<Link>,
 }
 
 /// A child that does not run there.
@@ -263,6 +268,7 @@ mod tests {
             count: 10_000,
             limit_bytes: Some(1 << 20),
             verify: true,
+            network: false,
             holders: vec![(Ipv6Addr::LOCALHOST, 7117).into(); HOLDERS_MAX],
             deadline: Duration::from_secs(60),
         })

@@ -191,6 +191,7 @@ fn a_fork_for_which_nobody_waits_any_more_leaves_no_machine() {
         count: 3,
         limit_bytes: None,
         verify: false,
+        network: false,
         holders: vec![holder],
         deadline: std::time::Duration::from_millis(1),
     };

@@ -88,6 +88,8 @@ pub enum ToAgent {
     },
     /// End every process, write everything to the disk. Answer: [`FromAgent::Done`]; then the machine may be killed.
     Shutdown,
+    /// Give the network card this address: before a template is warmed up. Answer: [`FromAgent::Done`].
+    Address(Address),
 }
 
 /// From the agent.

@@ -65,3 +65,4 @@ pub use shell::Shell;
 #[cfg(feature = "bare")]
 pub use sys::bare;
 pub use sys::guest_memory::{GuestMemory, GuestMemoryError};
+pub use sys::tap::Tap;

@@ -38,6 +38,9 @@ pub struct ForkRequest {
     /// Whether each child has to prove its memory and identity.
     #[serde(default)]
     pub verify: bool,
+    /// Whether each child is plugged into the network of guests of the node that it runs on.
+    #[serde(default)]
+    pub network: bool,
     /// Whose the image is. Of one that is made or opened for this: `default` unless given. Of another it is only checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
@@ -73,6 +76,9 @@ pub struct BranchRequest {
     /// The most memory of its own that each child may have; all of its RAM unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit_bytes: Option<u64>,
+    /// Whether each child is plugged into the network of guests.
+    #[serde(default)]
+    pub network: bool,
 }
 
 /// What was forked.
@@ -108,6 +114,8 @@ pub struct Child {
     pub verified_pages: Option<u64>,
     /// From the call of the fork until it knew who it is: a Linux guest.
     pub ready_us: Option<u64>,
+    /// Its address on the network of guests, if it was to have one.
+    pub address: Option<String>,
 }
 
 /// The stages of a fork, in order.

@@ -27,6 +27,9 @@ pub struct BuildRequest {
     /// The disk, a multiple of 2 MiB; as large as the file system unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// Whether it has a network card, which is plugged into the node's network of guests while it is warmed up.
+    #[serde(default)]
+    pub network: bool,
     /// Added to the kernel's command line.
     #[serde(default)]
     pub kernel_arguments: String,
@@ -106,6 +109,8 @@ pub struct Ready {
     pub was_gated: bool,
     /// Its host name.
     pub hostname: String,
+    /// Its address on the network of guests, if it was to have one.
+    pub address: Option<String>,
     /// What it did to become itself.
     pub steps: Vec<StepTook>,
 }

@@ -4,10 +4,11 @@
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent::protocol::{FromAgent, Identity, Outcome, Phase, STEPS_MAX, Step, TEXT_MAX, ToAgent};
+use agent::protocol::{Address, FromAgent, Identity, Outcome, Phase, STEPS_MAX, Step, TEXT_MAX, ToAgent};
 use serde::{Deserialize, Serialize};
 use types::MachineId;
 
+use super::network::{Link, PREFIX};
 use super::talk::{Talk, TalkError, nonsense};
 
 /// How long a child may take to become somebody. Kernels that are emulated take a second; hooks may take a minute each.
@@ -20,6 +21,8 @@ const DEADLINE_EACH: Duration = Duration::from_secs(2);
 pub struct Readiness {
     /// From the call of the fork until the child was ready.
     pub after: Duration,
+    /// Where it is on the network, if that was asked for.
+    pub link: Option<Link>,
     /// Whether nothing of users ran before that.
     pub was_gated: bool,
     /// Its host name.
@@ -37,11 +40,22 @@ pub struct Fork {
     pub children: u32,
 }
 
+/// A link, as the agent is told of it.
+pub(crate) fn address(link: Link) -> Address {
+    Address { address: link.guest.octets(), prefix: PREFIX, gateway: Some(link.host.octets()) }
+}
+
 /// Tells the child at the other end of the stream who it is. When it knows, code of users may run in it.
 ///
 /// # Errors
 /// [`TalkError`]; [`TalkError::Failed`] if a step failed without which it may be like another.
-pub fn tell(stream: UnixStream, id: MachineId, without: &[String], fork: Fork) -> Result<Readiness, TalkError> {
+pub fn tell(
+    stream: UnixStream,
+    id: MachineId,
+    link: Option<Link>,
+    without: &[String],
+    fork: Fork,
+) -> Result<Readiness, TalkError> {
     let all = DEADLINE + DEADLINE_EACH * fork.children;
     let left = all.saturating_sub(fork.since.elapsed()).min(DEADLINE);
     if left.is_zero() {
@@ -58,7 +72,7 @@ pub fn tell(stream: UnixStream, id: MachineId, without: &[String], fork: Fork) -
         hostname: hostname.clone(),
         seed,
         unix_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-        address: None,
+        address: link.map(address),
         without: without.to_vec(),
     };
     let steps = match talk.exchange(&ToAgent::Identity(identity))? {
@@ -68,7 +82,7 @@ pub fn tell(stream: UnixStream, id: MachineId, without: &[String], fork: Fork) -
     if was_gated {
         talk.ask_done(&ToAgent::Go)?;
     }
-    Ok(Readiness { after: fork.since.elapsed(), was_gated, hostname, steps })
+    Ok(Readiness { after: fork.since.elapsed(), link, was_gated, hostname, steps })
 }
 
 /// A name that no other machine has: the last 12 digits of its id.

@@ -4,9 +4,11 @@
 //! |---|---|
 //! | [`talk`] | a conversation with the agent of a guest |
 //! | [`identity`] | what a child is told before code of users runs in it, and what it reports |
+//! | [`network`] | the addresses that guests are given |
 //! | [`template`] | what a template is built from, and how that went |
 
 pub mod identity;
+pub mod network;
 pub mod talk;
 pub mod template;
 

@@ -8,8 +8,9 @@ use agent::protocol::{Exec, Exit, FromAgent, GateRules, ToAgent};
 use serde::{Deserialize, Serialize};
 use types::MemorySize;
 
-use super::guest_error;
+use super::network::Link;
 use super::talk::{Talk, TalkError, nonsense};
+use super::{guest_error, identity};
 use crate::node::engine::{EngineError, ErrorKind};
 
 /// What a template is built from.
@@ -27,6 +28,8 @@ pub struct BuildOrder {
     pub vcpus: u8,
     /// The disk; `None`: as large as the file system.
     pub disk: Option<MemorySize>,
+    /// Whether it has a network card, which is plugged in while it is warmed up.
+    pub network: bool,
     /// Added to the kernel's command line.
     pub kernel_arguments: String,
     /// What makes it warm.
@@ -129,6 +132,15 @@ fn connect(parent: &dyn Parent, step: &str) -> Result<UnixStream, EngineError> {
         parent.check(step)?;
         Err(error)
     })
+}
+
+/// Gives its network card an address.
+///
+/// # Errors
+/// [`EngineError`].
+pub fn set_address(parent: &dyn Parent, link: Link, deadline: Duration) -> Result<(), EngineError> {
+    let address = ToAgent::Address(identity::address(link));
+    talk(parent, "setting its address", deadline, |talk| talk.ask_done(&address))
 }
 
 /// Makes it warm.

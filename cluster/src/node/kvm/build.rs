@@ -58,11 +58,17 @@ impl KvmEngine {
         let start = linux::load(class, &memory, &what).map_err(|error| of_linux(&order.kernel, &error))?;
         times.push(StageTime { stage: Stage::Load, took: began.elapsed() });
 
+        // Before half a minute of booting: whether there is a network at all.
+        let link = order.network.then(|| self.make_link()).transpose()?;
         progress(Stage::Boot);
         let began = Instant::now();
         let id = MachineId::from_uuid(Uuid::now_v7());
         let parent = self.pool.boot_linux(class, id, memory, start).map_err(of_pool)?;
         template::wait_for_agent(&parent, order.deadline)?;
+        if let Some((tap, link)) = &link {
+            parent.plug(tap).map_err(of_pool)?;
+            template::set_address(&parent, *link, order.deadline)?;
+        }
         times.push(StageTime { stage: Stage::Boot, took: began.elapsed() });
 
         progress(Stage::Warm);
@@ -94,7 +100,7 @@ impl KvmEngine {
         let id = MachineId::from_uuid(Uuid::now_v7());
         let forked = self.pool.fork(image, &[id], vm::pool::ForkOptions::default()).pop();
         let (child, _) = forked.expect("an outcome for each id").map_err(of_pool)?;
-        let told = identity::tell(Parent::connect(&child)?, id, &[], Fork { since: Instant::now(), children: 1 });
+        let told = identity::tell(Parent::connect(&child)?, id, None, &[], Fork { since: Instant::now(), children: 1 });
         told.map_err(|error| guest_error("the first child", &error, &Parent::console(&child)))?;
         image.record_working_set(child.touched().map_err(of_pool)?);
         Ok(())
@@ -113,7 +119,7 @@ impl KvmEngine {
             None => MemorySize::from_bytes(least)
                 .map_err(|error| unfit(format!("the disk: {error}"), "use a root file system of 2 MiB to 32 GiB"))?,
         };
-        let devices = Devices::Linux { disk: Some(disk), network: false };
+        let devices = Devices::Linux { disk: Some(disk), network: order.network };
         let class = Class::with_devices(order.memory, order.vcpus, devices)
             .map_err(|error| unfit(error.to_string(), error.remedy()))?;
         self.pool.host().check_class(class).map_err(|error| unfit(error.to_string(), error.remedy()))?;

@@ -2,6 +2,7 @@
 
 mod build;
 mod errors;
+mod links;
 mod move_images;
 mod remote;
 
@@ -31,6 +32,7 @@ use super::engine::{
     Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, OpenOrder,
     PoolFacts, Proof, Residency, Usage,
 };
+use super::guest::network::Link;
 use super::guest::template::{BuildOrder, Stage, StageTime};
 use super::name::ImageName;
 use super::network::NetworkSettings;
@@ -38,6 +40,7 @@ use super::offer::Store;
 use super::pager::Pager;
 use super::quic::Credentials;
 use errors::{of_ended, of_load, of_pool, of_save, of_store, unknown_image, unknown_machine, unknown_name, wrong_proof};
+use links::Links;
 use remote::Hasher;
 
 /// What a saved image's file is called after its name.
@@ -78,8 +81,9 @@ pub fn open(
     let (pool, state) = (Arc::new(pool), Arc::<Mutex<State>>::default());
     let (pager, offers) = remote::start(network, credentials, &pool, &state)?;
     let hasher = network.listen.map(|_| Hasher::start()).transpose()?;
+    let links = network.guests.map(Links::open).transpose()?;
     let saving = Mutex::new(());
-    Ok((Arc::new(KvmEngine { pool, store, saving, state, pager, hasher }), offers))
+    Ok((Arc::new(KvmEngine { pool, store, saving, state, pager, hasher, links }), offers))
 }
 
 struct KvmEngine {
@@ -91,6 +95,7 @@ struct KvmEngine {
     pager: Pager,
     /// Where others may ask for images: they do so by their digests.
     hasher: Option<Hasher>,
+    links: Option<Links>,
 }
 
 #[derive(Default)]
@@ -220,6 +225,10 @@ impl Engine for KvmEngine {
             return Err(EngineError { kind: ErrorKind::Guest, message, remedy });
         }
         jailed.connect(agent::protocol::PORT).map_err(of_pool)
+    }
+
+    fn plug(&self, machine: MachineId) -> Result<Link, EngineError> {
+        self.plug_in(machine)
     }
 
     fn open(&self, order: &OpenOrder) -> Result<ImageFacts, EngineError> {

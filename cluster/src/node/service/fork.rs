@@ -21,6 +21,8 @@ use crate::node::registry::{Image, Machine, MachineState, Origin};
 
 /// How long another node may take to fork. Within it the image's head has to get there, and shells be built.
 const ELSEWHERE_DEADLINE: Duration = Duration::from_secs(60);
+/// How much longer it may take for each child: a Linux guest becomes somebody, which an emulated kernel takes a second for.
+const ELSEWHERE_DEADLINE_EACH: Duration = Duration::from_secs(1);
 
 /// What to fork, and how.
 #[derive(Clone, Debug)]
@@ -33,6 +35,8 @@ pub struct ForkOrder {
     pub limit_bytes: Option<u64>,
     /// Whether each has to prove its memory and identity.
     pub verify: bool,
+    /// Whether each is plugged into the network of guests.
+    pub network: bool,
     /// Whose the image is. `None`: of one that is made or opened for this, the default tenant's; of another, whoever's it is.
     pub tenant: Option<Tenant>,
     /// The node that the children are to run on. `None`: this one.
@@ -85,6 +89,10 @@ pub struct OtherNode {
     pub address: SocketAddr,
 }
 
+fn elsewhere_deadline(children: u64) -> Duration {
+    ELSEWHERE_DEADLINE + ELSEWHERE_DEADLINE_EACH * u32::try_from(children).unwrap_or(u32::MAX)
+}
+
 type Children = Outcome<ForkedChild, MachineId>;
 
 impl Service {
@@ -125,6 +133,10 @@ impl Service {
         }
         if order.verify && !facts.verifiable {
             return Err(NodeError::NotVerifiable { id: id() });
+        }
+        let has_card = matches!(facts.class.devices(), Devices::Linux { network: true, .. });
+        if order.network && !has_card {
+            return Err(NodeError::NoNetworkCard { id: id() });
         }
         match &order.on {
             None => Ok((None, self.children(image, order)?)),
@@ -177,7 +189,8 @@ impl Service {
             count: order.count,
             limit_bytes: order.limit_bytes,
             verify: order.verify,
-            deadline: ELSEWHERE_DEADLINE,
+            network: order.network,
+            deadline: elsewhere_deadline(order.count),
         };
         let mut unreachable = None;
         for address in address.resolve()? {
@@ -218,7 +231,7 @@ impl Service {
             }
         }
         if image.facts.class.devices() != Devices::None {
-            running = self.identified(running, began, &mut failures);
+            running = self.identified(running, began, order.network, &mut failures);
         }
         if order.verify {
             running = self.verified(running, &mut failures);
@@ -230,6 +243,7 @@ impl Service {
             forked: machine.forked,
             verified_pages: machine.verified_pages,
             ready: machine.readiness.as_ref().map(|readiness| readiness.after),
+            link: machine.readiness.as_ref().and_then(|readiness| readiness.link),
         });
         Ok((children.collect(), failures))
     }
@@ -255,11 +269,18 @@ impl Service {
     }
 
     /// Tells each child who it is. One that cannot be told is ended: it may be like another.
-    fn identified(&self, ids: Vec<MachineId>, began: Instant, failures: &mut Vec<(MachineId, NodeError)>) -> Vec<MachineId> {
+    fn identified(
+        &self,
+        ids: Vec<MachineId>,
+        began: Instant,
+        network: bool,
+        failures: &mut Vec<(MachineId, NodeError)>,
+    ) -> Vec<MachineId> {
         let fork = Fork { since: began, children: u32::try_from(ids.len()).unwrap_or(u32::MAX) };
         let told = in_parallel(&ids, |id| {
+            let link = network.then(|| self.engine.plug(*id)).transpose()?;
             let stream = self.engine.connect(*id)?;
-            identity::tell(stream, *id, &Self::left_out_steps(), fork).map_err(|error| {
+            identity::tell(stream, *id, link, &Self::left_out_steps(), fork).map_err(|error| {
                 let (console, _) = self.engine.console(*id).unwrap_or_default();
                 guest_error(&format!("telling machine {id} who it is"), &error, &console)
             })

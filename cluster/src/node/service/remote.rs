@@ -48,6 +48,7 @@ impl Service {
             count: order.count,
             limit_bytes: order.limit_bytes,
             verify: order.verify,
+            network: order.network,
             tenant: Some(order.tenant.clone()),
             on: None,
         })?;

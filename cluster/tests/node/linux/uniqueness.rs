@@ -55,3 +55,25 @@ fn real_children_are_alike_where_the_steps_after_the_fork_are_left_out() {
         assert_eq!(duplicates[field], 6, "{duplicates:?}");
     }
 }
+
+/// Numbers of OpenSSL's generator in branches of a machine whose main process has used it.
+fn openssl_of_branches(node: &Node) -> Vec<String> {
+    let draw = |machine: &str| super::eval(node, machine, "__import__('ssl').RAND_bytes(16).hex()");
+    let parent = fork(node, PYTHON, 1).remove(0);
+    draw(&parent);
+    let branched = node.json(&["branch", &parent, "-n", "3"]);
+    crate::support::ids(&branched["children"]).iter().map(|child| draw(child)).collect()
+}
+
+/// It asks the kernel once, and then only in a process with another id: a branch has to tell it.
+#[test]
+fn real_branches_draw_numbers_of_their_own_from_openssl() {
+    let node = super::node_with(PYTHON);
+    let numbers = openssl_of_branches(&node);
+    let different: std::collections::BTreeSet<_> = numbers.iter().collect();
+    assert_eq!(different.len(), 3, "{numbers:?}");
+    let node = Node::start_leaving_out("rng,main");
+    provide(&node, PYTHON);
+    let numbers = openssl_of_branches(&node);
+    assert!(numbers.iter().all(|number| *number == numbers[0]), "alike without the step: {numbers:?}");
+}

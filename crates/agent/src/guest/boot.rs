@@ -10,7 +10,6 @@ use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::net::{AddressFamily, SocketType};
 
 use super::say;
-use crate::sys;
 
 const ROOT: &str = "/root";
 const DISK: &str = "/dev/vda";
@@ -64,7 +63,7 @@ pub(super) fn prepare() -> io::Result<()> {
         }
     }
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    if let Err(error) = sys::interface_up(&socket, "lo") {
+    if let Err(error) = crate::interface::set_up(&socket, "lo") {
         say(&format!("the loopback interface stays down: {error}"));
     }
     Ok(())

@@ -120,6 +120,7 @@ fn start(guest: &Guest, program: &Exec) -> io::Result<Running> {
         let console = console()?;
         command.stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console).process_group(0);
         let (child, _end) = guest.reaper.spawn(&mut command)?;
+        guest.reaper.forget(pid_of(&child));
         return Ok(Running::Detached(pid_of(&child)));
     }
     if let Some((rows, columns)) = program.terminal {

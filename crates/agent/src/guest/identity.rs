@@ -12,7 +12,8 @@ use rustix::process::{Pid, Signal};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::{Guest, boot};
-use crate::protocol::{Exit, Identity, Outcome, Phase, STEPS_MAX, Step, TEXT_MAX};
+use crate::interface;
+use crate::protocol::{Address, Exit, Identity, Outcome, Phase, STEPS_MAX, Step, TEXT_MAX};
 use crate::sys;
 
 const HOOKS: &str = "/etc/farfork/fork.d";
@@ -116,14 +117,20 @@ fn write_seed_files(who: &Identity) -> Done {
 }
 
 fn set_addresses(who: &Identity) -> Done {
-    let Some(address) = &who.address else { return Ok(Some("no network card".to_owned())) };
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    sys::interface_address(&socket, INTERFACE, address.address, address.prefix)?;
-    sys::interface_up(&socket, INTERFACE)?;
-    if let Some(gateway) = address.gateway {
-        sys::default_route(&socket, gateway)?;
-    }
+    let Some(address) = &who.address else { return Ok(Some("no network was asked for".to_owned())) };
+    set_address(address)?;
     Ok(None)
+}
+
+/// Gives the network card its address.
+pub(super) fn set_address(address: &Address) -> io::Result<()> {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    interface::set_address(&socket, INTERFACE, address.address, address.prefix)?;
+    interface::set_up(&socket, INTERFACE)?;
+    if let Some(gateway) = address.gateway {
+        interface::set_default_route(&socket, gateway)?;
+    }
+    Ok(())
 }
 
 /// `/etc/farfork/services`: a process id file on each line, and what is done with that service in each child: `hup`, `term`, `usr1` or

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, wait, waitid};
@@ -14,14 +14,22 @@ use crate::protocol::Exit;
 
 /// See the module.
 pub(super) struct Reaper {
-    /// By process id: those that a session waits for, and how they ended.
-    awaited: Mutex<HashMap<i32, Option<Exit>>>,
+    /// By process id: those that were started here.
+    programs: Mutex<HashMap<i32, Program>>,
     changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Program {
+    Runs,
+    /// It runs, and nobody will ask how it ended.
+    RunsAlone,
+    Ended(Exit),
 }
 
 impl Reaper {
     pub(super) fn start() -> Arc<Self> {
-        let reaper = Arc::new(Self { awaited: Mutex::default(), changed: Condvar::new() });
+        let reaper = Arc::new(Self { programs: Mutex::default(), changed: Condvar::new() });
         let its_own = Arc::clone(&reaper);
         let thread = std::thread::Builder::new().stack_size(64 << 10).spawn(move || its_own.live());
         if let Err(error) = thread {
@@ -34,21 +42,32 @@ impl Reaper {
     pub(super) fn spawn(&self, command: &mut Command) -> io::Result<(Child, OwnedFd)> {
         // Locked meanwhile: its end is not looked at before it is known that somebody waits for it, and what becomes readable
         // with its end is opened.
-        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut programs = self.lock();
         let child = command.spawn()?;
         let end = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-        awaited.insert(pid_of(&child), None);
+        programs.insert(pid_of(&child), Program::Runs);
         self.changed.notify_all();
         Ok((child, end))
     }
 
+    /// Nobody will wait for the end of this program.
+    pub(super) fn forget(&self, pid: i32) {
+        let mut programs = self.lock();
+        match programs.get_mut(&pid) {
+            Some(program @ Program::Runs) => *program = Program::RunsAlone,
+            _ => drop(programs.remove(&pid)),
+        }
+    }
+
     /// Waits for the end of a program that was started here.
     pub(super) fn wait(&self, pid: i32) -> Exit {
-        let still_runs = |awaited: &mut HashMap<i32, Option<Exit>>| matches!(awaited.get(&pid), Some(None));
-        let waited = self.changed.wait_while(self.awaited.lock().unwrap_or_else(PoisonError::into_inner), still_runs);
-        let ended = waited.unwrap_or_else(PoisonError::into_inner).remove(&pid);
-        // Nobody waits for one twice.
-        ended.flatten().unwrap_or(Exit::Status(0))
+        let still_runs = |programs: &mut HashMap<i32, Program>| programs.get(&pid) == Some(&Program::Runs);
+        let waited = self.changed.wait_while(self.lock(), still_runs);
+        match waited.unwrap_or_else(PoisonError::into_inner).remove(&pid) {
+            Some(Program::Ended(exit)) => exit,
+            // Nobody waits for one twice.
+            _ => Exit::Status(0),
+        }
     }
 
     fn live(&self) {
@@ -60,9 +79,9 @@ impl Reaper {
                 Ok(None) | Err(Errno::INTR) => {}
                 Err(Errno::CHILD) => {
                     // No process at all: until one is started.
-                    let awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-                    let nobody = |awaited: &mut HashMap<i32, Option<Exit>>| !awaited.values().any(Option::is_none);
-                    drop(self.changed.wait_while(awaited, nobody));
+                    let has_ended = |program: &Program| matches!(program, Program::Ended(_));
+                    let nobody = |programs: &mut HashMap<i32, Program>| programs.values().all(has_ended);
+                    drop(self.changed.wait_while(self.lock(), nobody));
                 }
                 Err(error) => {
                     say(&format!("waiting for processes: {error}"));
@@ -73,13 +92,21 @@ impl Reaper {
     }
 
     fn reap(&self) {
-        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut programs = self.lock();
         let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) else { return };
-        if let Some(place) = awaited.get_mut(&pid.as_raw_pid()) {
-            let signal = || Exit::Signal(status.terminating_signal().unwrap_or(0));
-            *place = Some(status.exit_status().map_or_else(signal, Exit::Status));
-            self.changed.notify_all();
+        match programs.get_mut(&pid.as_raw_pid()) {
+            None => {}
+            Some(Program::RunsAlone) => drop(programs.remove(&pid.as_raw_pid())),
+            Some(program) => {
+                let signal = || Exit::Signal(status.terminating_signal().unwrap_or(0));
+                *program = Program::Ended(status.exit_status().map_or_else(signal, Exit::Status));
+                self.changed.notify_all();
+            }
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<i32, Program>> {
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

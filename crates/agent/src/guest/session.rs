@@ -61,6 +61,7 @@ fn serve_one(guest: &Guest, stream: &mut VsockStream, request: ToAgent) -> Resul
         ToAgent::Ask { bytes } => exec::ask(guest, stream, bytes),
         ToAgent::Put { path } => files::put(stream, &path),
         ToAgent::Get { path } => files::get(stream, &path),
+        ToAgent::Address(address) => answer(stream, identity::set_address(&address)),
         ToAgent::Shutdown => answer(stream, gate::shut_down()),
         other => send(stream, &refused(&format!("{} is no request", name_of(&other)))),
     }

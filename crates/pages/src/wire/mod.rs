@@ -8,7 +8,7 @@
 //! request  postcard of Request
 //! answer   postcard of Answer
 //! extent   postcard of ExtentHeader, then the payload, to the end of the body
-//! order    bytes of the node's own (ALPN farfork-node/2), and its answer
+//! order    bytes of the node's own (ALPN farfork-node/3), and its answer
 //! ```
 //!
 //! Each kind has a longest body, looked at before anything is allocated. postcard is positional: a change of what is here is a
@@ -34,7 +34,7 @@ pub(crate) use frame::{compress, order as order_frame};
 /// ALPN of page requests.
 pub const ALPN_PAGES: &[u8] = b"farfork-pages/1";
 /// ALPN of orders.
-pub const ALPN_NODE: &[u8] = b"farfork-node/2";
+pub const ALPN_NODE: &[u8] = b"farfork-node/3";
 
 /// The most extents in a request.
 pub const EXTENTS_MAX: usize = 16;

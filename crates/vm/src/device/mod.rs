@@ -176,10 +176,19 @@ impl Bus {
         }
     }
 
+    /// Plugs the network card in. Without a card the tap is closed.
+    pub(crate) fn plug(&mut self, tap: OwnedFd) {
+        if let Some(net) = self.virtio.as_mut().and_then(|virtio| virtio.net.as_mut()) {
+            net.device.plug(tap);
+            net.config_has_changed();
+        }
+    }
+
     /// The descriptors at which to wait for something to [serve](Self::serve), and for what.
     pub(crate) fn descriptors(&self) -> Vec<(Arc<OwnedFd>, PollFlags)> {
         let Some(virtio) = &self.virtio else { return Vec::new() };
-        virtio.vsock.device.sockets().collect()
+        let tap = virtio.net.as_ref().filter(|net| net.serves(virtio::net::RECEIVE)).and_then(|net| net.device.interest());
+        virtio.vsock.device.sockets().chain(tap.map(|tap| (tap, PollFlags::IN))).collect()
     }
 
     /// Moves what can be moved between the guest and the descriptors of who runs the machine.
@@ -191,7 +200,10 @@ impl Bus {
             virtio.vsock.kick(virtio::vsock::RECEIVE, ram);
         }
         if let Some(net) = &mut virtio.net {
-            net.kick(virtio::net::RECEIVE, ram);
+            net.device.serve_tap();
+            if net.device.has_frames() {
+                net.kick(virtio::net::RECEIVE, ram);
+            }
         }
     }
 
@@ -256,9 +268,10 @@ impl Bus {
         restored_virtio(rng, devices)?;
         disk.as_mut().map_or(Ok(()), |disk| restored_virtio(disk, devices))?;
         net.as_mut().map_or(Ok(()), |net| restored_virtio(net, devices))?;
-        // A shell that rehearses has no memory, and no streams that could have been reset.
+        // A shell that rehearses has no memory, no streams that could have been reset, and no link that could be gone.
         if let Some(ram) = &self.ram {
             vsock.kick(virtio::vsock::EVENT, ram);
+            net.iter_mut().for_each(Transport::config_has_changed);
         }
         Ok(())
     }

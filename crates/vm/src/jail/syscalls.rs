@@ -135,8 +135,13 @@ pub const CONTROL: &[Allowed] = &[
     allowed!(sendmsg, SYS_sendmsg, Any, "answers to the node"),
     allowed!(poll, SYS_poll, Any, "waits for orders, for news of the vCPUs, for a copier"),
     allowed!(ppoll, SYS_ppoll, Any, "the same"),
-    allowed!(read, SYS_read, Any, "news of the vCPUs and of a copier (eventfds); vsock streams of the node"),
-    allowed!(write, SYS_write, Any, "a device's interrupt line; a copier's last word (eventfds); vsock streams of the node"),
+    allowed!(read, SYS_read, Any, "news of the vCPUs and of a copier (eventfds); vsock streams and network frames"),
+    allowed!(
+        write,
+        SYS_write,
+        Any,
+        "a device's interrupt line; a copier's last word (eventfds); vsock streams and network frames"
+    ),
     allowed!(close, SYS_close, Any, "descriptors that it is done with"),
     allowed!(fcntl, SYS_fcntl, OneOf(1, CHECK), "the standard library, built for tests, looks whether they are open"),
     allowed!(

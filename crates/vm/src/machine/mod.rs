@@ -218,6 +218,11 @@ impl Machine {
         self.bus().connect(port, socket);
     }
 
+    /// Plugs its network card into a tap, which must not block. Without a card the tap is closed.
+    pub fn plug(&self, tap: OwnedFd) {
+        self.bus().plug(tap);
+    }
+
     /// The descriptors at which to wait for something to [serve](Self::serve_devices), and for what.
     #[must_use]
     pub fn device_descriptors(&self) -> Vec<(Arc<OwnedFd>, PollFlags)> {

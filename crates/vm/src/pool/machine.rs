@@ -345,6 +345,17 @@ impl Jailed {
         Ok(ours)
     }
 
+    /// Plugs its network card in.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn plug(&self, tap: &crate::Tap) -> Result<(), PoolError> {
+        let _one_at_a_time = self.worker.ask();
+        self.worker.mail().await_done();
+        self.worker.send(&ToWorker::Plug, &[tap.as_fd()])?;
+        self.worker.wait(|mail| mail.is_done.then_some(()))
+    }
+
     /// Brings it to rest, or lets it run again.
     ///
     /// # Errors

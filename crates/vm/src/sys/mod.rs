@@ -16,6 +16,7 @@ pub(crate) mod pagemap;
 pub(crate) mod payload;
 pub(crate) mod process;
 pub(crate) mod slot;
+pub(crate) mod tap;
 pub(crate) mod uffd;
 
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -203,6 +203,16 @@ impl Control {
                     self.machine.connect(port, socket);
                 }
             }
+            ToWorker::Plug => match descriptors.into_iter().next() {
+                Some(tap) => {
+                    self.machine.plug(tap);
+                    self.send(&FromWorker::Done);
+                }
+                None => {
+                    let failed = super::builder::failure("plugging a tap in", &io::Error::from(io::ErrorKind::NotFound));
+                    super::builder::give_up(&self.shared, &failed)
+                }
+            },
             ToWorker::Touched => {
                 let touched = self.machine.touched(&self.host).unwrap_or_default();
                 self.send(&FromWorker::Touched(touched));

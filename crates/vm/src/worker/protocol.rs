@@ -197,6 +197,8 @@ pub enum ToWorker {
         /// The port.
         port: u32,
     },
+    /// Plug the network card into the tap that comes along, which does not block.
+    Plug,
     /// Try to break out, for the tests of the jail.
     #[cfg(feature = "testing")]
     Attempt(crate::harness::attempts::Order),

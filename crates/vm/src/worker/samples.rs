@@ -66,6 +66,7 @@ pub(crate) fn all(state: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ("let-go", encode(&ToWorker::LetGo)),
         ("touched", encode(&ToWorker::Touched)),
         ("connect", encode(&ToWorker::Connect { port: 1024 })),
+        ("plug", encode(&ToWorker::Plug)),
         (
             "boot-linux",
             encode(&ToWorker::BootLinux {

@@ -1,8 +1,13 @@
 //! A network card (virtio 1.2, section 5.1): frames between the guest and a tap device that the node hands over. Without one the
 //! link is down. A child has its own or none: frames under way belong to nobody.
+//!
+//! The tap is read and written by the control thread alone; between it and the rings a few frames wait. What finds no room is lost,
+//! as on any network.
 
-use std::fs::File;
+use std::collections::VecDeque;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use virtio_queue::Queue;
 
@@ -14,8 +19,12 @@ pub(crate) const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 /// A frame of 64 KiB, which a tap without offloads never has, and virtio's header.
 const FRAME_MAX: usize = (64 << 10) + HEADER;
+/// The shortest frame: two addresses and a type.
+const FRAME_MIN: usize = HEADER + 14;
 /// The header that is before each frame, also on the tap (`IFF_VNET_HDR`).
 pub(crate) const HEADER: usize = 12;
+/// Frames that wait, each way.
+const WAITING_MAX: usize = 64;
 
 const F_MAC: u64 = 1 << 5;
 const F_STATUS: u64 = 1 << 16;
@@ -24,16 +33,49 @@ const F_STATUS: u64 = 1 << 16;
 #[derive(Debug)]
 pub(crate) struct Net {
     /// Not blocking, one frame a call.
-    pub(crate) tap: Option<File>,
+    tap: Option<Arc<OwnedFd>>,
     mac: [u8; 6],
-    buffer: Vec<u8>,
+    to_guest: VecDeque<Vec<u8>>,
+    to_host: VecDeque<Vec<u8>>,
 }
 
 impl Net {
     /// A card without a link.
     pub(crate) fn new() -> Self {
         // Locally administered; each machine has a network of its own.
-        Self { tap: None, mac: [0x02, b'f', b'a', b'r', b'f', b'k'], buffer: Vec::new() }
+        let mac = [0x02, b'f', b'a', b'r', b'f', b'k'];
+        Self { tap: None, mac, to_guest: VecDeque::new(), to_host: VecDeque::new() }
+    }
+
+    /// Plugs it in.
+    pub(crate) fn plug(&mut self, tap: OwnedFd) {
+        self.reset();
+        self.tap = Some(Arc::new(tap));
+    }
+
+    /// The tap, if there is room for what may come from it.
+    pub(crate) fn interest(&self) -> Option<Arc<OwnedFd>> {
+        self.tap.clone().filter(|_| self.to_guest.len() < WAITING_MAX)
+    }
+
+    /// Moves what can be moved between the tap and the frames that wait. The control thread's part.
+    pub(crate) fn serve_tap(&mut self) {
+        let Some(tap) = &self.tap else { return self.to_host.clear() };
+        for frame in self.to_host.drain(..) {
+            // A tap that is full, or gone, loses it.
+            rustix::io::write(tap, &frame).unwrap_or_default();
+        }
+        let mut buffer = Vec::new();
+        while self.to_guest.len() < WAITING_MAX {
+            buffer.resize(FRAME_MAX, 0);
+            let Ok(len @ HEADER..) = rustix::io::read(tap, &mut *buffer) else { return };
+            self.to_guest.push_back(buffer[..len].to_vec());
+        }
+    }
+
+    /// Whether something waits for the guest.
+    pub(crate) fn has_frames(&self) -> bool {
+        !self.to_guest.is_empty()
     }
 }
 
@@ -50,44 +92,39 @@ impl VirtioDevice for Net {
     }
 
     fn notified(&mut self, queue: u16, queues: &mut [Queue], ram: &Ram) -> Result<bool, BadQueue> {
-        self.buffer.resize(FRAME_MAX, 0);
-        let Self { tap, buffer, .. } = self;
         let chains = &mut queues[usize::from(queue)];
-        let used = match queue {
+        match queue {
             RECEIVE => each_chain(chains, ram, |chain| {
+                let Some(mut frame) = self.to_guest.pop_front() else { return Ok(None) };
                 let mut room = writer(ram, &chain)?;
-                // No frame, or no tap: the buffer waits.
-                let Some(len) = tap.as_mut().and_then(|tap| tap.read(buffer).ok()).filter(|len| *len >= HEADER) else {
-                    return Ok(None);
-                };
-                if room.available_bytes() < len {
-                    // Lost, as on any network.
+                if room.available_bytes() < frame.len() {
                     return Ok(Some(0));
                 }
                 // One buffer holds the frame.
-                buffer[10..HEADER].copy_from_slice(&1u16.to_le_bytes());
-                room.write_all(&buffer[..len])?;
-                Ok(Some(used_len(len)))
+                frame[10..HEADER].copy_from_slice(&1u16.to_le_bytes());
+                room.write_all(&frame)?;
+                Ok(Some(used_len(frame.len())))
             }),
             TRANSMIT => each_chain(chains, ram, |chain| {
-                let mut frame = reader(ram, &chain)?;
-                let len = frame.available_bytes();
-                if (HEADER + 14..=FRAME_MAX).contains(&len) {
-                    frame.read_exact(&mut buffer[..len])?;
+                let mut sent = reader(ram, &chain)?;
+                let len = sent.available_bytes();
+                if (FRAME_MIN..=FRAME_MAX).contains(&len) && self.to_host.len() < WAITING_MAX {
+                    let mut frame = vec![0; len];
+                    sent.read_exact(&mut frame)?;
                     // No offload was offered: whatever the header asks for is not done.
-                    buffer[..HEADER].fill(0);
-                    // A frame that a full or missing tap does not take is lost, as on any network.
-                    tap.as_mut().map_or(Ok(0), |tap| tap.write(&buffer[..len])).unwrap_or_default();
+                    frame[..HEADER].fill(0);
+                    self.to_host.push_back(frame);
                 }
                 Ok(Some(0))
             }),
             _ => Ok(false),
-        };
-        self.buffer = Vec::new();
-        used
+        }
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.to_guest.clear();
+        self.to_host.clear();
+    }
 
     fn save(&self) -> Vec<u8> {
         Vec::new()

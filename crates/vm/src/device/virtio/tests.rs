@@ -3,10 +3,11 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::console::VirtioConsole;
-use super::net::Net;
+use super::net::{self, Net};
 use super::rng::Rng;
 use super::testing::{DISK_BYTES, Descriptor, Driver, RAM_BYTES, RINGS, SIZE, STRIDE, USED, disk};
 use super::transport::status;
@@ -268,6 +269,40 @@ fn random_numbers_differ_and_a_console_prints() {
     let mut driver = Driver::new(VirtioConsole::new(console.clone()));
     driver.send(1, b"hello", 0);
     assert_eq!(console.contents().0, b"hello");
+}
+
+#[test]
+fn a_network_card_carries_frames_and_looks_at_its_tap_only_while_there_is_room() {
+    // As a tap: one frame a call, and none to wait for.
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    let (ours, its) = rustix::net::socketpair(family, kind, SocketFlags::NONBLOCK, None).unwrap();
+    let mut driver = Driver::new(Net::new());
+    driver.transport.device.plug(its);
+    driver.transport.config_has_changed();
+    assert_eq!((driver.read(0x106), driver.read(0x60)), (1, 2), "the driver is told that there is a link");
+
+    let (frame, header) = ([7; 60], [0; net::HEADER]);
+    driver.send(1, &[&[0xFF; net::HEADER][..], &frame].concat(), 0);
+    let mut buffer = [0; 72];
+    assert!(rustix::io::read(&ours, &mut buffer).is_err(), "a vCPU's thread has written to the tap");
+    driver.transport.device.serve_tap();
+    let count = rustix::io::read(&ours, &mut buffer).unwrap();
+    assert_eq!(buffer[..count], [&header[..], &frame].concat(), "no offload is asked of the host");
+
+    let mut sent = 0;
+    while driver.transport.device.interest().is_some() {
+        rustix::io::write(&ours, &[&header[..], &frame].concat()).unwrap();
+        driver.transport.device.serve_tap();
+        sent += 1;
+    }
+    assert_eq!(sent, 64, "as many wait as there is room for");
+    let room = driver.send(net::RECEIVE, &[], 512);
+    assert_eq!(driver.used(net::RECEIVE), (1, 72));
+    driver.ram.read_slice(&mut buffer, GuestAddress(room)).unwrap();
+    assert_eq!(buffer[12..], frame);
+    assert!(driver.transport.device.interest().is_some());
+    driver.send(net::RECEIVE, &[], 20);
+    assert_eq!(driver.used(net::RECEIVE), (2, 0), "longer than its buffer, and lost");
 }
 
 /// A packet from the guest.

@@ -143,13 +143,25 @@ impl<D: VirtioDevice> Transport<D> {
 
     /// Lets the device look at a queue: the guest has put something into it, or something has come for the guest.
     pub(crate) fn kick(&mut self, queue: u16, ram: &Ram) {
-        if !self.is_live() || self.queues.get(usize::from(queue)).is_none_or(|queue| !queue.ready()) {
+        if !self.serves(queue) {
             return;
         }
         match self.device.notified(queue, &mut self.queues, ram) {
             Ok(false) => {}
             Ok(true) => self.interrupt(INTERRUPT_USED),
             Err(error) => self.fail(format!("{} queue {queue}: {error}", D::NAME)),
+        }
+    }
+
+    /// Whether the device works, and looks at a queue.
+    pub(crate) fn serves(&self, queue: u16) -> bool {
+        self.is_live() && self.queues.get(usize::from(queue)).is_some_and(QueueT::ready)
+    }
+
+    /// Tells the driver to read the configuration again.
+    pub(crate) fn config_has_changed(&mut self) {
+        if self.is_live() {
+            self.interrupt(INTERRUPT_CONFIG);
         }
     }
 
