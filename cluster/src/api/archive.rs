@@ -10,7 +10,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use tokio::sync::mpsc;
-use types::Tenant;
+use types::{Name, Tenant};
 
 use super::error::ApiError;
 use super::extract::PathText;
@@ -18,7 +18,7 @@ use super::routes::App;
 use super::server::Peer;
 use super::templates::template;
 use super::wire::{ErrorAnswer, Template};
-use crate::node::{ImageName, NodeError};
+use crate::node::NodeError;
 
 /// Bytes read at a time, and pieces that are ahead of who takes them.
 const PIECE: usize = 256 << 10;
@@ -38,7 +38,7 @@ const AHEAD: usize = 4;
     )
 )]
 pub(crate) async fn export(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Response, ApiError> {
-    let name = ImageName::parse(&name).map_err(NodeError::from)?;
+    let name = Name::parse(&name).map_err(NodeError::from)?;
     let mut file = app.look(move |service| service.export_template(&name)).await?;
     let length = file.metadata().map_or(0, |metadata| metadata.len());
     let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(AHEAD);
@@ -87,7 +87,7 @@ pub(crate) async fn import(
     if !peer.is_owner {
         return Err(NodeError::NotOwner { uid: peer.uid }.into());
     }
-    let name = ImageName::parse(&name).map_err(NodeError::from)?;
+    let name = Name::parse(&name).map_err(NodeError::from)?;
     let (sender, receiver) = mpsc::channel(AHEAD);
     let feeding = tokio::spawn(feed(request.into_body(), sender, app.limits().read_deadline));
     let named = name.clone();

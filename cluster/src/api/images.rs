@@ -3,15 +3,16 @@
 
 use axum::Json;
 use axum::extract::State as Shared;
+use types::Name;
 
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
 use super::machines::{residency, unix_ms};
 use super::routes::App;
 use super::wire::{ErrorAnswer, Image, ImagesAnswer, NameRequest, RemovedAnswer, Stored};
+use crate::node::NodeError;
 use crate::node::registry::Origin;
 use crate::node::service::ImageView;
-use crate::node::{ImageName, NodeError};
 
 /// What a saved image's name begins with where an id could stand as well.
 pub const NAME_PREFIX: &str = "name:";
@@ -65,7 +66,7 @@ pub(crate) async fn save(
     PathText(id): PathText,
     JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Json<Image>, ApiError> {
-    let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
+    let name = Name::parse(&request.name).map_err(NodeError::from)?;
     Ok(Json(image(&app.act(move |service| service.save(&id, &name)).await?)))
 }
 
@@ -98,7 +99,7 @@ pub(crate) async fn digest(Shared(app): Shared<App>, PathText(id): PathText) -> 
     )
 )]
 pub(crate) async fn load(Shared(app): Shared<App>, JsonBody(request): JsonBody<NameRequest>) -> Result<Json<Image>, ApiError> {
-    let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
+    let name = Name::parse(&request.name).map_err(NodeError::from)?;
     Ok(Json(image(&app.act(move |service| service.load(&name)).await?)))
 }
 
@@ -119,7 +120,7 @@ pub(crate) async fn load(Shared(app): Shared<App>, JsonBody(request): JsonBody<N
 pub(crate) async fn remove(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
     let removed = match id.strip_prefix(NAME_PREFIX) {
         Some(name) => {
-            let name = ImageName::parse(name).map_err(NodeError::from)?;
+            let name = Name::parse(name).map_err(NodeError::from)?;
             app.act(move |service| service.delete(&name).map(|()| format!("{NAME_PREFIX}{name}"))).await?
         }
         None => app.act(move |service| service.forget(&id).map(|id| id.to_string())).await?,

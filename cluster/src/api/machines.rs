@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::State as Shared;
-use types::{Digest, ImageId, MemorySize, Tenant};
+use types::{Digest, ImageId, MemorySize, Name, Tenant};
 use vm::Class;
 
 use super::error::ApiError;
@@ -22,7 +22,7 @@ use crate::node::engine::{self, ForkStages};
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
 use crate::node::service::{ForkFrom, ForkOrder, ForkReport, MachineView};
-use crate::node::{ImageName, NodeAddress, NodeError, Service};
+use crate::node::{NodeAddress, NodeError, Service};
 
 const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
@@ -233,7 +233,7 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
         }
         _ if class_is_given => return Err(NodeError::ClassIsGiven),
         ForkSource::Image(id) => ForkFrom::Image(id),
-        ForkSource::Template(name) => ForkFrom::Template(ImageName::parse(&name)?),
+        ForkSource::Template(name) => ForkFrom::Template(Name::parse(&name)?),
         ForkSource::Machine(id) => ForkFrom::Machine(id),
         ForkSource::Remote(RemoteSource { image, holders }) => {
             let holders = holders.iter().map(|holder| holder.parse::<NodeAddress>()).collect::<Result<_, _>>()?;

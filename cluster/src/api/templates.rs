@@ -9,7 +9,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use tokio::net::UnixStream;
-use types::{MemorySize, Tenant};
+use types::{MemorySize, Name, Tenant};
 
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
@@ -20,10 +20,10 @@ use super::server::{Peer, Served};
 use super::wire::{
     BuildRequest, BuildingNow, ErrorAnswer, Ready, RemovedAnswer, StageTook, StepTook, Template, TemplatesAnswer,
 };
+use crate::node::NodeError;
 use crate::node::guest::identity::Readiness;
 use crate::node::guest::template::{BuildOrder, WarmUp};
 use crate::node::service::TemplateView;
-use crate::node::{ImageName, NodeError};
 
 /// What a client asks to speak with a guest's agent by.
 pub const AGENT_PROTOCOL: &str = "farfork-agent/1";
@@ -52,7 +52,7 @@ pub(crate) async fn build(
     if !peer.is_owner {
         return Err(NodeError::NotOwner { uid: peer.uid }.into());
     }
-    let name = ImageName::parse(&request.name).map_err(NodeError::from)?;
+    let name = Name::parse(&request.name).map_err(NodeError::from)?;
     let tenant = request.tenant.as_deref().map(str::parse::<Tenant>).transpose().map_err(NodeError::from)?.unwrap_or_default();
     let order = order(request)?;
     let built = name.clone();
@@ -88,7 +88,7 @@ pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<TemplatesAnswe
     )
 )]
 pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<Template>, ApiError> {
-    let name = ImageName::parse(&name).map_err(NodeError::from)?;
+    let name = Name::parse(&name).map_err(NodeError::from)?;
     Ok(Json(template(&app.look(move |service| service.template(&name)).await?)))
 }
 
@@ -107,7 +107,7 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> 
     )
 )]
 pub(crate) async fn remove(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
-    let name = ImageName::parse(&name).map_err(NodeError::from)?;
+    let name = Name::parse(&name).map_err(NodeError::from)?;
     let removed = app.act(move |service| service.remove_template(&name).map(|()| name.to_string())).await?;
     Ok(Json(RemovedAnswer { removed }))
 }

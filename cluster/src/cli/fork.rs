@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use types::{Digest, Tenant};
+use types::{Digest, Name, Tenant};
 
 use axum::http::StatusCode;
 
@@ -15,7 +15,7 @@ use super::{Context, size};
 use crate::api::wire::{Failure, ForkAnswer, ForkRequest, ForkSource, OtherNode, RemoteSource, Template};
 use crate::node::engine::Guest;
 use crate::node::service::COUNT_MAX;
-use crate::node::{AddressError, ImageName, NodeAddress, ShortId, ShortIdError};
+use crate::node::{AddressError, NodeAddress, ShortId, ShortIdError};
 
 /// Fork children of a guest, an image or a running machine, here or on another node
 ///
@@ -136,7 +136,7 @@ pub(super) fn id_or_digest(text: &str) -> Result<String, ShortIdError> {
 
 /// The same, or a template's name.
 fn id_digest_or_name(text: &str) -> Result<String, String> {
-    match (id_or_digest(text), ImageName::parse(text)) {
+    match (id_or_digest(text), Name::parse(text)) {
         (Err(_), Err(error)) => Err(error.to_string()),
         _ => Ok(text.to_owned()),
     }
@@ -188,7 +188,7 @@ async fn source(id: &str, context: &Context) -> Result<ForkSource, CliError> {
     }
     let found = match context.client.find(id).await {
         // A name may consist of hex digits.
-        Err(ClientError::Refused { body, .. }) if body.code == "UNKNOWN_ID" && ImageName::parse(id).is_ok() => {
+        Err(ClientError::Refused { body, .. }) if body.code == "UNKNOWN_ID" && Name::parse(id).is_ok() => {
             return match context.client.get::<Template>(&format!("/v1/templates/{}", segment(id))).await {
                 Ok(_) => Ok(ForkSource::Template(id.to_owned())),
                 Err(_) => Err(ClientError::Refused { status: StatusCode::NOT_FOUND, body }.into()),

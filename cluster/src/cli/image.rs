@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
+use types::Name;
 
 use super::client::segment;
 use super::error::CliError;
@@ -14,7 +15,7 @@ use super::{Context, size};
 use crate::api::images::NAME_PREFIX;
 use crate::api::wire::{ErrorBody, Image, ImagesAnswer, NameRequest, RemovedAnswer, Residency};
 use crate::cli::client::ClientError;
-use crate::node::{ImageName, ShortId};
+use crate::node::ShortId;
 
 /// Digits of a digest in a table. All 64 are in `--output json`, and `image digest` prints them.
 const DIGEST_SHOWN: usize = 12;
@@ -53,13 +54,13 @@ Examples:
         #[arg(value_parser = id)]
         id: String,
         /// 1 to 64 of a-z 0-9 . _ - that begin with a letter or digit
-        name: ImageName,
+        name: Name,
     },
     /// Load a saved image into memory, verified
     #[command(after_help = "Example:\n  farfork image load python-warm")]
     Load {
         /// Its name
-        name: ImageName,
+        name: Name,
     },
     /// Forget an image in memory, or delete a saved one
     #[command(after_help = "\
@@ -119,7 +120,7 @@ fn which(text: &str) -> Result<String, String> {
     if ShortId::parse(text).is_ok() {
         return Ok(text.to_owned());
     }
-    ImageName::parse(name).map(|_| text.to_owned()).map_err(|error| error.to_string())
+    Name::parse(name).map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// What only one of them can be is that; what may be both is looked up, and refused if it is.

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use types::Name;
 
 use super::client::segment;
 use super::error::CliError;
@@ -15,7 +16,6 @@ use super::output::{short, table, time};
 use super::progress::Progress;
 use super::{Context, paths, rootfs, size};
 use crate::api::wire::{BuildRequest, RemovedAnswer, Template, TemplatesAnswer};
-use crate::node::ImageName;
 
 /// How often somebody who builds is told what the node is at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -44,7 +44,7 @@ enum Verb {
     #[command(after_help = "Example:\n  farfork template show py")]
     Show {
         /// Its name
-        name: ImageName,
+        name: Name,
     },
     /// Write a template into a file, for `template import` on another host
     #[command(after_help = "\
@@ -53,7 +53,7 @@ Examples:
   farfork template export py - | zstd | ssh B 'zstd -d | farfork template import py -'")]
     Export {
         /// Its name
-        name: ImageName,
+        name: Name,
         /// The file, which must not exist; - is standard output
         file: PathBuf,
     },
@@ -61,7 +61,7 @@ Examples:
     #[command(after_help = "Example:\n  farfork template import py py.img")]
     Import {
         /// The name that it gets
-        name: ImageName,
+        name: Name,
         /// The file; - is standard input
         file: PathBuf,
     },
@@ -69,7 +69,7 @@ Examples:
     #[command(after_help = "Example:\n  farfork template rm py")]
     Rm {
         /// Its name
-        name: ImageName,
+        name: Name,
     },
 }
 
@@ -86,7 +86,7 @@ Examples:
   farfork template build py --rootfs python --memory 256MiB --main 'python3 /usr/lib/farfork/main.py json'")]
 struct Build {
     /// Its name
-    name: ImageName,
+    name: Name,
     /// The root file system: an ext4 image, a directory, a tar archive, an OCI layout, what `docker save` wrote, or `base` or
     /// `python` of `make guest`
     #[arg(long, value_name = "PATH|NAME", default_value = "base")]
@@ -210,7 +210,7 @@ async fn build(build: Build, context: &Context) -> Result<(), CliError> {
     context.output.answer(&answer.raw, || describe(&answer.value))
 }
 
-async fn export(name: &ImageName, file: PathBuf, context: &Context) -> Result<(), CliError> {
+async fn export(name: &Name, file: PathBuf, context: &Context) -> Result<(), CliError> {
     let path = format!("{}/archive", path_of(name));
     if file == Path::new("-") {
         return context.client.download(&path, super::output::print).await;
@@ -239,7 +239,7 @@ async fn export(name: &ImageName, file: PathBuf, context: &Context) -> Result<()
     whole
 }
 
-async fn import(name: &ImageName, file: PathBuf, context: &Context) -> Result<(), CliError> {
+async fn import(name: &Name, file: PathBuf, context: &Context) -> Result<(), CliError> {
     let mut input: Box<dyn Read + Send> = if file == Path::new("-") {
         Box::new(std::io::stdin())
     } else {
@@ -294,7 +294,7 @@ fn guest_file(file: &str) -> Result<PathBuf, CliError> {
     })
 }
 
-fn path_of(name: &ImageName) -> String {
+fn path_of(name: &Name) -> String {
     format!("/v1/templates/{}", segment(name.as_str()))
 }
 

@@ -11,12 +11,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::{Digest, ImageId, MachineId, NodeId, Reason, Tenant};
+use types::{Digest, ImageId, MachineId, Name, NodeId, Reason, Tenant};
 use vm::Class;
 
 use super::guest::network::Link;
 use super::guest::template::{BuildOrder, Stage, StageTime};
-use super::name::ImageName;
 
 /// Forks, freezes and kills machines of one host. Ids of machines are drawn by the node, ids of images by the engine.
 pub trait Engine: Send + Sync + 'static {
@@ -130,19 +129,19 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`]; the store is as it was.
-    fn save(&self, image: ImageId, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+    fn save(&self, image: ImageId, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
 
     /// Loads a saved image, verified, for the default tenant.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is loaded.
-    fn load(&self, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+    fn load(&self, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
 
     /// The file of a saved image, to read: all that it takes to import it elsewhere, verified there.
     ///
     /// # Errors
     /// [`EngineError`].
-    fn export(&self, _name: &ImageName) -> Result<File, EngineError> {
+    fn export(&self, _name: &Name) -> Result<File, EngineError> {
         Err(no_guests())
     }
 
@@ -150,7 +149,7 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`], of kind [`ErrorKind::BadImage`] if it is damaged or cannot run here; the store is as it was.
-    fn import(&self, _name: &ImageName, _archive: &mut dyn Read, _tenant: &Tenant) -> Result<ImageFacts, EngineError> {
+    fn import(&self, _name: &Name, _archive: &mut dyn Read, _tenant: &Tenant) -> Result<ImageFacts, EngineError> {
         Err(no_guests())
     }
 
@@ -158,7 +157,7 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`] of kind [`ErrorKind::Store`].
-    fn stored(&self) -> Result<Vec<(ImageName, u64)>, EngineError>;
+    fn stored(&self) -> Result<Vec<(Name, u64)>, EngineError>;
 
     /// Forgets an image. Machines that were forked from it go on; its memory is given back with the last of them.
     ///
@@ -170,7 +169,7 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`].
-    fn delete(&self, name: &ImageName) -> Result<(), EngineError>;
+    fn delete(&self, name: &Name) -> Result<(), EngineError>;
 
     /// The shells that wait, by class.
     fn pool(&self) -> Vec<PoolFacts>;

@@ -6,12 +6,11 @@ use std::time::Duration;
 use thiserror::Error;
 use types::id::{DigestError, TenantError};
 use types::unit::MemorySizeError;
-use types::{MemorySize, NodeId, Reason, Tenant};
+use types::{MemorySize, NameError, NodeId, Reason, Tenant};
 use vm::class::VcpuCountError;
 
 use super::address::AddressError;
 use super::engine::{EngineError, ErrorKind};
-use super::name::NameError;
 use super::peers::{HOLDERS_MAX, MessageError, PeerError};
 use super::short_id::ShortIdError;
 use super::trust::TrustError;

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use types::{Digest, ImageId, MachineId, Reason, Tenant};
+use types::{Digest, ImageId, MachineId, Name, Reason, Tenant};
 use uuid::Uuid;
 use vm::Class;
 
@@ -18,7 +18,6 @@ use super::engine::{
     Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, OpenOrder,
     PoolFacts, Proof, Residency, SourceFacts, SourceState, Usage,
 };
-use super::name::ImageName;
 
 /// How it misbehaves. As text: `fork_ms=500,fail_every=3`.
 #[derive(Clone, Debug, Default)]
@@ -59,7 +58,7 @@ struct State {
     machines: HashMap<MachineId, (ImageId, Option<Ended>)>,
     images: HashMap<ImageId, ImageFacts>,
     opened: HashMap<ImageId, Opened>,
-    store: BTreeMap<ImageName, ImageFacts>,
+    store: BTreeMap<Name, ImageFacts>,
     say: Sender<(MachineId, Ended)>,
     stopped: bool,
 }
@@ -317,7 +316,7 @@ impl Engine for FakeEngine {
         self.lock().images.get(&image).cloned().ok_or_else(|| unknown_image(&image))
     }
 
-    fn save(&self, image: ImageId, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+    fn save(&self, image: ImageId, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let mut state = self.lock();
         if self.options.store_full {
             return Err(error(ErrorKind::StoreFull, "the store has no room"));
@@ -333,7 +332,7 @@ impl Engine for FakeEngine {
         Ok(facts)
     }
 
-    fn load(&self, name: &ImageName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+    fn load(&self, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let mut state = self.lock();
         let saved = state.store.get(name).cloned().ok_or_else(|| unknown_image(name))?;
         progress(saved.stored_bytes, saved.stored_bytes);
@@ -342,7 +341,7 @@ impl Engine for FakeEngine {
         Ok(facts)
     }
 
-    fn stored(&self) -> Result<Vec<(ImageName, u64)>, EngineError> {
+    fn stored(&self) -> Result<Vec<(Name, u64)>, EngineError> {
         Ok(self.lock().store.iter().map(|(name, facts)| (name.clone(), facts.stored_bytes)).collect())
     }
 
@@ -350,7 +349,7 @@ impl Engine for FakeEngine {
         self.lock().images.remove(&image).map(|_| ()).ok_or_else(|| unknown_image(&image))
     }
 
-    fn delete(&self, name: &ImageName) -> Result<(), EngineError> {
+    fn delete(&self, name: &Name) -> Result<(), EngineError> {
         self.lock().store.remove(name).map(|_| ()).ok_or_else(|| unknown_image(name))
     }
 

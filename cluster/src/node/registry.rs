@@ -12,14 +12,13 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use types::{Digest, ImageId, MachineId, Reason};
+use types::{Digest, ImageId, MachineId, Name, Reason};
 use uuid::Uuid;
 
 use super::engine::{Ended, Forked, Guest, ImageFacts};
 use super::error::NodeError;
 use super::guest::identity::Readiness;
 use super::guest::template::StageTime;
-use super::name::ImageName;
 use super::short_id::ShortId;
 
 /// The most ended machines that are remembered.
@@ -88,7 +87,7 @@ pub struct Image {
     /// Where it comes from.
     pub origin: Origin,
     /// Its name in the store, if it was saved or loaded.
-    pub name: Option<ImageName>,
+    pub name: Option<Name>,
     /// When it was made or loaded.
     pub created: SystemTime,
     /// How long the stages of building it took, if it was built here as a template.
@@ -253,7 +252,7 @@ impl Registry {
     }
 
     /// An image has been saved.
-    pub fn saved_image(&self, facts: ImageFacts, name: ImageName) {
+    pub fn saved_image(&self, facts: ImageFacts, name: Name) {
         if let Some(image) = self.lock().images.get_mut(&facts.id) {
             image.facts = facts;
             image.name = Some(name);
@@ -266,7 +265,7 @@ impl Registry {
     }
 
     /// A name is gone from the store.
-    pub fn remove_name(&self, name: &ImageName) {
+    pub fn remove_name(&self, name: &Name) {
         for image in self.lock().images.values_mut().filter(|image| image.name.as_ref() == Some(name)) {
             image.name = None;
         }

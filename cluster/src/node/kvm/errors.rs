@@ -1,14 +1,13 @@
 //! What the layers below say, as the engine says it.
 
 use rustix::io::Errno;
-use types::{ImageId, MachineId};
+use types::{ImageId, MachineId, Name};
 use vm::host_image::AwaitError;
 use vm::image::load::LoadErrorKind;
 use vm::image::{LoadError, SaveError};
 use vm::pool::PoolError;
 
 use super::super::engine::{Ended, EngineError, ErrorKind};
-use super::super::name::ImageName;
 
 pub(super) fn of_ended(ended: vm::Ended) -> Ended {
     Ended { reason: ended.reason, detail: ended.detail }
@@ -45,7 +44,7 @@ pub(super) fn of_save(error: &SaveError) -> EngineError {
     EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
 }
 
-pub(super) fn of_load(error: &LoadError, name: &ImageName) -> EngineError {
+pub(super) fn of_load(error: &LoadError, name: &Name) -> EngineError {
     let kind = match error.kind.as_ref() {
         LoadErrorKind::Open(source) if source.kind() == std::io::ErrorKind::NotFound => return unknown_name(name),
         LoadErrorKind::Open(_) | LoadErrorKind::Read(_) => ErrorKind::Store,
@@ -73,7 +72,7 @@ pub(super) fn unknown_image(image: ImageId) -> EngineError {
     EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
 }
 
-pub(super) fn unknown_name(name: &ImageName) -> EngineError {
+pub(super) fn unknown_name(name: &Name) -> EngineError {
     let message = format!("the store has no image called {name}");
     EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
 }

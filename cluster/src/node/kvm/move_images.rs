@@ -9,13 +9,12 @@ use std::sync::PoisonError;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use types::Tenant;
+use types::{Name, Tenant};
 use uuid::Uuid;
 
 use super::errors::{of_load, of_store, unknown_name};
 use super::{KnownImage, KvmEngine, file_name};
 use crate::node::engine::{EngineError, ErrorKind, ImageFacts};
-use crate::node::name::ImageName;
 
 /// What a file is called while it comes in; no name of an image's.
 const COMING: &str = ".importing";
@@ -34,7 +33,7 @@ pub(super) fn remove_halves(store: &OwnedFd) -> Result<(), Errno> {
 }
 
 impl KvmEngine {
-    pub(super) fn export_image(&self, name: &ImageName) -> Result<File, EngineError> {
+    pub(super) fn export_image(&self, name: &Name) -> Result<File, EngineError> {
         match self.open_beneath(&file_name(name), OFlags::RDONLY, Mode::empty()) {
             Ok(file) => Ok(file),
             Err(Errno::NOENT | Errno::LOOP) => Err(unknown_name(name)),
@@ -42,12 +41,7 @@ impl KvmEngine {
         }
     }
 
-    pub(super) fn import_image(
-        &self,
-        name: &ImageName,
-        archive: &mut dyn Read,
-        tenant: &Tenant,
-    ) -> Result<ImageFacts, EngineError> {
+    pub(super) fn import_image(&self, name: &Name, archive: &mut dyn Read, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
         self.check_free(name)?;
         let coming = OsString::from(format!("{}{COMING}", Uuid::now_v7().simple()));
         let imported = self.receive(archive, &coming).and_then(|()| {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use types::{Digest, MachineId, NodeId, Tenant};
+use types::{Digest, MachineId, Name, NodeId, Tenant};
 use uuid::Uuid;
 use vm::Class;
 use vm::class::Devices;
@@ -15,7 +15,6 @@ use crate::node::error::NodeError;
 use crate::node::guest::guest_error;
 use crate::node::guest::identity::{self, Fork};
 use crate::node::metrics;
-use crate::node::name::ImageName;
 use crate::node::peers::{ForkedChild, HOLDERS_MAX, PeerError, PeerForkOrder, PeerForkReport};
 use crate::node::registry::{Image, Machine, MachineState, Origin};
 
@@ -51,7 +50,7 @@ pub enum ForkFrom {
     /// An image in memory.
     Image(String),
     /// The image of this name, which is loaded from the store if it is not in memory.
-    Template(ImageName),
+    Template(Name),
     /// A running machine, which is frozen first and goes on.
     Machine(String),
     /// An image that other nodes hold: it is opened first, and stays open.

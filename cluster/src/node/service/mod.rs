@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use types::{Digest, ImageId, MachineId, Reason};
+use types::{Digest, ImageId, MachineId, Name, Reason};
 
 pub use fork::{ForkFrom, ForkOrder, ForkReport};
 pub use template::{Building, TemplateView};
@@ -27,7 +27,6 @@ pub use template::{Building, TemplateView};
 use super::engine::{Ended, Engine, EngineError, ErrorKind, ImageFacts, PoolFacts, Residency, Usage};
 use super::error::NodeError;
 use super::metrics;
-use super::name::ImageName;
 use super::network::Network;
 use super::registry::{Counts, Image, Machine, MachineState, Origin, Registry};
 
@@ -46,7 +45,7 @@ pub struct Service {
     reaper: Mutex<Option<JoinHandle<()>>>,
     stopping: AtomicBool,
     /// Templates that are being built, and what they are at.
-    builds: Mutex<BTreeMap<ImageName, Building>>,
+    builds: Mutex<BTreeMap<Name, Building>>,
     /// Locked while a template is looked for, and loaded if it is not in memory.
     loading: Mutex<()>,
 }
@@ -93,7 +92,7 @@ pub type Outcome<D, I> = (Vec<D>, Vec<(I, NodeError)>);
 pub type Killed = Outcome<MachineId, String>;
 
 /// Images in memory, and names in the store with the size of each file in bytes.
-pub type Images = (Vec<ImageView>, Vec<(ImageName, u64)>);
+pub type Images = (Vec<ImageView>, Vec<(Name, u64)>);
 
 impl Service {
     /// Takes the engine over and starts to listen to it. Without a network everything that concerns other nodes is refused.
@@ -220,7 +219,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; the store is as it was.
-    pub fn save(&self, given: &str, name: &ImageName) -> Result<ImageView, NodeError> {
+    pub fn save(&self, given: &str, name: &Name) -> Result<ImageView, NodeError> {
         let id = self.registry.image(given)?.facts.id;
         let facts = self.engine.save(id, name, &mut log_progress("save", name))?;
         self.registry.saved_image(facts, name.clone());
@@ -231,7 +230,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; nothing is loaded.
-    pub fn load(&self, name: &ImageName) -> Result<ImageView, NodeError> {
+    pub fn load(&self, name: &Name) -> Result<ImageView, NodeError> {
         let facts = self.engine.load(name, &mut log_progress("load", name))?;
         Ok(self.view(self.note_image(facts, Origin::Store, Some(name.clone()))))
     }
@@ -250,7 +249,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError::Engine`].
-    pub fn delete(&self, name: &ImageName) -> Result<(), NodeError> {
+    pub fn delete(&self, name: &Name) -> Result<(), NodeError> {
         self.engine.delete(name)?;
         self.registry.remove_name(name);
         Ok(())
@@ -308,7 +307,7 @@ impl Service {
         Ok(digest)
     }
 
-    fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<ImageName>) -> Image {
+    fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<Name>) -> Image {
         let image = Image { facts, origin, name, created: SystemTime::now(), built: Arc::from([]) };
         tracing::info!(image = %image.facts.id, origin = ?image.origin, "image");
         self.registry.add_image(image)
@@ -407,7 +406,7 @@ fn in_parallel<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> T + Sync) -> 
 }
 
 /// Says at each tenth of the way how far it is.
-fn log_progress(verb: &'static str, name: &ImageName) -> impl FnMut(u64, u64) + use<> {
+fn log_progress(verb: &'static str, name: &Name) -> impl FnMut(u64, u64) + use<> {
     let name = name.clone();
     let mut said_tenths = 0;
     move |done_bytes, all_bytes| {

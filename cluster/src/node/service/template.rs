@@ -6,14 +6,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use types::Tenant;
+use types::{Name, Tenant};
 use vm::class::Devices;
 
 use super::{ImageView, Service, log_progress};
 use crate::node::engine::{EngineError, ErrorKind};
 use crate::node::error::NodeError;
 use crate::node::guest::template::{BuildOrder, Stage, StageTime};
-use crate::node::name::ImageName;
 use crate::node::registry::{Image, Origin};
 
 /// A template that is being built.
@@ -29,7 +28,7 @@ pub struct Building {
 #[derive(Clone, Debug)]
 pub struct TemplateView {
     /// Its name.
-    pub name: ImageName,
+    pub name: Name,
     /// The image in memory that it points at, if it is there.
     pub image: Option<ImageView>,
     /// Bytes of its file in the store, if it is saved.
@@ -43,7 +42,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; there is no such template then, and nothing is left behind.
-    pub fn build_template(&self, name: &ImageName, order: &BuildOrder, tenant: &Tenant) -> Result<ImageView, NodeError> {
+    pub fn build_template(&self, name: &Name, order: &BuildOrder, tenant: &Tenant) -> Result<ImageView, NodeError> {
         self.check_free(name)?;
         {
             let mut builds = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
@@ -110,7 +109,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none.
-    pub fn template(&self, name: &ImageName) -> Result<TemplateView, NodeError> {
+    pub fn template(&self, name: &Name) -> Result<TemplateView, NodeError> {
         self.templates()?.into_iter().find(|view| view.name == *name).ok_or_else(|| unknown(name))
     }
 
@@ -118,7 +117,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none.
-    pub fn remove_template(&self, name: &ImageName) -> Result<(), NodeError> {
+    pub fn remove_template(&self, name: &Name) -> Result<(), NodeError> {
         let mut image = None;
         while let Some(next) = self.named_image(name) {
             self.forget_image(next.facts.id)?;
@@ -135,7 +134,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none.
-    pub fn export_template(&self, name: &ImageName) -> Result<File, NodeError> {
+    pub fn export_template(&self, name: &Name) -> Result<File, NodeError> {
         match self.engine.export(name) {
             Err(EngineError { kind: ErrorKind::UnknownImage, .. }) => Err(unknown(name)),
             exported => Ok(exported?),
@@ -146,7 +145,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; there is no such template then.
-    pub fn import_template(&self, name: &ImageName, archive: &mut dyn Read, tenant: &Tenant) -> Result<(), NodeError> {
+    pub fn import_template(&self, name: &Name, archive: &mut dyn Read, tenant: &Tenant) -> Result<(), NodeError> {
         let facts = self.engine.import(name, archive, tenant)?;
         self.note_image(facts, Origin::Store, Some(name.clone()));
         Ok(())
@@ -177,7 +176,7 @@ impl Service {
     }
 
     /// The image that a template points at.
-    pub(super) fn template_image(&self, name: &ImageName) -> Result<Image, NodeError> {
+    pub(super) fn template_image(&self, name: &Name) -> Result<Image, NodeError> {
         // One load, however many ask at once.
         let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(image) = self.named_image(name) {
@@ -191,21 +190,21 @@ impl Service {
     }
 
     /// The newest image in memory of this name.
-    fn named_image(&self, name: &ImageName) -> Option<Image> {
+    fn named_image(&self, name: &Name) -> Option<Image> {
         self.registry.images().into_iter().rev().find(|image| image.name.as_ref() == Some(name))
     }
 
-    fn check_free(&self, name: &ImageName) -> Result<(), NodeError> {
+    fn check_free(&self, name: &Name) -> Result<(), NodeError> {
         let is_taken = self.engine.stored()?.iter().any(|(stored, _)| stored == name);
         if is_taken { Err(name_taken(name, "exists")) } else { Ok(()) }
     }
 }
 
-fn unknown(name: &ImageName) -> NodeError {
+fn unknown(name: &Name) -> NodeError {
     NodeError::UnknownTemplate { name: name.to_string() }
 }
 
-fn name_taken(name: &ImageName, why: &str) -> NodeError {
+fn name_taken(name: &Name, why: &str) -> NodeError {
     NodeError::Engine(EngineError {
         kind: ErrorKind::NameTaken,
         message: format!("a template called {name} {why}"),

@@ -1,4 +1,4 @@
-//! Names of saved images. A name becomes a file name in the node's store, so what it may hold is decided here and nowhere else.
+//! Names of saved images and templates. A name becomes a file name in a node's store, so what it may hold is decided here and nowhere else.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,9 +9,9 @@ use thiserror::Error;
 /// 1 to 64 bytes of `a-z 0-9 . _ -` that begin with a letter or digit and have no two dots in a row.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ImageName(String);
+pub struct Name(String);
 
-impl ImageName {
+impl Name {
     /// The most bytes of a name.
     pub const BYTES_MAX: usize = 64;
 
@@ -48,13 +48,13 @@ impl ImageName {
     }
 }
 
-impl fmt::Display for ImageName {
+impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl FromStr for ImageName {
+impl FromStr for Name {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
@@ -62,7 +62,7 @@ impl FromStr for ImageName {
     }
 }
 
-impl TryFrom<String> for ImageName {
+impl TryFrom<String> for Name {
     type Error = NameError;
 
     fn try_from(text: String) -> Result<Self, NameError> {
@@ -70,8 +70,8 @@ impl TryFrom<String> for ImageName {
     }
 }
 
-impl From<ImageName> for String {
-    fn from(name: ImageName) -> Self {
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
         name.0
     }
 }
@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn names_that_may_become_files_are_taken() {
         for good in ["a", "0", "python-3.12_warm", &"a".repeat(64)] {
-            assert_eq!(ImageName::parse(good).unwrap().as_str(), good);
+            assert_eq!(Name::parse(good).unwrap().as_str(), good);
         }
     }
 
@@ -133,15 +133,15 @@ mod tests {
             ("a..b", NameError::DotDot),
         ];
         for (text, error) in errors {
-            assert_eq!(ImageName::parse(text), Err(error), "{text:?}");
+            assert_eq!(Name::parse(text), Err(error), "{text:?}");
             assert!(!error.remedy().is_empty());
         }
     }
 
     #[test]
-    fn json_is_checked_too() {
-        assert!(serde_json::from_str::<ImageName>("\"warm\"").is_ok());
-        let error = serde_json::from_str::<ImageName>("\"a/b\"").unwrap_err();
-        assert!(error.to_string().contains("separator"), "{error}");
+    fn what_is_read_is_checked_too() {
+        let read = |text: &str| postcard::from_bytes::<Name>(&postcard::to_stdvec(text).unwrap());
+        assert!(read("warm").is_ok());
+        assert!(read("a/b").is_err());
     }
 }

@@ -1,0 +1,143 @@
+//! Rules about nodes.
+
+use std::time::Duration;
+
+use types::{Epoch, NodeId, Reason};
+
+use super::{Outcomes, images, jobs};
+use crate::command::{Answer, Refusal};
+use crate::state::{CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Resources, Role, State, Task};
+
+pub(super) fn register(
+    state: &mut State,
+    id: NodeId,
+    incarnation: u64,
+    facts: &NodeFacts,
+    images: &[(ImageKey, ImageFacts)],
+) -> Outcomes {
+    if state.revoked.contains(&id) {
+        return Err(Refusal::Revoked(id));
+    }
+    let before = state.nodes.get(&id);
+    if let Some(node) = before {
+        match incarnation.cmp(&node.incarnation) {
+            std::cmp::Ordering::Less => {
+                return Err(Refusal::OldStart { node: id, given: incarnation, current: node.incarnation });
+            }
+            // Said twice.
+            std::cmp::Ordering::Equal if node.life != Life::Lost => return Ok(Answer::Done),
+            std::cmp::Ordering::Equal => return Err(Refusal::GivenUp(id)),
+            std::cmp::Ordering::Greater => {}
+        }
+    }
+    let role = before.map_or(Role::Learner, |node| node.role);
+    let (is_cordoned, is_draining) = before.map_or((false, false), |node| (node.is_cordoned, node.is_draining));
+    lose(state, id);
+    let facts = facts.clone();
+    state.nodes.insert(id, Node { facts, life: Life::Up, incarnation, role, is_cordoned, is_draining, lease: None });
+    for (key, facts) in images {
+        let epoch = state.draw_epoch();
+        // What the cluster has forgotten meanwhile is not taken up again: the node is told to let go of it.
+        if let Some(image) = state.images.get_mut(key).filter(|image| image.facts == *facts) {
+            image.holders.insert(id, Holder { epoch, percent: 100, sources: Vec::new(), hold: Hold::Kept });
+        }
+    }
+    Ok(Answer::Done)
+}
+
+pub(super) fn heard(state: &mut State, id: NodeId, incarnation: u64) -> Outcomes {
+    let node = check_start(state, id, incarnation)?;
+    node.life = Life::Up;
+    Ok(Answer::Done)
+}
+
+pub(super) fn suspect(state: &mut State, id: NodeId, incarnation: u64) -> Outcomes {
+    let node = check_start(state, id, incarnation)?;
+    node.life = Life::Suspect;
+    Ok(Answer::Done)
+}
+
+pub(super) fn give_up(state: &mut State, id: NodeId, incarnation: u64) -> Outcomes {
+    let node = check_start(state, id, incarnation)?;
+    // It was heard again after the leader made up its mind.
+    if node.life == Life::Suspect {
+        node.life = Life::Lost;
+        lose(state, id);
+    }
+    Ok(Answer::Done)
+}
+
+pub(super) fn change(state: &mut State, id: NodeId, change: impl FnOnce(&mut Node)) -> Outcomes {
+    change(state.nodes.get_mut(&id).ok_or(Refusal::UnknownNode(id))?);
+    Ok(Answer::Done)
+}
+
+pub(super) fn revoke(state: &mut State, id: NodeId) -> Outcomes {
+    // Also one that is not known: it may be about to join.
+    state.revoked.insert(id);
+    lose(state, id);
+    state.nodes.remove(&id);
+    // What it was allowed to read carried epochs up to this one.
+    state.draw_epoch();
+    Ok(Answer::Done)
+}
+
+pub(super) fn remove(state: &mut State, id: NodeId) -> Outcomes {
+    let node = state.nodes.get(&id).ok_or(Refusal::UnknownNode(id))?;
+    let has_images = state.images.values().any(|image| image.holders.contains_key(&id));
+    let has_tasks = state.jobs.values().any(|job| jobs::has_tasks_on(job, id));
+    if node.life != Life::Lost && (has_images || has_tasks || node.lease.is_some()) {
+        return Err(Refusal::Busy(id));
+    }
+    state.nodes.remove(&id);
+    Ok(Answer::Done)
+}
+
+pub(super) fn grant(state: &mut State, id: NodeId, resources: Resources, lasts_ms: u64) -> Outcomes {
+    let node = state.nodes.get_mut(&id).ok_or(Refusal::UnknownNode(id))?;
+    if !node.is_open() {
+        return Err(Refusal::Closed(id));
+    }
+    let before = node.lease.take();
+    let free = state.free(id, &state.usage());
+    if !resources.fits(free) {
+        state.nodes.get_mut(&id).expect("just seen").lease = before;
+        return Err(Refusal::Full(id));
+    }
+    let (epoch, until) = (state.draw_epoch(), state.time + Duration::from_millis(lasts_ms));
+    state.nodes.get_mut(&id).expect("just seen").lease = Some(CapacityLease { epoch, resources, until });
+    Ok(Answer::Granted(epoch))
+}
+
+pub(super) fn give_back(state: &mut State, id: NodeId, epoch: Epoch) -> Outcomes {
+    let node = state.nodes.get_mut(&id).ok_or(Refusal::UnknownNode(id))?;
+    node.lease = node.lease.filter(|lease| lease.epoch != epoch);
+    Ok(Answer::Done)
+}
+
+/// A node of which this is the start that counts.
+pub(super) fn check_start(state: &mut State, id: NodeId, incarnation: u64) -> Result<&mut Node, Refusal> {
+    let node = state.nodes.get_mut(&id).ok_or(Refusal::UnknownNode(id))?;
+    if node.incarnation != incarnation {
+        return Err(Refusal::OldStart { node: id, given: incarnation, current: node.incarnation });
+    }
+    if node.life == Life::Lost {
+        return Err(Refusal::GivenUp(id));
+    }
+    Ok(node)
+}
+
+/// Whatever was on a node is not there any more.
+fn lose(state: &mut State, id: NodeId) {
+    if let Some(node) = state.nodes.get_mut(&id) {
+        node.lease = None;
+    }
+    state.images.values_mut().for_each(|image| images::forget_holder(image, id));
+    for job in state.jobs.values_mut().filter(|job| job.ended.is_none()) {
+        let retries = job.spec.retries;
+        job.tasks.change(0..job.spec.count, |task| match task {
+            Task::Placed { node, .. } if node == id => jobs::tried(task, Reason::NodeLost.into(), retries),
+            other => other,
+        });
+    }
+}

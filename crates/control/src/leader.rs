@@ -1,0 +1,121 @@
+//! What a leader sees to. It proposes; what is then true is what the log says. A new leader knows nothing but the state, and gives
+//! everybody time to be heard.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use types::NodeId;
+
+use crate::clock::Tick;
+use crate::command::Command;
+use crate::place::{home, is_cut_off, place, rescue};
+use crate::state::{Image, ImageKey, Life, State, Task};
+
+/// A node that was not heard for so long is suspected,
+pub const SUSPECT_AFTER: Duration = Duration::from_secs(5);
+/// and given up after so long.
+pub const LOST_AFTER: Duration = Duration::from_secs(15);
+/// How often time is noted while something waits for it.
+pub const NOTE_EVERY: Duration = Duration::from_secs(5);
+/// How long an image is kept that nothing refers to: a name may be on its way.
+pub const UNNEEDED_AFTER: Duration = Duration::from_secs(60);
+
+/// When each node was heard last, as its leader knows it.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    began: Tick,
+    nodes: BTreeMap<NodeId, Tick>,
+}
+
+impl Heard {
+    /// Of a leader that begins.
+    #[must_use]
+    pub fn since(began: Tick) -> Self {
+        Self { began, nodes: BTreeMap::new() }
+    }
+
+    /// A node is heard.
+    pub fn hear(&mut self, node: NodeId, now: Tick) {
+        self.nodes.insert(node, now);
+    }
+
+    fn silence(&self, node: NodeId, now: Tick) -> Duration {
+        now - self.nodes.get(&node).copied().unwrap_or(self.began).max(self.began)
+    }
+}
+
+/// What is to be proposed now.
+#[must_use]
+pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
+    let mut commands = nodes(state, heard, now);
+    let needed = state.needed();
+    for (key, image) in &state.images {
+        images(state, key, image, needed.contains(key), now, &mut commands);
+    }
+    let running = state.jobs.iter().filter(|(_, job)| job.ended.is_none());
+    commands.extend(running.filter_map(|(id, job)| place(state, *id, job)));
+    if commands.is_empty() && now - state.time >= NOTE_EVERY && waits_for_time(state) {
+        commands.push(Command::Note);
+    }
+    commands
+}
+
+fn nodes(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
+    let of_node = |(id, node): (&NodeId, &crate::state::Node)| {
+        let (node_id, incarnation, silence) = (*id, node.incarnation, heard.silence(*id, now));
+        match node.life {
+            Life::Up if silence >= SUSPECT_AFTER => Some(Command::Suspect { node: node_id, incarnation }),
+            Life::Suspect if silence >= LOST_AFTER => Some(Command::GiveUp { node: node_id, incarnation }),
+            Life::Suspect if silence < SUSPECT_AFTER && heard.nodes.contains_key(id) => {
+                Some(Command::Heard { node: node_id, incarnation })
+            }
+            _ => None,
+        }
+    };
+    state.nodes.iter().filter_map(of_node).collect()
+}
+
+fn images(state: &State, key: &ImageKey, image: &Image, is_needed: bool, now: Tick, commands: &mut Vec<Command>) {
+    let is_draining = |id: &NodeId| state.nodes.get(id).is_some_and(|node| node.is_draining);
+    // Those that have lost whom they read from.
+    let cut_off = image.holders.iter().filter(|(_, holder)| is_cut_off(holder));
+    for (node, sources) in cut_off.filter_map(|(id, _)| Some((*id, rescue(state, image, *id)?))) {
+        commands.push(Command::Open { key: key.clone(), node, sources });
+    }
+    // Those that may let go: of what nothing needs, and of what is to be elsewhere.
+    let stays = |id: &NodeId| !is_draining(id) && image.holders[id].is_kept();
+    let settled_elsewhere = image.settled().filter(|id| !is_draining(id)).count();
+    let is_forgotten = image.unneeded.is_some_and(|since| now - since >= UNNEEDED_AFTER);
+    let has_tasks = |id: &NodeId| {
+        let of_image = state.jobs.values().filter(|job| job.ended.is_none() && job.spec.image == *key);
+        of_image.flat_map(|job| job.tasks.iter()).any(|(_, task)| matches!(task, Task::Placed { node, .. } if node == *id))
+    };
+    for (id, holder) in image.holders.iter().filter(|(_, holder)| holder.is_kept()) {
+        let is_free = image.readers_of(*id).next().is_none() && !has_tasks(id);
+        let is_to_go = is_forgotten || is_draining(id) && (!holder.is_settled() || !is_needed || settled_elsewhere > 0);
+        if is_free && is_to_go {
+            commands.push(Command::LetGo { key: key.clone(), node: *id });
+        }
+    }
+    // What only nodes have that are being drained goes to another.
+    let is_on_its_way = image.holders.keys().any(|id| stays(id) && crate::apply::leads_to_all(image, *id));
+    let is_on_drained = image.settled().any(|id| is_draining(&id));
+    if is_needed
+        && is_on_drained
+        && !is_on_its_way
+        && let Some((node, sources)) = home(state, key)
+    {
+        commands.push(Command::Open { key: key.clone(), node, sources });
+    }
+}
+
+/// Whether something happens in time that nothing else would bring about.
+fn waits_for_time(state: &State) -> bool {
+    let has_deadline = state.jobs.values().any(|job| job.ended.is_none() && job.spec.deadline.is_some());
+    let is_stranded = state.images.values().any(|image| image.stranded.is_some() && !image.holders.is_empty());
+    let is_waited_for = state
+        .jobs
+        .values()
+        .any(|job| job.ended.is_none() && state.images.get(&job.spec.image).is_none_or(|image| image.stranded.is_some()));
+    has_deadline || is_stranded || is_waited_for || state.nodes.values().any(|node| node.lease.is_some())
+}

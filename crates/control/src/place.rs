@@ -1,0 +1,365 @@
+//! Where tasks go, and why. First to nodes where the image is, or is being read; then to new ones, where it is opened once for all
+//! that is placed there. Bulk goes down a tree: each holder is the first source of at most [`DEGREE`] that still read.
+//!
+//! Every node is looked at and gets a [`Verdict`], so that a placement can be explained and a task that waits says for what.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+
+use types::NodeId;
+
+use crate::apply::leads_to_all;
+use crate::command::Command;
+use crate::state::{Holder, Image, ImageKey, Job, JobId, Life, Resources, Spread, State, Task};
+
+/// The most nodes that read an image from one holder first.
+pub const DEGREE: usize = 2;
+/// The most nodes that a holder reads from.
+const SOURCES_MAX: usize = 3;
+/// The label by which nodes are near to one another.
+pub const ZONE: &str = "zone";
+
+/// What is to be placed.
+#[derive(Clone, Debug)]
+pub struct Wanted<'a> {
+    /// Of which image.
+    pub image: &'a ImageKey,
+    /// How many machines.
+    pub count: u64,
+    /// What each takes.
+    pub each: Resources,
+    /// How they are spread.
+    pub spread: Spread,
+    /// Labels that a node has to have.
+    pub labels: &'a BTreeMap<String, String>,
+    /// Only if nobody else can.
+    pub not_on: Option<NodeId>,
+}
+
+/// Where it goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// How many on which node.
+    pub on: Vec<(NodeId, u64)>,
+    /// Nodes that open the image for that, and from whom.
+    pub opens: Vec<(NodeId, Vec<NodeId>)>,
+    /// How many find no place.
+    pub left: u64,
+    /// What was thought of each node.
+    pub verdicts: BTreeMap<NodeId, Verdict>,
+}
+
+/// What was thought of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It gets so many.
+    Takes {
+        /// How many.
+        count: u64,
+        /// Why this one.
+        because: Tier,
+    },
+    /// It could take some, but others suited better.
+    NotNeeded {
+        /// How many it could take.
+        room: u64,
+        /// How it suits.
+        tier: Tier,
+    },
+    /// It takes nothing new.
+    Closed {
+        /// What it is.
+        life: Life,
+    },
+    /// Its CPU is not the image's.
+    ForeignCpu,
+    /// It lacks this label.
+    Label(String),
+    /// It has no room for one.
+    Full {
+        /// What is left of it.
+        free: Resources,
+        /// What one takes, with the image if it is not there.
+        needed: Resources,
+    },
+    /// It is letting go of the image.
+    LetsGo,
+    /// It is not there, and nobody it could be read from has all of it or gets it.
+    NoSource,
+    /// The last try failed there, and others can.
+    FailedLast,
+}
+
+/// How well a node suits, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// It has all of the image.
+    Settled,
+    /// It reads it, and has what a child touches first.
+    MostOfIt,
+    /// It reads it.
+    Open,
+    /// It does not have it; one in its zone does.
+    Near,
+    /// It does not have it.
+    Far,
+}
+
+/// Chooses for each of `wanted.count` machines a node.
+#[must_use]
+pub fn plan(state: &State, wanted: &Wanted<'_>) -> Plan {
+    let Some(image) = state.images.get(wanted.image) else { return Plan { left: wanted.count, ..Plan::default() } };
+    let usage = state.usage();
+    let mut plan = Plan { left: wanted.count, ..Plan::default() };
+    let mut rooms: BTreeMap<Tier, Vec<(NodeId, u64)>> = BTreeMap::new();
+    for id in state.nodes.keys() {
+        match look_at(state, image, *id, wanted, state.free(*id, &usage)) {
+            Ok((tier, room)) => {
+                plan.verdicts.insert(*id, Verdict::NotNeeded { room, tier });
+                rooms.entry(tier).or_default().push((*id, room));
+            }
+            Err(verdict) => drop(plan.verdicts.insert(*id, verdict)),
+        }
+    }
+    let others = rooms.values().flatten().filter(|(id, _)| Some(*id) != wanted.not_on).map(|(_, room)| *room);
+    let last_resort = wanted.not_on.filter(|_| others.fold(0u64, u64::saturating_add) >= wanted.count);
+    let mut tree = Tree::of(state, image);
+    for (tier, mut nodes) in rooms {
+        if let Some(failed) = last_resort {
+            nodes.retain(|(id, _)| *id != failed);
+            plan.verdicts.entry(failed).and_modify(|verdict| *verdict = Verdict::FailedLast);
+        }
+        if tier >= Tier::Near {
+            // A new one costs the wire a whole image: no more of them than are needed.
+            nodes.sort_by_key(|(id, room)| (std::cmp::Reverse(*room), *id));
+            let mut before = 0u64;
+            nodes.retain(|(_, room)| {
+                let is_needed = before < plan.left;
+                before = before.saturating_add(*room);
+                is_needed
+            });
+        }
+        for (id, count) in share(plan.left, &nodes, wanted.spread) {
+            if tier >= Tier::Near {
+                let sources = tree.sources_for(state, id);
+                if sources.is_empty() {
+                    plan.verdicts.insert(id, Verdict::NoSource);
+                    continue;
+                }
+                plan.opens.push((id, sources));
+            }
+            plan.left -= count;
+            plan.on.push((id, count));
+            plan.verdicts.insert(id, Verdict::Takes { count, because: tier });
+        }
+    }
+    plan
+}
+
+fn look_at(state: &State, image: &Image, id: NodeId, wanted: &Wanted<'_>, free: Resources) -> Result<(Tier, u64), Verdict> {
+    let node = &state.nodes[&id];
+    if !node.is_open() {
+        return Err(Verdict::Closed { life: node.life });
+    }
+    if image.facts.profile.check_resumable_on(&node.facts.profile).is_err() {
+        return Err(Verdict::ForeignCpu);
+    }
+    let lacks = |(label, value): &(&String, &String)| node.facts.labels.get(*label) != Some(*value);
+    if let Some((label, value)) = wanted.labels.iter().find(lacks) {
+        return Err(Verdict::Label(format!("{label}={value}")));
+    }
+    let zone = node.facts.labels.get(ZONE);
+    let (tier, before) = match image.holders.get(&id) {
+        Some(holder) if !holder.is_kept() => return Err(Verdict::LetsGo),
+        Some(holder) if holder.is_settled() => (Tier::Settled, 0),
+        Some(_) if !leads_to_all(image, id) => return Err(Verdict::NoSource),
+        Some(holder) => {
+            let here = u128::from(image.facts.data_bytes) * u128::from(holder.percent) / 100;
+            let has_most = here >= u128::from(image.facts.working_set_bytes);
+            (if has_most { Tier::MostOfIt } else { Tier::Open }, 0)
+        }
+        None => {
+            let zone_of = |node| state.nodes.get(&node).and_then(|node| node.facts.labels.get(ZONE));
+            let mut settled = image.settled().peekable();
+            if settled.peek().is_none() {
+                return Err(Verdict::NoSource);
+            }
+            let is_near = zone.is_some() && settled.any(|holder| zone_of(holder) == zone);
+            (if is_near { Tier::Near } else { Tier::Far }, image.facts.data_bytes)
+        }
+    };
+    let left = Resources { memory_bytes: free.memory_bytes.saturating_sub(before), ..free };
+    let room = if free.memory_bytes < before { 0 } else { left.holds(wanted.each) };
+    if room == 0 {
+        let needed = Resources { memory_bytes: wanted.each.memory_bytes + before, ..wanted.each };
+        return Err(Verdict::Full { free, needed });
+    }
+    Ok((tier, room))
+}
+
+/// Divides `count` among nodes with so much room each.
+fn share(count: u64, nodes: &[(NodeId, u64)], spread: Spread) -> Vec<(NodeId, u64)> {
+    let mut left = count;
+    let mut nodes = nodes.to_vec();
+    // The fullest first: what it leaves over, the others take.
+    nodes.sort_by_key(|(id, room)| (*room, *id));
+    let mut shares = Vec::new();
+    let all = nodes.len();
+    for (index, (id, room)) in nodes.into_iter().enumerate() {
+        let others = u64::try_from(all - index).expect("not so many");
+        let some = match spread {
+            Spread::Pack => left,
+            Spread::Spread => left.div_ceil(others),
+        };
+        let some = some.min(room);
+        left -= some;
+        if some > 0 {
+            shares.push((id, some));
+        }
+    }
+    shares
+}
+
+/// Who reads from whom.
+struct Tree<'a> {
+    image: &'a Image,
+    /// Those that may be read from, and how many read from each first.
+    readers: BTreeMap<NodeId, usize>,
+}
+
+impl<'a> Tree<'a> {
+    fn of(state: &State, image: &'a Image) -> Self {
+        let is_up = |id: &NodeId| state.nodes.get(id).is_some_and(|node| node.life == Life::Up);
+        let sources = image.holders.iter().filter(|(id, holder)| holder.is_kept() && is_up(id) && leads_to_all(image, **id));
+        let mut readers: BTreeMap<NodeId, usize> = sources.map(|(id, _)| (*id, 0)).collect();
+        for first in image.holders.values().filter_map(|holder| holder.sources.first()) {
+            readers.entry(*first).and_modify(|readers| *readers += 1);
+        }
+        Self { image, readers }
+    }
+
+    /// From whom a new one reads; from then on others may read from it.
+    fn sources_for(&mut self, state: &State, id: NodeId) -> Vec<NodeId> {
+        let zone_of = |id: NodeId| state.nodes.get(&id).and_then(|node| node.facts.labels.get(ZONE));
+        let settled: BTreeSet<NodeId> = self.image.settled().collect();
+        let cost = |(source, readers): &(&NodeId, &usize)| {
+            let is_far = zone_of(**source).is_none() || zone_of(**source) != zone_of(id);
+            // With all places taken the least busy gets one more.
+            ((**readers).max(DEGREE - 1), !settled.contains(source), is_far, **readers, **source)
+        };
+        let Some(first) = self.readers.iter().min_by_key(cost).map(|(source, _)| *source) else { return Vec::new() };
+        *self.readers.entry(first).or_default() += 1;
+        self.readers.insert(id, 0);
+        let fallbacks = settled.into_iter().filter(|source| *source != first && self.readers.contains_key(source));
+        std::iter::once(first).chain(fallbacks).take(SOURCES_MAX).collect()
+    }
+}
+
+/// Places what waits of a job. `None` if nothing does, or nothing can be placed.
+#[must_use]
+pub fn place(state: &State, id: JobId, job: &Job) -> Option<Command> {
+    let mut groups: BTreeMap<Option<NodeId>, Vec<Range<u32>>> = BTreeMap::new();
+    for (range, task) in job.tasks.iter() {
+        if let Task::Waiting { not_on, .. } = task {
+            groups.entry(not_on).or_default().push(range);
+        }
+    }
+    // One group at a time: what the next has left depends on it.
+    groups.into_iter().find_map(|(not_on, waiting)| {
+        let count = waiting.iter().map(|range| u64::from(range.end - range.start)).sum();
+        let plan = plan(state, &wanted(job, count, not_on));
+        let on = ranges(&plan.on, waiting);
+        (!on.is_empty()).then_some(Command::Place { job: id, opens: plan.opens, on })
+    })
+}
+
+/// What a job wants for `count` of its tasks.
+#[must_use]
+pub fn wanted(job: &Job, count: u64, not_on: Option<NodeId>) -> Wanted<'_> {
+    let spec = &job.spec;
+    Wanted { image: &spec.image, count, each: spec.each, spread: spec.spread, labels: &spec.labels, not_on }
+}
+
+/// Gives each node its number of the tasks that wait.
+fn ranges(on: &[(NodeId, u64)], waiting: Vec<Range<u32>>) -> Vec<(NodeId, Range<u32>)> {
+    let mut waiting = waiting.into_iter();
+    let mut current = waiting.next();
+    let mut placed = Vec::new();
+    for (node, count) in on {
+        let mut count = u32::try_from(*count).unwrap_or(u32::MAX);
+        while let (Some(range), true) = (current.clone(), count > 0) {
+            let some = count.min(range.end - range.start);
+            placed.push((*node, range.start..range.start + some));
+            count -= some;
+            current = if range.start + some < range.end { Some(range.start + some..range.end) } else { waiting.next() };
+        }
+    }
+    placed
+}
+
+/// From whom a node whose sources are gone is to read; `None` if nobody has all of it.
+#[must_use]
+pub fn rescue(state: &State, image: &Image, id: NodeId) -> Option<Vec<NodeId>> {
+    let is_up = |source: &NodeId| *source != id && state.nodes.get(source).is_some_and(|node| node.life == Life::Up);
+    let tree = Tree::of(state, image);
+    let mut settled: Vec<NodeId> = image.settled().filter(is_up).collect();
+    settled.sort_by_key(|source| (tree.readers.get(source).copied().unwrap_or(usize::MAX), *source));
+    settled.truncate(SOURCES_MAX);
+    (!settled.is_empty()).then_some(settled)
+}
+
+/// Where another copy of an image is best kept, and from whom it is read; `None` if nowhere.
+#[must_use]
+pub fn home(state: &State, key: &ImageKey) -> Option<(NodeId, Vec<NodeId>)> {
+    let each = Resources { memory_bytes: 0, cpu_millis: 0, machines: 0 };
+    let wanted = Wanted { image: key, count: 1, each, spread: Spread::Spread, labels: &BTreeMap::new(), not_on: None };
+    let image = state.images.get(key)?;
+    let usage = state.usage();
+    let suits = |id: &NodeId| {
+        let (tier, _) = look_at(state, image, *id, &wanted, state.free(*id, &usage)).ok()?;
+        (tier >= Tier::Near).then_some((tier, std::cmp::Reverse(state.free(*id, &usage).memory_bytes), *id))
+    };
+    let (_, _, id) = state.nodes.keys().filter_map(suits).min()?;
+    let sources = Tree::of(state, image).sources_for(state, id);
+    (!sources.is_empty()).then_some((id, sources))
+}
+
+/// Whether a holder still reads and has nobody to read from.
+#[must_use]
+pub fn is_cut_off(holder: &Holder) -> bool {
+    holder.is_kept() && !holder.is_settled() && holder.sources.is_empty()
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Takes { count, because } => write!(f, "takes {count}: {because}"),
+            Self::NotNeeded { room, tier } => write!(f, "has room for {room}, but others suit better: {tier}"),
+            Self::Closed { life: Life::Up } => write!(f, "is cordoned or drained"),
+            Self::Closed { life } => write!(f, "is {life:?}"),
+            Self::ForeignCpu => write!(f, "has another CPU than the image was made on"),
+            Self::Label(label) => write!(f, "does not have the label {label}"),
+            Self::Full { free, needed } => write!(
+                f,
+                "is full: {} bytes, {} thousandths of a CPU and {} machines are left, and one takes {}, {} and {}",
+                free.memory_bytes, free.cpu_millis, free.machines, needed.memory_bytes, needed.cpu_millis, needed.machines
+            ),
+            Self::LetsGo => write!(f, "is letting go of the image"),
+            Self::NoSource => write!(f, "cannot get the image: nobody has all of it"),
+            Self::FailedLast => write!(f, "is where the last try failed"),
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Settled => "the image is all there",
+            Self::MostOfIt => "the image is coming, and what a child touches first is there",
+            Self::Open => "the image is coming",
+            Self::Near => "the image is in its zone",
+            Self::Far => "the image is elsewhere",
+        })
+    }
+}

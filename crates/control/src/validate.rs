@@ -1,0 +1,113 @@
+//! What is true of every state. Looked at after each entry in debug builds and in the simulation.
+
+use thiserror::Error;
+use types::NodeId;
+
+use crate::apply::{REMEMBERED, leads_to_all};
+use crate::state::{ImageKey, JobId, Life, State, Task};
+
+/// What is not true of a state.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum Invalid {
+    #[error("node {node} was asked for more than it has")]
+    Overfull { node: NodeId },
+    #[error("node {node} was revoked and is a member")]
+    Revoked { node: NodeId },
+    #[error("node {node} holds image {key}, and is gone")]
+    HolderGone { node: NodeId, key: ImageKey },
+    #[error("node {node} has {percent} % of image {key}, and {sources} sources")]
+    Sources { node: NodeId, key: ImageKey, percent: u8, sources: usize },
+    #[error("node {node} reads image {key} from {source_node}, which does not keep it")]
+    SourceGone { node: NodeId, key: ImageKey, source_node: NodeId },
+    #[error("node {node} reads image {key} in a circle")]
+    Circle { node: NodeId, key: ImageKey },
+    #[error("an order about image {key} has an epoch that was never drawn, and so has a task, or a lease")]
+    Epoch { key: ImageKey },
+    #[error("nobody holds image {key}, and nothing needs it")]
+    Nobodys { key: ImageKey },
+    #[error("a template points at image {key}, which is not known")]
+    Dangling { key: ImageKey },
+    #[error("the tasks of job {job} are not what they should be")]
+    Tasks { job: JobId },
+    #[error("job {job} has a task on node {node}, which is gone, or does not have its image")]
+    TaskNowhere { job: JobId, node: NodeId },
+    #[error("job {job} has ended, and its tasks have not, or the other way round")]
+    End { job: JobId },
+    #[error("an answer is remembered for longer than it should be")]
+    Keys,
+}
+
+/// Checks all of it.
+///
+/// # Errors
+/// The first thing that is not true.
+pub fn validate(state: &State) -> Result<(), Invalid> {
+    let (claims, needed) = (state.claims(), state.needed());
+    for (id, node) in &state.nodes {
+        if state.revoked.contains(id) {
+            return Err(Invalid::Revoked { node: *id });
+        }
+        if !claims.get(id).copied().unwrap_or_default().fits(node.facts.capacity) && node.life != Life::Lost {
+            return Err(Invalid::Overfull { node: *id });
+        }
+    }
+    let is_there = |node: &NodeId| state.nodes.get(node).is_some_and(|node| node.life != Life::Lost);
+    for (key, image) in &state.images {
+        if image.holders.is_empty() && !needed.contains(key) {
+            return Err(Invalid::Nobodys { key: key.clone() });
+        }
+        for (id, holder) in &image.holders {
+            if !is_there(id) {
+                return Err(Invalid::HolderGone { node: *id, key: key.clone() });
+            }
+            let sources = holder.sources.len();
+            if sources > 0 && (holder.is_settled() || !holder.is_kept()) || holder.percent > 100 {
+                return Err(Invalid::Sources { node: *id, key: key.clone(), percent: holder.percent, sources });
+            }
+            if holder.epoch > state.epoch {
+                return Err(Invalid::Epoch { key: key.clone() });
+            }
+            let keeps = |source: &&NodeId| image.holders.get(source).is_some_and(|source| source.is_kept());
+            if let Some(source) = holder.sources.iter().find(|source| !keeps(source)) {
+                return Err(Invalid::SourceGone { node: *id, key: key.clone(), source_node: *source });
+            }
+            // Somewhere the way ends: at one that has all of it, or at one whose sources are gone.
+            let mut at = *id;
+            for step in 0..=image.holders.len() {
+                let Some(next) = image.holders.get(&at).and_then(|holder| holder.sources.first()) else { break };
+                if step == image.holders.len() {
+                    return Err(Invalid::Circle { node: *id, key: key.clone() });
+                }
+                at = *next;
+            }
+            debug_assert!(!holder.is_settled() || leads_to_all(image, *id));
+        }
+    }
+    for ((tenant, _), digest) in &state.templates {
+        let key = ImageKey { tenant: tenant.clone(), digest: *digest };
+        if !state.images.contains_key(&key) {
+            return Err(Invalid::Dangling { key });
+        }
+    }
+    for (id, job) in &state.jobs {
+        if !job.tasks.is_well_formed() || job.tasks.count() != job.spec.count {
+            return Err(Invalid::Tasks { job: *id });
+        }
+        if job.ended.is_some() != job.tasks.are_done() {
+            return Err(Invalid::End { job: *id });
+        }
+        for (_, task) in job.tasks.iter() {
+            if let Task::Placed { node, epoch, .. } = task {
+                let has_image = state.images.get(&job.spec.image).is_some_and(|image| image.holders.contains_key(&node));
+                if !is_there(&node) || !has_image || epoch > state.epoch {
+                    return Err(Invalid::TaskNowhere { job: *id, node });
+                }
+            }
+        }
+    }
+    if state.keys.values().any(|remembered| state.time - remembered.at >= REMEMBERED) {
+        return Err(Invalid::Keys);
+    }
+    Ok(())
+}
