@@ -39,13 +39,14 @@ build: setup-build ## build everything, optimised
 guest: setup-build ## build kernel, agent and root file systems of Linux guests into a cache (docs/guests.md)
 	@./deploy/guest/build.sh
 
-bench: setup-build ## measure the floor and the rows of the specification, local, remote and Linux, into target/bench (BENCH_ARGS=--quick)
+bench: setup-build ## measure the floor and the rows of the specification, local, remote, cluster and Linux, into target/bench (BENCH_ARGS=--quick)
 	@mkdir -p target/bench
 	cargo run --quiet --release --package farfork-bench -- floor --json target/bench/floor.json
 	cargo run --quiet --release --package farfork-bench -- local --json target/bench/local.json $(BENCH_ARGS)
 	cargo run --quiet --release --package farfork-bench -- workers --json target/bench/workers.json $(BENCH_ARGS)
 	cargo build --quiet --release --package farfork
 	cargo run --quiet --release --package farfork-bench -- node --json target/bench/node.json $(BENCH_ARGS)
+	cargo run --quiet --release --package farfork-bench -- cluster --json target/bench/cluster.json $(BENCH_ARGS)
 	./deploy/guest/build.sh
 	cargo run --quiet --release --package farfork-bench -- linux --json target/bench/linux.json $(BENCH_ARGS)
 	@# Its children touch memory by command, which takes a build of its own.

@@ -1,6 +1,7 @@
 //! `bench`: how long things take, each beside its control of the same run. The rows are those of docs/specification.md.
 #![forbid(unsafe_code)]
 
+mod cluster;
 mod daemon;
 mod firecracker;
 mod floor;
@@ -60,6 +61,11 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
     },
+    /// The control plane (rows C3 and C5): placement, and what a job writes into the log
+    Cluster {
+        #[command(flatten)]
+        run: Run,
+    },
     /// Linux guests (rows G1 to G4), and templates by stage of building them
     Linux {
         #[command(flatten)]
@@ -118,6 +124,7 @@ fn main() -> ExitCode {
             workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
         Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
+        Verb::Cluster { run } => cluster::run(run.json.as_deref(), run.quick),
         Verb::Linux { run, farfork, guests } => {
             linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
         }

@@ -5,6 +5,7 @@
 //! | [`cli`] | one file per verb; what people and scripts see |
 //! | [`api`] | HTTP/1.1 with JSON over a Unix socket: routes, wire types, who is let in, limits |
 //! | [`node`] | what one host does: the verbs, its registry of machines and images, its data directory, its [engine](node::engine) |
+//! | [`raft`] | the log that a cluster agrees on: openraft on redb; no daemon uses it yet |
 //!
 //! A journey reads downwards, `cli -> api -> node -> engine`; only an answer travels up.
 #![forbid(unsafe_code)]
@@ -12,3 +13,4 @@
 pub mod api;
 pub mod cli;
 pub mod node;
+pub mod raft;

@@ -189,10 +189,13 @@ pub enum Command {
         progress: Vec<(ImageKey, Epoch, u8)>,
         /// Images that are not there any more, or never came.
         gone: Vec<(ImageKey, Epoch)>,
-        /// Tasks that ended.
-        ended: Vec<(JobId, u32, Epoch, Outcome)>,
+        /// Tasks that ended, by job.
+        ended: Vec<(JobId, Results)>,
     },
 }
+
+/// How tasks of a job ended, each by the order that it ended of.
+pub type Results = Vec<(u32, Epoch, Outcome)>;
 
 /// What is answered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -338,7 +341,8 @@ impl fmt::Display for Command {
                 write!(f, "node {node} reports:")?;
                 progress.iter().try_for_each(|(key, _, percent)| write!(f, " image {key} at {percent} %"))?;
                 gone.iter().try_for_each(|(key, _)| write!(f, " image {key} gone"))?;
-                ended.iter().try_for_each(|(job, task, _, outcome)| write!(f, " task {job}/{task} {outcome:?}"))
+                let tasks = ended.iter().flat_map(|(job, tasks)| tasks.iter().map(move |task| (job, task)));
+                tasks.into_iter().try_for_each(|(job, (task, _, outcome))| write!(f, " task {job}/{task} {outcome:?}"))
             }
         }
     }

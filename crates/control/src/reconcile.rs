@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use types::{Epoch, NodeId};
 
-use crate::command::Command;
+use crate::command::{Command, Results};
 use crate::state::{Hold, ImageKey, JobId, Life, Outcome, State, Task};
 
 /// Progress is told when so much of it is new.
@@ -137,8 +137,9 @@ pub fn reconcile(state: &State, id: NodeId, observed: &Observed) -> Vec<Action> 
 }
 
 /// Adds what is to be done about tasks; says which ended and are to be reported.
-fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Action>) -> Vec<(JobId, u32, Epoch, Outcome)> {
-    let mut ended = Vec::new();
+fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Action>) -> Vec<(JobId, Results)> {
+    let mut ended: BTreeMap<JobId, Results> = BTreeMap::new();
+    let mut results = 0;
     let order_of = |job: JobId, task: u32| match state.jobs.get(&job).and_then(|job| job.tasks.get(task)) {
         Some(Task::Placed { node, epoch, .. }) if node == id => Some(epoch),
         _ => None,
@@ -146,7 +147,10 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
     for ((job, task), run) in &observed.tasks {
         let (job, task) = (*job, *task);
         match (order_of(job, task) == Some(run.epoch), run.ended) {
-            (true, Some(outcome)) if ended.len() < RESULTS_MAX => ended.push((job, task, run.epoch, outcome)),
+            (true, Some(outcome)) if results < RESULTS_MAX => {
+                results += 1;
+                ended.entry(job).or_default().push((task, run.epoch, outcome));
+            }
             (true, _) => {}
             (false, Some(_)) => actions.push(Action::Forget { job, task }),
             (false, None) => actions.push(Action::End { job, task }),
@@ -167,5 +171,5 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
             }
         }
     }
-    ended
+    ended.into_iter().collect()
 }

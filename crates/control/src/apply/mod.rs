@@ -93,9 +93,9 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
             nodes::check_start(state, *node, *incarnation)?;
             progress.iter().for_each(|(key, epoch, percent)| images::progress(state, *node, key, *epoch, *percent));
             gone.iter().for_each(|(key, epoch)| images::gone(state, *node, key, *epoch));
-            ended
-                .iter()
-                .for_each(|(job, task, epoch, outcome)| jobs::ended(state, *node, *job, *task, *epoch, *outcome, flaws));
+            for (job, tasks) in ended {
+                tasks.iter().for_each(|(task, epoch, outcome)| jobs::ended(state, *node, *job, *task, *epoch, *outcome, flaws));
+            }
             Ok(Answer::Done)
         }
     }

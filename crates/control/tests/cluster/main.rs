@@ -7,7 +7,7 @@ mod tasks;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use control::command::{Answer, Command, Entry, Key, Refusal};
+use control::command::{Answer, Command, Entry, Key, Refusal, Results};
 use control::state::{Holder, ImageFacts, ImageKey, JobId, JobSpec, NodeFacts, Outcome, Resources, Spread, State, Task};
 use control::{Tick, apply};
 use types::{CpuProfile, Digest, Epoch, Name, NodeId, Tenant};
@@ -145,7 +145,7 @@ impl Cluster {
         on: u128,
         progress: Vec<(ImageKey, Epoch, u8)>,
         gone: Vec<(ImageKey, Epoch)>,
-        ended: Vec<(JobId, u32, Epoch, Outcome)>,
+        ended: Vec<(JobId, Results)>,
     ) -> Result<Answer, Refusal> {
         let incarnation = self.state.nodes.get(&node(on)).map_or(1, |node| node.incarnation);
         self.run(Command::Report { node: node(on), incarnation, progress, gone, ended })
@@ -177,6 +177,6 @@ impl Cluster {
 
     pub(crate) fn ends(&mut self, on: u128, job: JobId, task: u32, outcome: Outcome) {
         let Task::Placed { epoch, .. } = self.task(job, task) else { panic!("{:?}", self.task(job, task)) };
-        self.report(on, vec![], vec![], vec![(job, task, epoch, outcome)]).unwrap();
+        self.report(on, vec![], vec![], vec![(job, vec![(task, epoch, outcome)])]).unwrap();
     }
 }

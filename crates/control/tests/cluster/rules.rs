@@ -49,7 +49,7 @@ fn a_newer_start_of_a_node_ends_the_older_one() {
         incarnation: 1,
         progress: vec![],
         gone: vec![],
-        ended: vec![(id, 0, epoch, Outcome::Exited(0))],
+        ended: vec![(id, vec![(0, epoch, Outcome::Exited(0))])],
     };
     assert_eq!(cluster.run(late), Err(Refusal::OldStart { node: node(1), given: 1, current: 2 }));
     assert_eq!(cluster.register(1, 1, 10, &[]), Err(Refusal::OldStart { node: node(1), given: 1, current: 2 }));
@@ -83,12 +83,12 @@ fn a_result_counts_once_and_only_of_the_order_that_is_in_force() {
     let id = cluster.submit(spec(3));
     cluster.place(id, &[(1, 0..3)]);
     let Task::Placed { epoch, .. } = cluster.task(id, 0) else { panic!() };
-    let ended = |task, epoch, status| vec![(id, task, epoch, Outcome::Exited(status))];
+    let ended = |task, epoch, status| vec![(id, vec![(task, epoch, Outcome::Exited(status))])];
     // Another node, another order, a task that there is not, a job that there is not.
     cluster.report(2, vec![], vec![], ended(0, epoch, 1)).unwrap();
     cluster.report(1, vec![], vec![], ended(0, Epoch(epoch.0 - 1), 1)).unwrap();
     cluster.report(1, vec![], vec![], ended(99, epoch, 1)).unwrap();
-    cluster.report(1, vec![], vec![], vec![(job(77), 0, epoch, Outcome::Exited(1))]).unwrap();
+    cluster.report(1, vec![], vec![], vec![(job(77), vec![(0, epoch, Outcome::Exited(1))])]).unwrap();
     assert!(matches!(cluster.task(id, 0), Task::Placed { .. }));
     cluster.report(1, vec![], vec![], ended(0, epoch, 7)).unwrap();
     cluster.report(1, vec![], vec![], ended(0, epoch, 8)).unwrap();

@@ -1,0 +1,313 @@
+//! One file that does not forget: what a transaction wrote is on disk when it returns.
+//!
+//! redb keeps the file whole over crashes. It trusts what it reads, and may panic over a file that was damaged from outside; that
+//! ends here: the panic is caught, and from then on every call says that the file is damaged. Each record carries a checksum of its
+//! own place and bytes, so that what is read is what was written there.
+
+use std::any::Any;
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use redb::backends::FileBackend;
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, Table, TableDefinition};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+/// Entries by their index.
+const ENTRIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("entries");
+/// Everything else by its name.
+const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
+/// Memory that redb may use; the log is read once, and then written.
+const CACHE_BYTES: usize = 8 << 20;
+const CHECKSUM: usize = 16;
+
+/// Why the file does not do what it is there for.
+#[derive(Clone, Debug, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum DiskError {
+    #[error("the log {} cannot be opened: {cause}", path.display())]
+    Open { path: PathBuf, cause: String },
+    #[error("the log {} is used by another process", path.display())]
+    InUse { path: PathBuf },
+    #[error("the log is damaged: {what}")]
+    Damaged { what: String },
+    #[error("the log cannot be read or written: {0}")]
+    Io(String),
+}
+
+impl DiskError {
+    /// What to do about it, in one line.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Open { .. } => "look at its permissions, and whether its file system is mounted",
+            Self::InUse { .. } => "stop the other node of this data directory",
+            Self::Damaged { .. } => "keep the file for a look, and let the node join anew with an empty data directory",
+            Self::Io(_) => "make room on its file system, look for its cause in the kernel log, and start the node again",
+        }
+    }
+}
+
+impl From<DiskError> for io::Error {
+    fn from(error: DiskError) -> Self {
+        Self::other(error)
+    }
+}
+
+/// See the module. Clones are the same file.
+#[derive(Clone)]
+pub struct Disk(Arc<Mutex<Open>>);
+
+enum Open {
+    Good(Database),
+    /// What was found; nothing is read or written any more.
+    Bad(DiskError),
+}
+
+/// A transaction that writes.
+pub struct Writing<'a> {
+    entries: Table<'a, u64, &'static [u8]>,
+    records: Table<'a, &'static str, &'static [u8]>,
+}
+
+impl Disk {
+    /// Opens the file, or makes it.
+    ///
+    /// # Errors
+    /// [`DiskError`]. The file is left as it was.
+    pub fn open(path: &Path) -> Result<Self, DiskError> {
+        let failed = |error: io::Error| DiskError::Open { path: path.to_owned(), cause: error.to_string() };
+        let is_new = !path.exists();
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+        let disk = Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))?;
+        if is_new {
+            // The name, too.
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+        }
+        Ok(disk)
+    }
+
+    /// The same over something else than a file: for the tests that cut the power.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn open_on(backend: impl StorageBackend) -> Result<Self, DiskError> {
+        Self::over(Path::new("(not a file)"), |builder| builder.create_with_backend(backend))
+    }
+
+    fn over(
+        path: &Path,
+        open: impl FnOnce(&mut redb::Builder) -> Result<Database, redb::DatabaseError>,
+    ) -> Result<Self, DiskError> {
+        let opened = caught(|| open(Database::builder().set_cache_size(CACHE_BYTES)))?;
+        let database = opened.map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => DiskError::InUse { path: path.to_owned() },
+            redb::DatabaseError::Storage(redb::StorageError::Io(error)) => {
+                DiskError::Open { path: path.to_owned(), cause: error.to_string() }
+            }
+            other => DiskError::Damaged { what: other.to_string() },
+        })?;
+        let disk = Self(Arc::new(Mutex::new(Open::Good(database))));
+        // Both tables are there from now on.
+        disk.write(|_| Ok(()))?;
+        disk.check()?;
+        Ok(disk)
+    }
+
+    /// Reads all of it once: damage is found before anything is built on it.
+    fn check(&self) -> Result<(), DiskError> {
+        self.with(|database| {
+            let reading = database.begin_read().map_err(of_redb)?;
+            let entries = reading.open_table(ENTRIES).map_err(of_redb)?;
+            let mut expected: Option<u64> = None;
+            for item in entries.iter().map_err(of_redb)? {
+                let (index, bytes) = item.map_err(of_redb)?;
+                let index = index.value();
+                if expected.is_some_and(|expected| expected != index) {
+                    return Err(DiskError::Damaged { what: format!("entry {} is missing", expected.unwrap_or(0)) });
+                }
+                checked(&place_of_entry(index), bytes.value())?;
+                expected = Some(index + 1);
+            }
+            let records = reading.open_table(RECORDS).map_err(of_redb)?;
+            for item in records.iter().map_err(of_redb)? {
+                let (name, bytes) = item.map_err(of_redb)?;
+                checked(name.value(), bytes.value())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Changes what is there. When it returns all of it is on disk, or nothing.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn write<T>(&self, write: impl FnOnce(&mut Writing<'_>) -> Result<T, DiskError>) -> Result<T, DiskError> {
+        self.with(|database| {
+            let transaction = database.begin_write().map_err(of_redb)?;
+            let written = {
+                let entries = transaction.open_table(ENTRIES).map_err(of_redb)?;
+                let records = transaction.open_table(RECORDS).map_err(of_redb)?;
+                write(&mut Writing { entries, records })?
+            };
+            transaction.commit().map_err(of_redb)?;
+            Ok(written)
+        })
+    }
+
+    /// A record.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn record<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, DiskError> {
+        self.with(|database| {
+            let reading = database.begin_read().map_err(of_redb)?;
+            let records = reading.open_table(RECORDS).map_err(of_redb)?;
+            let bytes = records.get(name).map_err(of_redb)?;
+            bytes.map(|bytes| decoded(name, bytes.value())).transpose()
+        })
+    }
+
+    /// Entries from `from` on, before `to`, as many as fit into so many bytes, but at least one.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn entries<T: DeserializeOwned>(&self, from: u64, to: u64, bytes_max: usize) -> Result<Vec<T>, DiskError> {
+        self.with(|database| {
+            let reading = database.begin_read().map_err(of_redb)?;
+            let entries = reading.open_table(ENTRIES).map_err(of_redb)?;
+            let (mut read, mut sum) = (Vec::new(), 0);
+            for item in entries.range(from..to.max(from)).map_err(of_redb)? {
+                let (index, bytes) = item.map_err(of_redb)?;
+                sum += bytes.value().len();
+                if sum > bytes_max && !read.is_empty() {
+                    break;
+                }
+                read.push(decoded(&place_of_entry(index.value()), bytes.value())?);
+            }
+            Ok(read)
+        })
+    }
+
+    /// The last entry.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn last_entry<T: DeserializeOwned>(&self) -> Result<Option<T>, DiskError> {
+        self.with(|database| {
+            let reading = database.begin_read().map_err(of_redb)?;
+            let entries = reading.open_table(ENTRIES).map_err(of_redb)?;
+            let last = entries.last().map_err(of_redb)?;
+            last.map(|(index, bytes)| decoded(&place_of_entry(index.value()), bytes.value())).transpose()
+        })
+    }
+
+    /// What has been found bad once is not touched again.
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, DiskError>) -> Result<T, DiskError> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let database = match &*open {
+            Open::Good(database) => database,
+            Open::Bad(error) => return Err(error.clone()),
+        };
+        let outcome = caught(|| work(database)).and_then(|outcome| outcome);
+        if let Err(error) = &outcome {
+            let database = std::mem::replace(&mut *open, Open::Bad(error.clone()));
+            // Closing it may find the same.
+            drop(caught(move || drop(database)));
+        }
+        outcome
+    }
+}
+
+impl Writing<'_> {
+    /// Puts an entry there.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn put_entry(&mut self, index: u64, entry: &impl Serialize) -> Result<(), DiskError> {
+        let bytes = encoded(&place_of_entry(index), entry);
+        self.entries.insert(index, &*bytes).map(drop).map_err(of_redb)
+    }
+
+    /// Takes the entries of these indices away.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn remove_entries(&mut self, range: impl std::ops::RangeBounds<u64>) -> Result<(), DiskError> {
+        self.entries.retain_in(range, |_, _| false).map_err(of_redb)
+    }
+
+    /// Puts a record there.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn put_record(&mut self, name: &str, record: &impl Serialize) -> Result<(), DiskError> {
+        let bytes = encoded(name, record);
+        self.records.insert(name, &*bytes).map(drop).map_err(of_redb)
+    }
+
+    /// A record, as this transaction has it.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn record<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, DiskError> {
+        let bytes = self.records.get(name).map_err(of_redb)?;
+        bytes.map(|bytes| decoded(name, bytes.value())).transpose()
+    }
+}
+
+/// redb panics over some damaged files.
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T, DiskError> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| DiskError::Damaged { what: words_of(&*panic) })
+}
+
+fn words_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("reading it panicked: {}", text.unwrap_or("without a word"))
+}
+
+fn of_redb(error: impl Into<redb::Error>) -> DiskError {
+    match error.into() {
+        redb::Error::Io(error) => DiskError::Io(error.to_string()),
+        redb::Error::PreviousIo => DiskError::Io("an earlier write failed".to_owned()),
+        other => DiskError::Damaged { what: other.to_string() },
+    }
+}
+
+fn place_of_entry(index: u64) -> String {
+    format!("entry {index}")
+}
+
+fn encoded(place: &str, value: &impl Serialize) -> Vec<u8> {
+    let body = postcard::to_stdvec(value).expect("what is kept is plain data");
+    [&checksum(place, &body)[..], &body].concat()
+}
+
+fn decoded<T: DeserializeOwned>(place: &str, bytes: &[u8]) -> Result<T, DiskError> {
+    let body = checked(place, bytes)?;
+    match postcard::take_from_bytes(body) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(DiskError::Damaged { what: format!("{place} has bytes after its end") }),
+        Err(error) => Err(DiskError::Damaged { what: format!("{place} does not decode ({error})") }),
+    }
+}
+
+fn checked<'a>(place: &str, bytes: &'a [u8]) -> Result<&'a [u8], DiskError> {
+    match bytes.split_at_checked(CHECKSUM) {
+        Some((said, body)) if said == checksum(place, body) => Ok(body),
+        _ => Err(DiskError::Damaged { what: format!("{place} does not have its checksum") }),
+    }
+}
+
+fn checksum(place: &str, body: &[u8]) -> [u8; CHECKSUM] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(place.len() as u64).to_le_bytes()).update(place.as_bytes()).update(body);
+    let mut sum = [0; CHECKSUM];
+    sum.copy_from_slice(&hasher.finalize().as_bytes()[..CHECKSUM]);
+    sum
+}

@@ -1,0 +1,59 @@
+//! The log that a cluster agrees on: openraft, and where it keeps what it must not forget. Nothing else here imports openraft. No
+//! daemon uses it yet.
+//!
+//! ```text
+//! openraft ──append, vote, truncate──▶ Log ──┐
+//!          ──apply──▶ Machine ──snapshots────┴──▶ Disk: one redb file, each record with a checksum
+//!                        └── control::State, in memory
+//! ```
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`disk`] | the file: transactions that are on disk when they return, and damage that is told and not passed on |
+//! | [`log`] | entries, the vote, what is known to be committed |
+//! | [`machine`] | the state that entries make, and its snapshots |
+
+pub mod disk;
+pub mod log;
+pub mod machine;
+
+use std::fmt;
+
+use control::Answer;
+use serde::{Deserialize, Serialize};
+use types::NodeId;
+use uuid::Uuid;
+
+pub use disk::{Disk, DiskError};
+pub use log::Log;
+pub use machine::Machine;
+
+openraft::declare_raft_types!(
+    /// What openraft is told of our types.
+    pub Types:
+        D = control::Entry,
+        R = Answered,
+        NodeId = Member,
+        Node = openraft::BasicNode,
+);
+
+/// A member of the consensus: a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Member(pub NodeId);
+
+/// What an entry was answered. Entries of openraft's own get none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answered(pub Option<Answer>);
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// For openraft's own tests of a store, which number members.
+impl From<u64> for Member {
+    fn from(number: u64) -> Self {
+        Self(NodeId::from_uuid(Uuid::from_u128(u128::from(number))))
+    }
+}
