@@ -78,6 +78,15 @@ impl Agent {
         if self.made.contains(key) { 100 } else { self.observed.images.get(key).map_or(0, |seen| seen.percent) }
     }
 
+    /// Where this node and the state do not say the same, in words.
+    pub(super) fn differs_from(&self, state: &State) -> Option<String> {
+        let said =
+            |key: &ImageKey| state.images.get(key).and_then(|image| image.holders.get(&self.id)).map(|holder| holder.percent);
+        let keys = state.images.keys().chain(self.observed.images.keys());
+        let wrong = keys.into_iter().find(|key| said(key).unwrap_or(0) != self.percent_of(key) && !self.made.contains(*key));
+        wrong.map(|key| format!("image {key} on node {}: {:?} is said, {} is so", self.id, said(key), self.percent_of(key)))
+    }
+
     /// What was made here is the cluster's from when the cluster knows of it.
     fn hand_over(&mut self, state: &State) {
         let is_known = |key: &ImageKey| state.images.get(key).is_some_and(|image| image.holders.contains_key(&self.id));
@@ -147,12 +156,6 @@ fn read_on(world: &mut World, node: usize) {
 
 fn look(world: &mut World, node: usize, consensus: &mut Consensus) -> Result<(), String> {
     let (state, now) = (consensus.seen_by(node), world.now);
-    if state.revoked.contains(&world.agents[node].id) {
-        let agent = &mut world.agents[node];
-        agent.start_anew(agent.observed.incarnation);
-        agent.observed.images.clear();
-        return Ok(());
-    }
     let id = world.agents[node].id;
     world.agents[node].hand_over(&state);
     let orders = &state.images;
@@ -171,6 +174,11 @@ fn look(world: &mut World, node: usize, consensus: &mut Consensus) -> Result<(),
                 let images = whole.map(|key| (key.clone(), agent.images[key].clone())).collect();
                 let (incarnation, facts) = (agent.observed.incarnation, agent.facts.clone());
                 consensus.propose(world, node, None, Command::Register { node: id, incarnation, facts, images }, 0);
+            }
+            Action::Leave => {
+                let agent = &mut world.agents[node];
+                agent.start_anew(agent.observed.incarnation);
+                agent.observed.images.clear();
             }
             Action::Open { key, epoch, sources } => {
                 let fails = world.dice.u8(..) < 6;
@@ -195,6 +203,10 @@ fn look(world: &mut World, node: usize, consensus: &mut Consensus) -> Result<(),
                 world.agents[node].observed.images.remove(&key);
             }
             Action::Start { job, task, epoch } => {
+                let image = &state.jobs[&job].spec.image;
+                if !world.agents[node].observed.images.contains_key(image) {
+                    return Err(format!("node {id} is to start task {job}/{task} without image {image}"));
+                }
                 let crashes = world.dice.u8(..) < 12;
                 let end = Tick(now.0 + world.dice.u64(100..4000));
                 let outcome =

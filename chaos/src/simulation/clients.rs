@@ -42,11 +42,16 @@ impl Clients {
         self.answered.len() as u64
     }
 
-    /// Asks for something.
-    pub(super) fn ask(&mut self, now: Tick, command: Command) {
+    /// Nobody waits any more for nodes to be kept free.
+    pub(super) fn forget_cordons(&mut self) {
+        self.waiting.retain(|_, request| !matches!(request.command, Command::Cordon { .. } | Command::Drain { .. }));
+    }
+
+    /// Asks for something, from then on.
+    pub(super) fn ask(&mut self, at: Tick, command: Command) {
         self.drawn += 1;
         let key = Key(Uuid::from_u128(u128::from(self.drawn) << 64 | 1));
-        self.waiting.insert(self.drawn, Request { key, command, send_at: now });
+        self.waiting.insert(self.drawn, Request { key, command, send_at: at });
     }
 
     pub(super) fn step(&mut self, world: &mut World, consensus: &mut Consensus, asks: bool) -> Result<(), String> {
@@ -111,7 +116,7 @@ impl Clients {
             6 => Command::RemoveTemplate { tenant, name },
             7 => Command::Cancel { job: some_job() },
             8 => Command::Forget { job: state.jobs.keys().next().copied().unwrap_or(JobId(Uuid::nil())) },
-            9 => Command::GrantCapacity { node: id, resources: resources(2), lasts_ms: dice.u64(500..20_000) },
+            9 => Command::GrantCapacity { node: id, incarnation, resources: resources(2), lasts_ms: dice.u64(500..20_000) },
             10 => Command::ReturnCapacity { node: id, epoch: state.epoch },
             11 => Command::Cordon { node: id, is_cordoned: dice.bool() },
             12 => Command::Drain { node: id, is_draining: dice.bool() },

@@ -188,7 +188,8 @@ impl Consensus {
         self.pending = left;
         let due: Vec<Pending> = due;
         for Pending { mut entry, from, again, .. } in due {
-            entry.at = world.now;
+            // By the clock of whoever leads, when it was proposed.
+            entry.at = Tick(world.now.0.saturating_sub(world.dice.u64(0..300)));
             for _ in 0..=usize::from(again) {
                 let answer = self.append(&entry);
                 if let Some(from) = from.filter(|_| !self.answers_early) {

@@ -7,6 +7,9 @@ use control::{Command, Tick};
 use super::clients::Clients;
 use super::{World, node_id};
 
+/// The longest that a request is on its way, and some more.
+const SLOWEST_MS: u64 = 25_000;
+
 /// See the module.
 #[derive(Default)]
 pub(super) struct Faults {
@@ -61,10 +64,13 @@ impl Faults {
                 self.heals = Some(until);
                 "one way"
             }
+            // At least three stay: what any two of them have to keep finds room beside what runs.
             _ if nodes > 4 && !self.has_revoked => {
                 self.has_revoked = true;
-                clients.ask(now, Command::Revoke { node: node_id(node) });
-                "revoke"
+                let node = node_id(node);
+                let is_removed = world.dice.bool();
+                clients.ask(now, if is_removed { Command::Remove { node } } else { Command::Revoke { node } });
+                if is_removed { "remove" } else { "revoke" }
             }
             _ => return,
         };
@@ -74,10 +80,13 @@ impl Faults {
     /// No more of it.
     pub(super) fn end(&mut self, world: &mut World, clients: &mut Clients) {
         heal(world);
+        // What was asked for before may still be on its way.
+        clients.forget_cordons();
+        let later = Tick(world.now.0 + SLOWEST_MS);
         for node in 0..world.agents.len() {
             world.agents[node].go_on();
-            clients.ask(world.now, Command::Cordon { node: node_id(node), is_cordoned: false });
-            clients.ask(world.now, Command::Drain { node: node_id(node), is_draining: false });
+            clients.ask(later, Command::Cordon { node: node_id(node), is_cordoned: false });
+            clients.ask(later, Command::Drain { node: node_id(node), is_draining: false });
         }
     }
 }

@@ -208,7 +208,9 @@ fn what_is_left(world: &World, consensus: &Consensus, clients: &Clients) -> Stri
             left.push(format!("image {key} on {arriving} nodes"));
         }
     }
-    for agent in world.agents.iter().filter(|agent| !state.revoked.contains(&agent.id)) {
+    let is_out = |agent: &&Agent| state.revoked.contains(&agent.id) || state.removed.contains_key(&agent.id);
+    for agent in world.agents.iter().filter(|agent| !is_out(agent)) {
+        left.extend(agent.differs_from(state));
         if !agent.is_idle() {
             left.push(format!("what node {} runs", agent.id));
         }
@@ -237,7 +239,11 @@ fn node_facts(index: usize, dice: &mut fastrand::Rng) -> NodeFacts {
         address: ([127, 0, 0, 1], 7000 + u16::try_from(index).expect("a handful")).into(),
         profile: profile(),
         labels: BTreeMap::from([("zone".to_owned(), ["a", "b"][index % 2].to_owned())]),
-        capacity: Resources { memory_bytes: 400 * MIB + machines * 10 * MIB, cpu_millis: machines * 100, machines },
+        capacity: Resources {
+            memory_bytes: dice.u64(2..=4) * 100 * MIB + machines * 10 * MIB,
+            cpu_millis: machines * 100,
+            machines,
+        },
     }
 }
 

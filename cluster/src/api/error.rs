@@ -7,9 +7,9 @@
 //! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE`, `UNKNOWN_NODE` | there is none |
 //! | 405 | `METHOD_NOT_ALLOWED` | the route exists, for other methods |
 //! | 408 | `SLOW_REQUEST` | the body did not come within the deadline |
-//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `OTHER_CERTIFICATE`, `TOO_MANY_NODES` | not in this state; another request may pass. `REFUSED`: by another node |
+//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NO_GUEST_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `OTHER_CERTIFICATE`, `TOO_MANY_NODES` | not in this state; another request may pass. `REFUSED`: by another node |
 //! | 413 | `BODY_TOO_LARGE` | more than 1 MiB |
-//! | 422 | `BAD_IMAGE`, `NOT_VERIFIABLE`, `WRONG_PROOF` | understood, but this image or machine cannot |
+//! | 422 | `BAD_IMAGE`, `NOT_VERIFIABLE`, `NO_NETWORK_CARD`, `WRONG_PROOF` | understood, but this image or machine cannot |
 //! | 429 | `BUSY` | too many calls wait; `Retry-After` |
 //! | 500 | `INTERNAL`, `STORE` | something of ours failed |
 //! | 502 | `UNREACHABLE`, `SOURCE_LOST` | another node cannot be reached, or none is left that has what is missing |
@@ -138,9 +138,11 @@ fn status(code: &str) -> StatusCode {
         | "BAD_TENANT" | "BAD_ADDRESS" | "BAD_HOLDERS" | "BAD_CERTIFICATE" | "UNFIT" => StatusCode::BAD_REQUEST,
         "NOT_TRUSTED" | "FORBIDDEN" => StatusCode::FORBIDDEN,
         "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" | "UNKNOWN_TEMPLATE" | "UNKNOWN_NODE" => StatusCode::NOT_FOUND,
-        "NAME_TAKEN" | "ENDED" | "NOT_READY" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK" | "NOT_LISTENING"
-        | "NOT_ADVERTISED" | "OTHER_CERTIFICATE" | "TOO_MANY_NODES" => StatusCode::CONFLICT,
-        "BAD_IMAGE" | "GUEST" | "NOT_VERIFIABLE" | "WRONG_PROOF" => StatusCode::UNPROCESSABLE_ENTITY,
+        "NAME_TAKEN" | "ENDED" | "NOT_READY" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK"
+        | "NO_GUEST_NETWORK" | "NOT_LISTENING" | "NOT_ADVERTISED" | "OTHER_CERTIFICATE" | "TOO_MANY_NODES" => {
+            StatusCode::CONFLICT
+        }
+        "BAD_IMAGE" | "GUEST" | "NOT_VERIFIABLE" | "NO_NETWORK_CARD" | "WRONG_PROOF" => StatusCode::UNPROCESSABLE_ENTITY,
         "BUSY" => StatusCode::TOO_MANY_REQUESTS,
         "UNREACHABLE" | "SOURCE_LOST" => StatusCode::BAD_GATEWAY,
         "NO_ANSWER" => StatusCode::GATEWAY_TIMEOUT,

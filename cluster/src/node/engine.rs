@@ -47,6 +47,14 @@ pub trait Engine: Send + Sync + 'static {
         Err(no_guests())
     }
 
+    /// Whether machines can be plugged in here.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::NoGuestNetwork`].
+    fn check_guest_network(&self) -> Result<(), EngineError> {
+        Err(no_guests())
+    }
+
     /// Plugs a machine's network card into this host: it gets a place in the network of guests, for as long as it lives.
     ///
     /// # Errors

@@ -75,21 +75,42 @@ pub struct Writing<'a> {
 }
 
 impl Disk {
-    /// Opens the file, or makes it.
+    /// Makes the file, of a member that begins. From then on a file that is missing is damage.
+    ///
+    /// # Errors
+    /// [`DiskError`]; also if there is one.
+    pub fn create(path: &Path) -> Result<Self, DiskError> {
+        let failed = |error: io::Error| DiskError::Open { path: path.to_owned(), cause: error.to_string() };
+        if path.exists() {
+            return Err(failed(io::ErrorKind::AlreadyExists.into()));
+        }
+        // It gets its name when all of it is there. What a start before this one has left is none of a member's.
+        let new = path.with_extension("new");
+        let options = || File::options().read(true).write(true).create(true).truncate(true).clone();
+        let file = options().open(&new).map_err(failed)?;
+        let disk = Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))?;
+        std::fs::rename(&new, path).map_err(failed)?;
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+        Ok(disk)
+    }
+
+    /// Opens the file of a member.
     ///
     /// # Errors
     /// [`DiskError`]. The file is left as it was.
     pub fn open(path: &Path) -> Result<Self, DiskError> {
         let failed = |error: io::Error| DiskError::Open { path: path.to_owned(), cause: error.to_string() };
-        let is_new = !path.exists();
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-        let disk = Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))?;
-        if is_new {
-            // The name, too.
-            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+        let file = match File::options().read(true).write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(DiskError::Damaged { what: format!("{} is missing", path.display()) });
+            }
+            opened => opened.map_err(failed)?,
+        };
+        if file.metadata().map_err(failed)?.len() == 0 {
+            return Err(DiskError::Damaged { what: format!("{} is empty", path.display()) });
         }
-        Ok(disk)
+        Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))
     }
 
     /// The same over something else than a file: for the tests that cut the power.
@@ -149,7 +170,9 @@ impl Disk {
     /// [`DiskError`].
     pub fn write<T>(&self, write: impl FnOnce(&mut Writing<'_>) -> Result<T, DiskError>) -> Result<T, DiskError> {
         self.with(|database| {
-            let transaction = database.begin_write().map_err(of_redb)?;
+            let mut transaction = database.begin_write().map_err(of_redb)?;
+            // Without it redb takes a last transaction whose pages are damaged for one that was cut off, and goes back behind it.
+            transaction.set_two_phase_commit(true);
             let written = {
                 let entries = transaction.open_table(ENTRIES).map_err(of_redb)?;
                 let records = transaction.open_table(RECORDS).map_err(of_redb)?;

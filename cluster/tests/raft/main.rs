@@ -20,7 +20,7 @@ struct Builder;
 impl StoreBuilder<Types, Log, Machine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, Log, Machine), StorageError<Types>> {
         let directory = tempfile::tempdir().unwrap();
-        let disk = Disk::open(&directory.path().join("raft.redb")).unwrap();
+        let disk = Disk::create(&directory.path().join("raft.redb")).unwrap();
         Ok((directory, Log::on(disk.clone()), Machine::open(disk).unwrap()))
     }
 }
@@ -35,10 +35,15 @@ pub(crate) fn log_id(term: u64, index: u64) -> LogIdOf<Types> {
 }
 
 pub(crate) fn entry(index: u64) -> EntryOf<Types> {
-    let name = types::Name::parse(&format!("template-{index}")).unwrap();
+    entry_of(1, index)
+}
+
+/// The entry of this index that a leader of this term wrote.
+pub(crate) fn entry_of(term: u64, index: u64) -> EntryOf<Types> {
+    let name = types::Name::parse(&format!("template-{term}-{index}")).unwrap();
     let command = Command::RemoveTemplate { tenant: types::Tenant::default_tenant(), name };
     let entry = Entry { at: Tick(index), key: None, command };
-    EntryOf::<Types>::new(log_id(1, index), EntryPayload::Normal(entry))
+    EntryOf::<Types>::new(log_id(term, index), EntryPayload::Normal(entry))
 }
 
 #[test]
@@ -51,7 +56,7 @@ fn what_was_kept_is_there_after_a_start_and_what_was_taken_away_is_not() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("raft.redb");
     runtime().block_on(async {
-        let mut log = Log::on(Disk::open(&path).unwrap());
+        let mut log = Log::on(Disk::create(&path).unwrap());
         log.append((1..=20).map(entry), IOFlushed::noop()).await.unwrap();
         log.truncate_after(Some(log_id(1, 15))).await.unwrap();
         log.purge(log_id(1, 5)).await.unwrap();
@@ -70,6 +75,7 @@ fn what_was_kept_is_there_after_a_start_and_what_was_taken_away_is_not() {
         let indices: Vec<u64> = log.try_get_log_entries(..).await.unwrap().iter().map(|entry| entry.log_id.index).collect();
         assert_eq!(indices, (6..=15).collect::<Vec<_>>());
     });
+    assert!(matches!(Disk::create(&path), Err(farfork::raft::DiskError::Open { .. })), "there is one");
     let in_use = Disk::open(&path).err().unwrap();
     assert!(matches!(in_use, farfork::raft::DiskError::InUse { .. }) && !in_use.remedy().is_empty(), "{in_use}");
 }
@@ -78,7 +84,7 @@ fn what_was_kept_is_there_after_a_start_and_what_was_taken_away_is_not() {
 #[test]
 fn reading_for_a_follower_is_bounded_in_bytes() {
     let directory = tempfile::tempdir().unwrap();
-    let disk = Disk::open(&directory.path().join("raft.redb")).unwrap();
+    let disk = Disk::create(&directory.path().join("raft.redb")).unwrap();
     let mut log = Log::on(disk.clone());
     runtime().block_on(async {
         log.append((0..100).map(entry), IOFlushed::noop()).await.unwrap();
@@ -95,7 +101,7 @@ fn reading_for_a_follower_is_bounded_in_bytes() {
 fn a_snapshot_is_the_state_as_of_its_entry_and_none_is_kept_over_a_newer_one() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("raft.redb");
-    let disk = Disk::open(&path).unwrap();
+    let disk = Disk::create(&path).unwrap();
     let (newer, older) = runtime().block_on(async {
         let mut machine = Machine::open(disk.clone()).unwrap();
         let apply = |index: u64| futures_util::stream::iter([Ok((entry(index), None))]);

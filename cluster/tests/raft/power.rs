@@ -9,7 +9,7 @@ use openraft::type_config::alias::VoteOf;
 use redb::StorageBackend;
 use vm::harness::{count, held, seed};
 
-use super::{entry, log_id, runtime};
+use super::{entry_of, log_id, runtime};
 
 /// What a disk writes whole or not at all.
 const SECTOR: usize = 512;
@@ -138,16 +138,29 @@ impl Fickle {
 /// What was told to be kept.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Kept {
+    /// The index of the first entry.
     first: u64,
-    last: u64,
+    /// Which leader wrote each.
+    terms: Vec<u64>,
     vote: u64,
+}
+
+impl Kept {
+    /// The index after the last.
+    fn end(&self) -> u64 {
+        self.first + self.terms.len() as u64
+    }
+
+    fn id(&self, index: u64) -> openraft::type_config::alias::LogIdOf<Types> {
+        log_id(self.terms[usize::try_from(index - self.first).unwrap()], index)
+    }
 }
 
 /// Writes until the power goes, starts again, and looks; several times over. An error says what was lost.
 fn live(seed: u64, forgets_to_sync: bool) -> Result<(), String> {
     let mut dice = fastrand::Rng::with_seed(seed);
     let mut disk = Fickle::default();
-    let (mut kept, mut under_way) = (Kept { first: 1, last: 0, vote: 0 }, None::<Kept>);
+    let (mut kept, mut under_way) = (Kept { first: 1, ..Kept::default() }, None::<Kept>);
     for round in 0..6 {
         disk.0.lock().unwrap().forgets_to_sync = forgets_to_sync;
         let opened = Disk::open_on(disk.clone()).map_err(|error| format!("round {round}: {error}"))?;
@@ -164,16 +177,20 @@ fn live(seed: u64, forgets_to_sync: bool) -> Result<(), String> {
                 let mut next = kept.clone();
                 let done = match dice.u8(0..10) {
                     0..=5 => {
-                        next.last += dice.u64(1..8);
-                        log.append((kept.last + 1..=next.last).map(entry), IOFlushed::noop()).await
+                        let new: Vec<u64> = (0..dice.u64(1..8)).map(|_| kept.vote).collect();
+                        next.terms.extend(&new);
+                        let entries = (kept.end()..next.end()).map(|index| entry_of(kept.vote, index));
+                        log.append(entries, IOFlushed::noop()).await
                     }
-                    6 if kept.last > kept.first => {
-                        next.last = dice.u64(kept.first..=kept.last);
-                        log.truncate_after(Some(log_id(1, next.last))).await
+                    6 if kept.terms.len() > 1 => {
+                        next.terms.truncate(dice.usize(1..kept.terms.len()));
+                        log.truncate_after(Some(kept.id(next.end() - 1))).await
                     }
-                    7 if kept.last > kept.first => {
-                        next.first = dice.u64(kept.first..kept.last);
-                        log.purge(log_id(1, next.first - 1)).await
+                    7 if kept.terms.len() > 1 => {
+                        let gone = dice.usize(1..kept.terms.len());
+                        next.terms.drain(..gone);
+                        next.first += gone as u64;
+                        log.purge(kept.id(next.first - 1)).await
                     }
                     _ => {
                         next.vote += 1;
@@ -199,13 +216,14 @@ async fn look(log: &mut Log) -> io::Result<Kept> {
     let state = log.get_log_state().await?;
     let entries = log.try_get_log_entries(..).await?;
     let first = state.last_purged_log_id.map_or(1, |purged| purged.index + 1);
-    let indices: Vec<u64> = entries.iter().map(|entry| entry.log_id.index).collect();
+    let terms: Vec<u64> = entries.iter().map(|read| read.log_id.committed_leader_id().term).collect();
+    let expected: Vec<_> = (first..).zip(&terms).map(|(index, term)| entry_of(*term, index)).collect();
     let last = state.last_log_id.map_or(0, |last| last.index);
-    if indices != (first..=last).collect::<Vec<_>>() || entries.iter().any(|read| *read != entry(read.log_id.index)) {
-        return Err(io::Error::other(format!("entries {indices:?} where {first}..={last} should be")));
+    if entries != expected || last + 1 != first + terms.len() as u64 {
+        return Err(io::Error::other(format!("{first} to {last} should be there, and {entries:?} is")));
     }
     let vote = log.read_vote().await?.map_or(0, |vote| vote.leader_id.term);
-    Ok(Kept { first, last, vote })
+    Ok(Kept { first, terms, vote })
 }
 
 #[test]

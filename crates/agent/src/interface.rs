@@ -13,7 +13,7 @@ pub fn set_up(socket: &impl AsFd, name: &str) -> io::Result<()> {
     sys::interface::set_up(socket, name)
 }
 
-/// Gives an interface its address, instead of the one that it had, and of the routes that came with that.
+/// Gives an interface its address, instead of those that it had, and of the routes that came with them.
 ///
 /// # Errors
 /// As the kernel says, `ENODEV` if there is none of that name.

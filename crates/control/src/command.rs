@@ -141,9 +141,11 @@ pub enum Command {
     GrantCapacity {
         /// Which.
         node: NodeId,
+        /// Its start.
+        incarnation: u64,
         /// How much.
         resources: Resources,
-        /// For how long, in milliseconds.
+        /// For how long, in milliseconds; an hour at most.
         lasts_ms: u64,
     },
     /// It gives back what is left.
@@ -253,6 +255,8 @@ pub enum Refusal {
     Full(NodeId),
     #[error("{count} tasks where 1 to {max} are possible")]
     BadCount { count: u32, max: u32 },
+    #[error("a task has to take some memory, some of a CPU, and one machine")]
+    BadResources,
     #[error("job {0} is there already")]
     JobExists(JobId),
     #[error("job {0} has not ended")]
@@ -283,6 +287,7 @@ impl Refusal {
             Self::ForeignCpu { .. } => "name nodes with a CPU as the image's",
             Self::Full(_) => "wait, or ask for less",
             Self::BadCount { .. } => "submit several jobs",
+            Self::BadResources => "say what each task takes",
             Self::JobExists(_) => "draw another id",
             Self::JobRuns(_) => "cancel it first",
             Self::KeyReused(_) => "draw a key for each request",
@@ -325,7 +330,7 @@ impl fmt::Display for Command {
             Self::RemoveTemplate { tenant, name } => write!(f, "template {tenant}/{name} is removed"),
             Self::Open { key, node, sources } => write!(f, "node {node} opens image {key} from {}", list(sources)),
             Self::LetGo { key, node } => write!(f, "node {node} may let go of image {key}"),
-            Self::GrantCapacity { node, resources, lasts_ms } => {
+            Self::GrantCapacity { node, resources, lasts_ms, .. } => {
                 write!(f, "node {node} may start {} machines for {lasts_ms} ms", resources.machines)
             }
             Self::ReturnCapacity { node, epoch } => write!(f, "node {node} returns its lease {}", epoch.0),

@@ -2,14 +2,15 @@
 //! everybody time to be heard.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use types::NodeId;
 
 use crate::clock::Tick;
 use crate::command::Command;
-use crate::place::{home, is_cut_off, place, rescue};
-use crate::state::{Image, ImageKey, Life, State, Task};
+use crate::place::{Verdict, home, is_cut_off, place, plan, rescue, wanted};
+use crate::state::{Image, ImageKey, Job, Life, Resources, State, Task};
 
 /// A node that was not heard for so long is suspected,
 pub const SUSPECT_AFTER: Duration = Duration::from_secs(5);
@@ -39,8 +40,8 @@ impl Heard {
         self.nodes.insert(node, now);
     }
 
-    fn silence(&self, node: NodeId, now: Tick) -> Duration {
-        now - self.nodes.get(&node).copied().unwrap_or(self.began).max(self.began)
+    fn silence(&self, node: NodeId, registered: Tick, now: Tick) -> Duration {
+        now - self.nodes.get(&node).copied().unwrap_or(self.began).max(self.began).max(registered)
     }
 }
 
@@ -53,7 +54,7 @@ pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
         images(state, key, image, needed.contains(key), now, &mut commands);
     }
     let running = state.jobs.iter().filter(|(_, job)| job.ended.is_none());
-    commands.extend(running.filter_map(|(id, job)| place(state, *id, job)));
+    commands.extend(running.filter_map(|(id, job)| place(state, *id, job).or_else(|| make_room(state, job))));
     if commands.is_empty() && now - state.time >= NOTE_EVERY && waits_for_time(state) {
         commands.push(Command::Note);
     }
@@ -62,7 +63,7 @@ pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
 
 fn nodes(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
     let of_node = |(id, node): (&NodeId, &crate::state::Node)| {
-        let (node_id, incarnation, silence) = (*id, node.incarnation, heard.silence(*id, now));
+        let (node_id, incarnation, silence) = (*id, node.incarnation, heard.silence(*id, node.registered, now));
         match node.life {
             Life::Up if silence >= SUSPECT_AFTER => Some(Command::Suspect { node: node_id, incarnation }),
             Life::Suspect if silence >= LOST_AFTER => Some(Command::GiveUp { node: node_id, incarnation }),
@@ -84,14 +85,10 @@ fn images(state: &State, key: &ImageKey, image: &Image, is_needed: bool, now: Ti
     }
     // Those that may let go: of what nothing needs, and of what is to be elsewhere.
     let stays = |id: &NodeId| !is_draining(id) && image.holders[id].is_kept();
-    let settled_elsewhere = image.settled().filter(|id| !is_draining(id)).count();
+    let settled_elsewhere = state.settled_and_up(image).filter(|id| !is_draining(id)).count();
     let is_forgotten = image.unneeded.is_some_and(|since| now - since >= UNNEEDED_AFTER);
-    let has_tasks = |id: &NodeId| {
-        let of_image = state.jobs.values().filter(|job| job.ended.is_none() && job.spec.image == *key);
-        of_image.flat_map(|job| job.tasks.iter()).any(|(_, task)| matches!(task, Task::Placed { node, .. } if node == *id))
-    };
     for (id, holder) in image.holders.iter().filter(|(_, holder)| holder.is_kept()) {
-        let is_free = image.readers_of(*id).next().is_none() && !has_tasks(id);
+        let is_free = image.readers_of(*id).next().is_none() && !has_tasks(state, key, *id);
         let is_to_go = is_forgotten || is_draining(id) && (!holder.is_settled() || !is_needed || settled_elsewhere > 0);
         if is_free && is_to_go {
             commands.push(Command::LetGo { key: key.clone(), node: *id });
@@ -107,6 +104,33 @@ fn images(state: &State, key: &ImageKey, image: &Image, is_needed: bool, now: Ti
     {
         commands.push(Command::Open { key: key.clone(), node, sources });
     }
+}
+
+/// For tasks that find no place: a copy of another image that can be spared.
+fn make_room(state: &State, job: &Job) -> Option<Command> {
+    let is_waiting = |(range, task): (Range<u32>, Task)| matches!(task, Task::Waiting { .. }).then_some(range);
+    let waiting: u64 = job.tasks.iter().filter_map(is_waiting).map(|range| u64::from(range.end - range.start)).sum();
+    if waiting == 0 {
+        return None;
+    }
+    let plan = plan(state, &wanted(job, waiting, None));
+    let others = || state.images.iter().filter(|(key, _)| **key != job.spec.image);
+    plan.verdicts.iter().find_map(|(id, verdict)| {
+        let Verdict::Full { free, needed } = verdict else { return None };
+        let can_be_spared = |(key, image): &(&ImageKey, &Image)| {
+            image.holders.get(id).is_some_and(|holder| holder.is_kept() && holder.is_settled())
+                && image.readers_of(*id).next().is_none()
+                && state.settled_and_up(image).any(|other| other != *id)
+                && !has_tasks(state, key, *id)
+                && needed.fits(Resources { memory_bytes: free.memory_bytes.saturating_add(image.facts.data_bytes), ..*free })
+        };
+        others().find(can_be_spared).map(|(key, _)| Command::LetGo { key: key.clone(), node: *id })
+    })
+}
+
+fn has_tasks(state: &State, key: &ImageKey, id: NodeId) -> bool {
+    let of_image = state.jobs.values().filter(|job| job.ended.is_none() && job.spec.image == *key);
+    of_image.flat_map(|job| job.tasks.iter()).any(|(_, task)| matches!(task, Task::Placed { node, .. } if node == id))
 }
 
 /// Whether something happens in time that nothing else would bring about.

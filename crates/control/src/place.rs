@@ -192,7 +192,7 @@ fn look_at(state: &State, image: &Image, id: NodeId, wanted: &Wanted<'_>, free: 
     let left = Resources { memory_bytes: free.memory_bytes.saturating_sub(before), ..free };
     let room = if free.memory_bytes < before { 0 } else { left.holds(wanted.each) };
     if room == 0 {
-        let needed = Resources { memory_bytes: wanted.each.memory_bytes + before, ..wanted.each };
+        let needed = Resources { memory_bytes: wanted.each.memory_bytes.saturating_add(before), ..wanted.each };
         return Err(Verdict::Full { free, needed });
     }
     Ok((tier, room))
@@ -202,8 +202,14 @@ fn look_at(state: &State, image: &Image, id: NodeId, wanted: &Wanted<'_>, free: 
 fn share(count: u64, nodes: &[(NodeId, u64)], spread: Spread) -> Vec<(NodeId, u64)> {
     let mut left = count;
     let mut nodes = nodes.to_vec();
-    // The fullest first: what it leaves over, the others take.
-    nodes.sort_by_key(|(id, room)| (*room, *id));
+    match spread {
+        // The fullest first: what it leaves over, the others take.
+        Spread::Spread => nodes.sort_by_key(|(id, room)| (*room, *id)),
+        // The fullest of those that have room for all; if there is none, the emptiest ones.
+        Spread::Pack => {
+            nodes.sort_by_key(|(id, room)| if *room >= count { (0, *room, *id) } else { (1, u64::MAX - room, *id) })
+        }
+    }
     let mut shares = Vec::new();
     let all = nodes.len();
     for (index, (id, room)) in nodes.into_iter().enumerate() {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use types::{Epoch, NodeId};
 
 use crate::command::{Command, Results};
-use crate::state::{Hold, ImageKey, JobId, Life, Outcome, State, Task};
+use crate::state::{Hold, Holder, ImageKey, JobId, Life, Outcome, State, Task};
 
 /// Progress is told when so much of it is new.
 const PROGRESS_STEP: u8 = 10;
@@ -52,6 +52,8 @@ pub enum Action {
         /// The number has to be higher than this.
         above: u64,
     },
+    /// This node is out: end what runs, let go of everything, ask for nothing. One that was removed may join again with its next start.
+    Leave,
     /// Have an image, or read it from others than before.
     Open {
         /// Which.
@@ -98,7 +100,9 @@ pub enum Action {
 pub fn reconcile(state: &State, id: NodeId, observed: &Observed) -> Vec<Action> {
     let known = state.nodes.get(&id).filter(|node| node.life != Life::Lost && node.incarnation == observed.incarnation);
     if known.is_none() {
-        // A revoked node finds out when it registers.
+        if state.revoked.contains(&id) || state.removed.get(&id).is_some_and(|last| observed.incarnation <= *last) {
+            return vec![Action::Leave];
+        }
         let above = state.nodes.get(&id).map_or(0, |node| node.incarnation);
         return vec![Action::Register { above }];
     }
@@ -111,8 +115,10 @@ pub fn reconcile(state: &State, id: NodeId, observed: &Observed) -> Vec<Action> 
             (Hold::LetGo, Some(_)) => actions.push(Action::Drop { key: key.clone() }),
             (Hold::LetGo, None) => gone.push((key.clone(), holder.epoch)),
             (Hold::Kept, _) if observed.failed.contains(&(key.clone(), holder.epoch)) => gone.push((key.clone(), holder.epoch)),
-            // What it once had all of is gone.
-            (Hold::Kept, None) if holder.is_settled() => gone.push((key.clone(), holder.epoch)),
+            // What it is said to have all of is not there.
+            (Hold::Kept, Some(Seen { percent: ..100, .. }) | None) if holder.is_settled() => {
+                gone.push((key.clone(), holder.epoch))
+            }
             (Hold::Kept, seen) => {
                 let percent = seen.map_or(0, |seen| seen.percent);
                 let is_news = percent > holder.percent && (percent == 100 || percent - holder.percent >= PROGRESS_STEP);
@@ -158,7 +164,8 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
     }
     for (job_id, job) in state.jobs.iter().filter(|(_, job)| job.ended.is_none()) {
         // Children need the image, if only its first pages.
-        if !observed.images.contains_key(&job.spec.image) {
+        let holder = state.images.get(&job.spec.image).and_then(|image| image.holders.get(&id));
+        if !observed.images.contains_key(&job.spec.image) || !holder.is_some_and(Holder::is_kept) {
             continue;
         }
         let ours = job.tasks.iter().filter_map(|(range, task)| match task {

@@ -3,7 +3,7 @@
 use thiserror::Error;
 use types::NodeId;
 
-use crate::apply::{REMEMBERED, leads_to_all};
+use crate::apply::REMEMBERED;
 use crate::state::{ImageKey, JobId, Life, State, Task};
 
 /// What is not true of a state.
@@ -12,7 +12,7 @@ use crate::state::{ImageKey, JobId, Life, State, Task};
 pub enum Invalid {
     #[error("node {node} was asked for more than it has")]
     Overfull { node: NodeId },
-    #[error("node {node} was revoked and is a member")]
+    #[error("node {node} was revoked or removed, and is a member")]
     Revoked { node: NodeId },
     #[error("node {node} holds image {key}, and is gone")]
     HolderGone { node: NodeId, key: ImageKey },
@@ -22,8 +22,12 @@ pub enum Invalid {
     SourceGone { node: NodeId, key: ImageKey, source_node: NodeId },
     #[error("node {node} reads image {key} in a circle")]
     Circle { node: NodeId, key: ImageKey },
-    #[error("an order about image {key} has an epoch that was never drawn, and so has a task, or a lease")]
+    #[error("an order about image {key} has an epoch that was never drawn")]
     Epoch { key: ImageKey },
+    #[error("the lease of node {node} has an epoch that was never drawn, or has run out")]
+    Lease { node: NodeId },
+    #[error("image {key} is said to be stranded, or unneeded, and is not, or the other way round")]
+    Since { key: ImageKey },
     #[error("nobody holds image {key}, and nothing needs it")]
     Nobodys { key: ImageKey },
     #[error("a template points at image {key}, which is not known")]
@@ -45,7 +49,10 @@ pub enum Invalid {
 pub fn validate(state: &State) -> Result<(), Invalid> {
     let (claims, needed) = (state.claims(), state.needed());
     for (id, node) in &state.nodes {
-        if state.revoked.contains(id) {
+        if node.lease.is_some_and(|lease| lease.epoch > state.epoch || lease.until <= state.time) {
+            return Err(Invalid::Lease { node: *id });
+        }
+        if state.revoked.contains(id) || state.removed.contains_key(id) {
             return Err(Invalid::Revoked { node: *id });
         }
         if !claims.get(id).copied().unwrap_or_default().fits(node.facts.capacity) && node.life != Life::Lost {
@@ -56,6 +63,11 @@ pub fn validate(state: &State) -> Result<(), Invalid> {
     for (key, image) in &state.images {
         if image.holders.is_empty() && !needed.contains(key) {
             return Err(Invalid::Nobodys { key: key.clone() });
+        }
+        let is_right =
+            image.stranded.is_some() == image.settled().next().is_none() && image.unneeded.is_some() != needed.contains(key);
+        if !is_right {
+            return Err(Invalid::Since { key: key.clone() });
         }
         for (id, holder) in &image.holders {
             if !is_there(id) {
@@ -81,7 +93,6 @@ pub fn validate(state: &State) -> Result<(), Invalid> {
                 }
                 at = *next;
             }
-            debug_assert!(!holder.is_settled() || leads_to_all(image, *id));
         }
     }
     for ((tenant, _), digest) in &state.templates {

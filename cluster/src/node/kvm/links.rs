@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use agent::interface;
 use rustix::io::Errno;
@@ -19,10 +20,14 @@ use super::super::guest::network::{GuestNetwork, Link, PREFIX};
 use super::KvmEngine;
 use super::errors::of_pool;
 
-/// `net.ipv4.conf.*.rp_filter`: a packet is dropped unless its source is reached over where it came from.
+/// Whether a packet is dropped whose source is not reached over where it came from.
+const FILTER: &str = "rp_filter";
+/// A packet is dropped unless its source is reached over where it came from.
 const STRICT: &str = "1";
 /// As long as its source is reached at all, it comes in. The stronger of two numbers holds, and this is greater.
 const LOOSE: &str = "2";
+/// How long udev may take to set up a new interface.
+const UDEV_PATIENCE: Duration = Duration::from_millis(1500);
 
 /// See the module.
 pub(super) struct Links {
@@ -34,15 +39,25 @@ impl Links {
     /// # Errors
     /// [`EngineError`] of kind [`ErrorKind::Host`] if guests could use addresses of others, or there are no taps here.
     pub(super) fn open(network: GuestNetwork) -> Result<Self, EngineError> {
-        let filter = fs::read_to_string(setting("all", "rp_filter")).unwrap_or_default();
-        if filter.trim() == LOOSE {
-            let message = "guests could use addresses of other machines: net.ipv4.conf.all.rp_filter is 2".to_owned();
-            let remedy = "sysctl net.ipv4.conf.all.rp_filter=1".to_owned();
-            return Err(EngineError { kind: ErrorKind::Host, message, remedy });
+        let is_loose = |interface: &str| fs::read_to_string(setting(interface, FILTER)).is_ok_and(|set| set.trim() == LOOSE);
+        let refused = |setting: &str| EngineError {
+            kind: ErrorKind::Host,
+            message: format!("guests could use addresses of other machines: {setting} is {LOOSE}"),
+            remedy: format!("set {setting}=1, in /etc/sysctl.d too (docs/guests.md)"),
+        };
+        if is_loose("all") {
+            return Err(refused("net.ipv4.conf.all.rp_filter"));
         }
         let links = Self { network, next: AtomicU32::new(0) };
         // One that is made now can be made later, and an administrator hears of what is missing at the start.
-        links.make().map(|_| links).map_err(|error| of_step("making a tap", &error))
+        let (tap, link) = links.make().map_err(|error| of_step("making a tap", &error))?;
+        // Many systems have udev set up each new interface, a moment after it has come.
+        std::thread::sleep(UDEV_PATIENCE);
+        if is_loose(&name_of(link)) {
+            return Err(refused("net.ipv4.conf.ff*.rp_filter"));
+        }
+        drop(tap);
+        Ok(links)
     }
 
     /// A tap on a place that nobody has.
@@ -61,10 +76,10 @@ impl Links {
     }
 
     fn make_at(&self, link: Link) -> io::Result<Tap> {
-        let name = format!("ff{:08x}", u32::from(link.guest));
+        let name = name_of(link);
         let tap = Tap::create(&name)?;
         // Before it is up: nothing gets in or out in between.
-        fs::write(setting(&name, "rp_filter"), STRICT)?;
+        fs::write(setting(&name, FILTER), STRICT)?;
         match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
             // This kernel has none.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -75,6 +90,10 @@ impl Links {
         interface::set_up(&socket, &name)?;
         Ok(tap)
     }
+}
+
+fn name_of(link: Link) -> String {
+    format!("ff{:08x}", u32::from(link.guest))
 }
 
 fn setting(interface: &str, name: &str) -> String {
@@ -92,14 +111,17 @@ fn of_step(step: &str, error: &io::Error) -> EngineError {
 }
 
 impl KvmEngine {
-    /// A tap for a machine that is about to be plugged in.
-    pub(super) fn make_link(&self) -> Result<(Tap, Link), EngineError> {
-        let links = self.links.as_ref().ok_or_else(|| EngineError {
+    pub(super) fn links(&self) -> Result<&Links, EngineError> {
+        self.links.as_ref().ok_or_else(|| EngineError {
             kind: ErrorKind::NoGuestNetwork,
             message: "this node has no network for guests".to_owned(),
             remedy: "start it with --guest-network RANGE, or leave --network out".to_owned(),
-        })?;
-        links.make().map_err(|error| of_step("making a tap", &error))
+        })
+    }
+
+    /// A tap for a machine that is about to be plugged in.
+    pub(super) fn make_link(&self) -> Result<(Tap, Link), EngineError> {
+        self.links()?.make().map_err(|error| of_step("making a tap", &error))
     }
 
     pub(super) fn plug_in(&self, machine: MachineId) -> Result<Link, EngineError> {

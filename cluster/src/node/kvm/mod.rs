@@ -226,6 +226,10 @@ impl Engine for KvmEngine {
         jailed.connect(agent::protocol::PORT).map_err(of_pool)
     }
 
+    fn check_guest_network(&self) -> Result<(), EngineError> {
+        self.links().map(drop)
+    }
+
     fn plug(&self, machine: MachineId) -> Result<Link, EngineError> {
         self.plug_in(machine)
     }

@@ -109,6 +109,10 @@ impl Service {
         if order.on.is_some() && matches!(order.from, ForkFrom::Remote { .. }) {
             return Err(NodeError::RemoteElsewhere);
         }
+        if order.network && order.on.is_none() {
+            // Before anything is frozen or forked for it.
+            self.engine.check_guest_network()?;
+        }
         let (image, freeze) = self.origin_of(order)?;
         match self.fork_image(&image, order) {
             Ok((on, (children, failures))) => {

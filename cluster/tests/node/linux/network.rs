@@ -24,7 +24,7 @@ const NET: Shared = Shared {
         "ping -c 1 -W 60 $(ip route | sed 's/.*via //;s/ .*//;q')",
     ],
 };
-const RANGE: &str = "10.90.0.0/26";
+const RANGE: &str = "10.90.0.0/24";
 /// Bytes that each says, and hears again.
 const ECHO: usize = 64 << 10;
 
@@ -102,7 +102,7 @@ fn real_guests_have_a_network_of_their_own_if_they_are_to() {
     }
     let host = network.host(0);
     let node = node_in(host);
-    let forked = node.json(&["fork", NET.name, "-n", &count(2, 40).min(16).to_string(), "--network"]);
+    let forked = node.json(&["fork", NET.name, "-n", &count(2, 40).to_string(), "--network"]);
     let (children, addresses) = (ids(&forked["children"]), addresses(&forked));
     let different: std::collections::BTreeSet<_> = addresses.iter().collect();
     assert_eq!(different.len(), children.len(), "{addresses:?}");
@@ -145,7 +145,9 @@ fn real_guests_have_a_network_of_their_own_if_they_are_to() {
 fn real_networks_that_cannot_be_had_are_refused() {
     let plain = node_with(BASE);
     let refused = plain.cli(&["fork", BASE.name, "--network", "--output", "json"]);
-    assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "NO_NETWORK_CARD"));
+    assert_eq!((refused.code, refused.error_code().as_str()), (Some(4), "NO_GUEST_NETWORK"));
+    let order = format!(r#"{{"from":{{"template":"{}"}},"network":true}}"#, BASE.name);
+    plain.http("POST", "/v1/forks", order.as_bytes()).refused(409, "NO_GUEST_NETWORK");
     let build = ["template", "build", "t", "--rootfs", "base", "--network", "--output", "json"];
     let refused = plain.cli(&build);
     assert_eq!(refused.error_code(), "NO_GUEST_NETWORK", "{refused:?}");
@@ -158,6 +160,8 @@ fn real_networks_that_cannot_be_had_are_refused() {
     let host = network.host(0);
     // One place, which the first child takes.
     let node = host.run_in(|| Node::start_in(tempfile::tempdir().unwrap(), &["--guest-network", "10.90.0.0/30"]));
+    provide(&node, BASE);
+    node.http("POST", "/v1/forks", order.as_bytes()).refused(422, "NO_NETWORK_CARD");
     provide(&node, NET);
     let said = node.cli(&["fork", NET.name, "-n", "2", "--network", "--output", "json"]);
     assert_eq!(said.code, Some(5), "one of two: {said:?}");

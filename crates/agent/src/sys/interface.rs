@@ -39,16 +39,23 @@ pub(crate) fn set_up(socket: &impl AsFd, name: &str) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) })
 }
 
-/// Gives a network interface its address. The one that it had goes first, and its routes with it, also if it is the same.
+/// Gives a network interface its address. Those that it had go first, and their routes with them, also if one is the same.
 pub(crate) fn set_address(socket: &impl AsFd, name: &str, address: [u8; 4], prefix: u8) -> io::Result<()> {
-    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0).to_be_bytes();
-    for (number, value) in [(libc::SIOCSIFADDR, [0; 4]), (libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, mask)] {
-        let mut request = request(name);
-        request.ifr_ifru.ifru_addr = socket_address(value);
-        // SAFETY: the request reads one `ifreq`.
-        check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), number as _, &raw const request) })?;
+    let mut before = request(name);
+    // SAFETY: the request reads and writes one `ifreq`. It says which address is the first, until there is none.
+    while check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCGIFADDR as _, &raw mut before) }).is_ok() {
+        change(socket, name, libc::SIOCSIFADDR, [0; 4])?;
     }
-    Ok(())
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0).to_be_bytes();
+    change(socket, name, libc::SIOCSIFADDR, address)?;
+    change(socket, name, libc::SIOCSIFNETMASK, mask)
+}
+
+fn change(socket: &impl AsFd, name: &str, number: libc::Ioctl, value: [u8; 4]) -> io::Result<()> {
+    let mut request = request(name);
+    request.ifr_ifru.ifru_addr = socket_address(value);
+    // SAFETY: the request reads one `ifreq`.
+    check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), number, &raw const request) })
 }
 
 /// Sends what is not of a network to a gateway.

@@ -10,6 +10,7 @@ use crate::state::{Hold, Holder, Image, ImageFacts, ImageKey, State, Task};
 
 pub(super) fn add(state: &mut State, key: &ImageKey, facts: &ImageFacts, id: NodeId, incarnation: u64) -> Outcomes {
     nodes::check_start(state, id, incarnation)?;
+    // Drawn before it is known whether it is needed: the image is borrowed from here on.
     let epoch = state.draw_epoch();
     let (holders, now) = (BTreeMap::new(), state.time);
     let new = || Image { facts: facts.clone(), holders, stranded: None, unneeded: Some(now) };
@@ -109,7 +110,8 @@ pub(super) fn let_go(state: &mut State, key: &ImageKey, id: NodeId, flaws: Flaws
         if state.jobs.values().any(|job| job.spec.image == *key && jobs::has_tasks_on(job, id)) {
             return Err(Refusal::Busy(id));
         }
-        let is_last = holder.is_settled() && image.settled().count() == 1;
+        // One that is not heard may never be again.
+        let is_last = holder.is_settled() && !state.settled_and_up(image).any(|other| other != id);
         if is_last && state.needed().contains(key) {
             return Err(Refusal::LastCopy { node: id, key: key.clone() });
         }

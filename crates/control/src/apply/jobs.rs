@@ -21,6 +21,10 @@ pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
     if !(1..=TASKS_MAX).contains(&spec.count) {
         return Err(Refusal::BadCount { count: spec.count, max: TASKS_MAX });
     }
+    let Resources { memory_bytes, cpu_millis, machines } = spec.each;
+    if memory_bytes == 0 || cpu_millis == 0 || machines != 1 {
+        return Err(Refusal::BadResources);
+    }
     if state.jobs.contains_key(&id) {
         return Err(Refusal::JobExists(id));
     }
@@ -52,7 +56,7 @@ pub(super) fn place(
     }
     let epoch = state.draw_epoch();
     let mut usage = state.usage();
-    let (mut placed, mut left) = (0, 0);
+    let (mut placed, mut left) = (0u32, 0u32);
     for (node, range) in on {
         let is_held = state.images.get(&key).is_some_and(|image| image.holders.get(node).is_some_and(Holder::is_kept));
         let is_open = state.nodes.get(node).is_some_and(crate::state::Node::is_open);
@@ -67,7 +71,7 @@ pub(super) fn place(
             let some = u32::try_from(room.min(u64::from(len))).expect("at most a u32");
             job.tasks.change(part.start..part.start + some, |_| Task::Placed { node: *node, attempt, epoch });
             room -= u64::from(some);
-            (placed, left) = (placed + some, left + len - some);
+            (placed, left) = (placed.saturating_add(some), left.saturating_add(len - some));
             let taken: Resources = job.spec.each.times(u64::from(some));
             *usage.entry(*node).or_default() += taken;
         }

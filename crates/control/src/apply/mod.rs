@@ -1,5 +1,5 @@
-//! How an entry changes the state. The same entries in the same order make the same state on every node; what cannot be done is
-//! refused, and changes nothing but the time.
+//! How an entry changes the state. The same entries in the same order make the same state on every node. What cannot be done is
+//! refused, and changes nothing but the time, the epoch, and what was answered to its key.
 
 mod images;
 mod jobs;
@@ -78,7 +78,9 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::Drain { node, is_draining } => nodes::change(state, *node, |node| node.is_draining = *is_draining),
         Command::Revoke { node } => nodes::revoke(state, *node),
         Command::Remove { node } => nodes::remove(state, *node),
-        Command::GrantCapacity { node, resources, lasts_ms } => nodes::grant(state, *node, *resources, *lasts_ms),
+        Command::GrantCapacity { node, incarnation, resources, lasts_ms } => {
+            nodes::grant(state, *node, *incarnation, *resources, *lasts_ms)
+        }
         Command::ReturnCapacity { node, epoch } => nodes::give_back(state, *node, *epoch),
         Command::AddImage { key, facts, node, incarnation } => images::add(state, key, facts, *node, *incarnation),
         Command::PutTemplate { tenant, name, digest } => images::put_template(state, tenant, name, *digest),
@@ -92,10 +94,11 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::Report { node, incarnation, progress, gone, ended } => {
             nodes::check_start(state, *node, *incarnation)?;
             progress.iter().for_each(|(key, epoch, percent)| images::progress(state, *node, key, *epoch, *percent));
-            gone.iter().for_each(|(key, epoch)| images::gone(state, *node, key, *epoch));
+            // Results first: what ended before its image went has ended.
             for (job, tasks) in ended {
                 tasks.iter().for_each(|(task, epoch, outcome)| jobs::ended(state, *node, *job, *task, *epoch, *outcome, flaws));
             }
+            gone.iter().for_each(|(key, epoch)| images::gone(state, *node, key, *epoch));
             Ok(Answer::Done)
         }
     }

@@ -8,6 +8,9 @@ use super::{Outcomes, images, jobs};
 use crate::command::{Answer, Refusal};
 use crate::state::{CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Resources, Role, State, Task};
 
+/// The longest that a node may start machines without asking.
+const LEASE_MAX: Duration = Duration::from_secs(60 * 60);
+
 pub(super) fn register(
     state: &mut State,
     id: NodeId,
@@ -17,6 +20,9 @@ pub(super) fn register(
 ) -> Outcomes {
     if state.revoked.contains(&id) {
         return Err(Refusal::Revoked(id));
+    }
+    if let Some(last) = state.removed.get(&id).filter(|last| incarnation <= **last) {
+        return Err(Refusal::OldStart { node: id, given: incarnation, current: *last });
     }
     let before = state.nodes.get(&id);
     if let Some(node) = before {
@@ -33,8 +39,10 @@ pub(super) fn register(
     let role = before.map_or(Role::Learner, |node| node.role);
     let (is_cordoned, is_draining) = before.map_or((false, false), |node| (node.is_cordoned, node.is_draining));
     lose(state, id);
-    let facts = facts.clone();
-    state.nodes.insert(id, Node { facts, life: Life::Up, incarnation, role, is_cordoned, is_draining, lease: None });
+    state.removed.remove(&id);
+    let (facts, registered) = (facts.clone(), state.time);
+    let node = Node { facts, life: Life::Up, incarnation, registered, role, is_cordoned, is_draining, lease: None };
+    state.nodes.insert(id, node);
     for (key, facts) in images {
         let epoch = state.draw_epoch();
         // What the cluster has forgotten meanwhile is not taken up again: the node is told to let go of it.
@@ -89,12 +97,14 @@ pub(super) fn remove(state: &mut State, id: NodeId) -> Outcomes {
     if node.life != Life::Lost && (has_images || has_tasks || node.lease.is_some()) {
         return Err(Refusal::Busy(id));
     }
+    let last = node.incarnation;
     state.nodes.remove(&id);
+    state.removed.insert(id, last);
     Ok(Answer::Done)
 }
 
-pub(super) fn grant(state: &mut State, id: NodeId, resources: Resources, lasts_ms: u64) -> Outcomes {
-    let node = state.nodes.get_mut(&id).ok_or(Refusal::UnknownNode(id))?;
+pub(super) fn grant(state: &mut State, id: NodeId, incarnation: u64, resources: Resources, lasts_ms: u64) -> Outcomes {
+    let node = check_start(state, id, incarnation)?;
     if !node.is_open() {
         return Err(Refusal::Closed(id));
     }
@@ -104,7 +114,7 @@ pub(super) fn grant(state: &mut State, id: NodeId, resources: Resources, lasts_m
         state.nodes.get_mut(&id).expect("just seen").lease = before;
         return Err(Refusal::Full(id));
     }
-    let (epoch, until) = (state.draw_epoch(), state.time + Duration::from_millis(lasts_ms));
+    let (epoch, until) = (state.draw_epoch(), state.time + Duration::from_millis(lasts_ms).min(LEASE_MAX));
     state.nodes.get_mut(&id).expect("just seen").lease = Some(CapacityLease { epoch, resources, until });
     Ok(Answer::Granted(epoch))
 }

@@ -26,6 +26,8 @@ pub struct State {
     pub epoch: Epoch,
     /// Members, lost ones too, until they are removed.
     pub nodes: BTreeMap<NodeId, Node>,
+    /// Nodes that were removed, with their last start: only a later one joins again.
+    pub removed: BTreeMap<NodeId, u64>,
     /// Nodes that may never come back.
     pub revoked: BTreeSet<NodeId>,
     /// Images that somebody holds, or that a template or job refers to.
@@ -85,7 +87,8 @@ impl State {
         let mut usage = self.claims();
         for image in self.images.values() {
             for node in image.holders.keys() {
-                usage.entry(*node).or_default().memory_bytes += image.facts.data_bytes;
+                let taken = usage.entry(*node).or_default();
+                taken.memory_bytes = taken.memory_bytes.saturating_add(image.facts.data_bytes);
             }
         }
         usage
@@ -104,6 +107,11 @@ impl State {
         let by_name = self.templates.iter().map(|((tenant, _), digest)| ImageKey { tenant: tenant.clone(), digest: *digest });
         let by_job = self.jobs.values().filter(|job| job.ended.is_none()).map(|job| job.spec.image.clone());
         by_name.chain(by_job).collect()
+    }
+
+    /// Nodes that have all of an image, keep it, and are heard.
+    pub fn settled_and_up<'a>(&'a self, image: &'a Image) -> impl Iterator<Item = NodeId> + 'a {
+        image.settled().filter(|id| self.nodes.get(id).is_some_and(|node| node.life == Life::Up))
     }
 
     pub(crate) fn draw_epoch(&mut self) -> Epoch {

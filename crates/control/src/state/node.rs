@@ -18,6 +18,8 @@ pub struct Node {
     pub life: Life,
     /// Its start: what an earlier one reports is refused.
     pub incarnation: u64,
+    /// When that was.
+    pub registered: Tick,
     /// Its part in the consensus.
     pub role: Role,
     /// Nothing new is placed on it.

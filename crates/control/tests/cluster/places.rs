@@ -54,6 +54,15 @@ fn spreading_and_packing_and_the_last_failure() {
     }
     assert_eq!(on(&planned(&mut cluster, spec(9))), [(node(1), 3), (node(2), 3), (node(3), 3)]);
     assert_eq!(on(&planned(&mut cluster, JobSpec { spread: Spread::Pack, ..spec(9) })), [(node(1), 9)]);
+    cluster.register(4, 1, 3, &[1]).unwrap();
+    assert_eq!(on(&planned(&mut cluster, JobSpec { spread: Spread::Pack, ..spec(9) })), [(node(1), 9)], "one that holds all");
+    assert_eq!(
+        on(&planned(&mut cluster, JobSpec { spread: Spread::Pack, ..spec(2) })),
+        [(node(4), 2)],
+        "the fullest that does"
+    );
+    assert_eq!(planned(&mut cluster, JobSpec { spread: Spread::Pack, ..spec(20) }).on.len(), 2);
+    cluster.run(Command::Cordon { node: node(4), is_cordoned: true }).unwrap();
     let id = cluster.submit(spec(3));
     let others = plan(&cluster.state, &wanted(&cluster.state.jobs[&id], 3, Some(node(2))));
     assert!(others.on.iter().all(|(id, _)| *id != node(2)));
@@ -217,4 +226,19 @@ fn a_node_becomes_what_the_state_says() {
     let Some(Action::Report(report)) = reconcile(&cluster.state, node(1), &at_first).pop() else { panic!() };
     cluster.run(report).unwrap();
     assert!(cluster.holder(1).is_none());
+}
+
+#[test]
+fn a_copy_that_can_be_spared_makes_room() {
+    let mut cluster = Cluster::new(2, 10);
+    cluster.open(2, &[1]).unwrap();
+    cluster.has(2, 100);
+    // Another image on node 1, whose memory is then full; its job finds no place.
+    cluster.add_image(2, 1).unwrap();
+    let id = cluster.submit(JobSpec { image: key(2), ..spec(1) });
+    let orders = tend(&cluster.state, &Heard::since(cluster.now()), cluster.now());
+    let spared = |on| Command::LetGo { key: key(1), node: node(on) };
+    assert!(orders == [spared(1)] || orders == [spared(2)], "{orders:?}");
+    orders.into_iter().for_each(|command| drop(cluster.run(command).unwrap()));
+    assert!(cluster.state.jobs[&id].ended.is_none());
 }

@@ -113,7 +113,7 @@ fn nothing_is_given_away_twice() {
     let mut cluster = Cluster::new(1, 5);
     let id = cluster.submit(spec(9));
     assert_eq!(cluster.place(id, &[(1, 0..9)]), (5, 4));
-    let grant = |count| Command::GrantCapacity { node: node(1), resources: machines(count), lasts_ms: 1000 };
+    let grant = |count| Command::GrantCapacity { node: node(1), incarnation: 1, resources: machines(count), lasts_ms: 1000 };
     assert_eq!(cluster.run(grant(1)), Err(Refusal::Full(node(1))));
     for task in 0..3 {
         cluster.ends(1, id, task, Outcome::Exited(0));
@@ -210,6 +210,11 @@ fn deadlines_and_cancelling_end_what_has_not_ended() {
     assert!((0..2).all(|task| cluster.task(other, task) == Task::Done(Outcome::Failed(Reason::Killed))));
     cluster.run(Command::Forget { job: other }).unwrap();
     assert!(!cluster.state.jobs.contains_key(&other));
+    let nothing = control::state::Resources { memory_bytes: 0, ..machines(1) };
+    for each in [nothing, machines(2), machines(0)] {
+        let greedy = super::JobSpec { each, ..spec(1) };
+        assert_eq!(cluster.run(Command::Submit { job: job(8), spec: greedy }), Err(Refusal::BadResources));
+    }
     for count in [0, 1_000_001] {
         let refused = cluster.run(Command::Submit { job: job(8), spec: spec(count) });
         assert_eq!(refused, Err(Refusal::BadCount { count, max: 1_000_000 }));
@@ -273,4 +278,40 @@ fn a_deadline_that_passes_with_a_request_that_comes_again_ends_its_job() {
     cluster.pass(Duration::from_secs(5));
     cluster.entry(Some(request), cordon).unwrap();
     assert_eq!(cluster.state.jobs[&id].ended, Some(cluster.now()));
+}
+
+#[test]
+fn a_removed_node_joins_again_only_when_it_has_started_again() {
+    let mut cluster = Cluster::new(2, 10);
+    cluster.run(Command::Drain { node: node(2), is_draining: true }).unwrap();
+    cluster.run(Command::Remove { node: node(2) }).unwrap();
+    assert_eq!(cluster.register(2, 1, 10, &[]), Err(Refusal::OldStart { node: node(2), given: 1, current: 1 }));
+    let of_start = |incarnation| control::reconcile::Observed { incarnation, ..Default::default() };
+    let next = |cluster: &Cluster, start| control::reconcile::reconcile(&cluster.state, node(2), &of_start(start));
+    assert_eq!(next(&cluster, 1), [control::reconcile::Action::Leave]);
+    assert_eq!(next(&cluster, 2), [control::reconcile::Action::Register { above: 0 }]);
+    cluster.register(2, 2, 10, &[]).unwrap();
+    assert!(cluster.state.nodes[&node(2)].is_open());
+}
+
+#[test]
+fn a_result_counts_that_comes_with_the_news_that_its_image_is_gone() {
+    let mut cluster = Cluster::new(1, 10);
+    let id = cluster.submit(spec(1));
+    cluster.place(id, &[(1, 0..1)]);
+    let Task::Placed { epoch, .. } = cluster.task(id, 0) else { panic!() };
+    let gone = vec![(key(1), cluster.holder(1).unwrap().epoch)];
+    cluster.report(1, vec![], gone, vec![(id, vec![(0, epoch, Outcome::Exited(0))])]).unwrap();
+    assert_eq!(cluster.task(id, 0), Task::Done(Outcome::Exited(0)));
+}
+
+#[test]
+fn the_last_copy_on_a_node_that_is_heard_is_kept() {
+    let mut cluster = Cluster::new(2, 10);
+    cluster.open(2, &[1]).unwrap();
+    cluster.has(2, 100);
+    cluster.run(Command::Suspect { node: node(2), incarnation: 1 }).unwrap();
+    assert_eq!(cluster.let_go(1), Err(Refusal::LastCopy { node: node(1), key: key(1) }));
+    cluster.run(Command::Heard { node: node(2), incarnation: 1 }).unwrap();
+    cluster.let_go(1).unwrap();
 }

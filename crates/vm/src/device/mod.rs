@@ -200,7 +200,9 @@ impl Bus {
             virtio.vsock.kick(virtio::vsock::RECEIVE, ram);
         }
         if let Some(net) = &mut virtio.net {
-            net.device.serve_tap();
+            if !net.device.serve_tap() {
+                net.config_has_changed();
+            }
             if net.device.has_frames() {
                 net.kick(virtio::net::RECEIVE, ram);
             }

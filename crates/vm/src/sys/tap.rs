@@ -8,18 +8,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 const NAME_MAX: usize = 15;
 const IFF_TAP: libc::c_short = 0x0002;
 const IFF_NO_PI: libc::c_short = 0x1000;
-const IFF_VNET_HDR: libc::c_short = 0x4000;
-/// `TUNSETIFF`, `TUNSETVNETHDRSZ` (linux/if_tun.h).
+/// `TUNSETIFF` (linux/if_tun.h).
 const TUNSETIFF: libc::c_ulong = 0x4004_54CA;
-const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54D8;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Tap(File);
 
 impl Tap {
-    /// Makes a device of this name, which is down. Its frames have virtio's header before them, and reading and writing them does
-    /// not wait.
+    /// Makes a device of this name, which is down. A frame is read or written by each call, bare: no header of its own with which a
+    /// worker that was taken over could ask anything of the host's kernel. It does not wait.
     ///
     /// # Errors
     /// `EBUSY` if a device of this name is in use; `EPERM` without `CAP_NET_ADMIN`; `ENOENT` without `/dev/net/tun`.
@@ -34,12 +32,9 @@ impl Tap {
         for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *place = byte.cast_signed();
         }
-        request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI;
         // SAFETY: the request reads and writes one `ifreq`.
         check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
-        let header = libc::c_int::try_from(crate::device::virtio::net::HEADER).expect("twelve");
-        // SAFETY: the request reads one `int`.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const header) })?;
         Ok(Self(file))
     }
 }

@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use virtio_queue::Queue;
 
 use super::{BadQueue, VirtioDevice, each_chain, reader, used_len, writer};
@@ -21,7 +22,7 @@ const TRANSMIT: u16 = 1;
 const FRAME_MAX: usize = (64 << 10) + HEADER;
 /// The shortest frame: two addresses and a type.
 const FRAME_MIN: usize = HEADER + 14;
-/// The header that is before each frame, also on the tap (`IFF_VNET_HDR`).
+/// virtio's header, which is before each frame in the guest's buffers, and not on the tap.
 pub(crate) const HEADER: usize = 12;
 /// Frames that wait, each way.
 const WAITING_MAX: usize = 64;
@@ -58,9 +59,13 @@ impl Net {
         self.tap.clone().filter(|_| self.to_guest.len() < WAITING_MAX)
     }
 
-    /// Moves what can be moved between the tap and the frames that wait. The control thread's part.
-    pub(crate) fn serve_tap(&mut self) {
-        let Some(tap) = &self.tap else { return self.to_host.clear() };
+    /// Moves what can be moved between the tap and the frames that wait. The control thread's part. `false` if the tap is gone: somebody
+    /// has removed the device.
+    pub(crate) fn serve_tap(&mut self) -> bool {
+        let Some(tap) = &self.tap else {
+            self.to_host.clear();
+            return true;
+        };
         for frame in self.to_host.drain(..) {
             // A tap that is full, or gone, loses it.
             rustix::io::write(tap, &frame).unwrap_or_default();
@@ -68,9 +73,16 @@ impl Net {
         let mut buffer = Vec::new();
         while self.to_guest.len() < WAITING_MAX {
             buffer.resize(FRAME_MAX, 0);
-            let Ok(len @ HEADER..) = rustix::io::read(tap, &mut *buffer) else { return };
-            self.to_guest.push_back(buffer[..len].to_vec());
+            match rustix::io::read(tap, &mut buffer[HEADER..]) {
+                Ok(len) if len > 0 => self.to_guest.push_back([&[0; HEADER][..], &buffer[HEADER..HEADER + len]].concat()),
+                Err(Errno::AGAIN | Errno::INTR) => break,
+                Ok(_) | Err(_) => {
+                    self.tap = None;
+                    return false;
+                }
+            }
         }
+        true
     }
 
     /// Whether something waits for the guest.
@@ -109,10 +121,10 @@ impl VirtioDevice for Net {
                 let mut sent = reader(ram, &chain)?;
                 let len = sent.available_bytes();
                 if (FRAME_MIN..=FRAME_MAX).contains(&len) && self.to_host.len() < WAITING_MAX {
-                    let mut frame = vec![0; len];
-                    sent.read_exact(&mut frame)?;
                     // No offload was offered: whatever the header asks for is not done.
-                    frame[..HEADER].fill(0);
+                    sent.read_exact(&mut [0; HEADER])?;
+                    let mut frame = vec![0; len - HEADER];
+                    sent.read_exact(&mut frame)?;
                     self.to_host.push_back(frame);
                 }
                 Ok(Some(0))
