@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::console::VirtioConsole;
@@ -274,13 +274,12 @@ fn random_numbers_differ_and_a_console_prints() {
 #[test]
 fn a_network_card_carries_frames_and_looks_at_its_tap_only_while_there_is_room() {
     // As a tap: one frame a call, and none to wait for.
-    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
-    let (ours, its) = rustix::net::socketpair(family, kind, SocketFlags::NONBLOCK, None).unwrap();
+    let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None);
+    let (ours, its) = pair.unwrap();
     let mut driver = Driver::new(Net::new());
     driver.transport.device.plug(its);
     driver.transport.config_has_changed();
     assert_eq!((driver.read(0x106), driver.read(0x60)), (1, 2), "the driver is told that there is a link");
-
     let frame = [7; 60];
     driver.send(1, &[&[0xFF; net::HEADER][..], &frame].concat(), 0);
     let mut buffer = [0; 72];
@@ -299,7 +298,6 @@ fn a_network_card_carries_frames_and_looks_at_its_tap_only_while_there_is_room()
     assert_eq!(driver.used(net::RECEIVE), (1, 72));
     driver.ram.read_slice(&mut buffer, GuestAddress(room)).unwrap();
     assert_eq!(buffer[12..], frame);
-    assert!(driver.transport.device.interest().is_some());
     driver.send(net::RECEIVE, &[], 20);
     assert_eq!(driver.used(net::RECEIVE), (2, 0), "longer than its buffer, and lost");
     drop(ours);
