@@ -4,6 +4,7 @@
 #   vmlinux, bzImage   the kernel                       initrd       the agent, as /init
 #   base.ext4          busybox                          python.ext4  busybox and Debian's python3
 # usage: build.sh [PART...]      parts: kernel agent base python (default: all)
+#        build.sh file-system TREE FILE MIB    an ext4 image of a tree, which is used up
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -124,14 +125,30 @@ skeleton() {
     printf 'PRETTY_NAME="farfork guest"\nID=farfork\n' >"$1/etc/os-release"
 }
 
-# usage: file_system TREE FILE MIB
+# An ext4 image of a tree, the same to the bit for everybody: mke2fs -d would take times, and the order of directories, from the tree's
+# own file system. So each file is written by debugfs, by name. usage: file_system TREE FILE MIB
 file_system() {
     need mke2fs e2fsprogs
-    find "$1" -exec touch -h -d @0 {} +
-    E2FSPROGS_FAKE_TIME=1 mke2fs -q -t ext4 -d "$1" -L farfork -b 4096 -m 0 \
+    E2FSPROGS_FAKE_TIME=1 mke2fs -q -t ext4 -L farfork -b 4096 -m 0 \
         -O '^has_journal,^resize_inode,^metadata_csum' -U 00000000-0000-4000-8000-000000000001 \
         -E 'hash_seed=00000000-0000-4000-8000-000000000002,root_owner=0:0,lazy_itable_init=1,nodiscard' "$2" "$3M" >/dev/null
-    rm -rf "$1"
+    find "$1" -mindepth 1 -printf '%P\t%y\t%m\t%l\n' | LC_ALL=C sort | awk -F '\t' -v tree="$1" '
+        function set(field, value) { printf "set_inode_field \"/%s\" %s %s\n", $1, field, value }
+        $2 == "d" { printf "mkdir \"/%s\"\n", $1; set("mode", "04" substr("0000" $3, length($3) + 1)) }
+        $2 == "f" { printf "write \"%s/%s\" \"/%s\"\n", tree, $1, $1; set("mode", "010" substr("0000" $3, length($3) + 1)) }
+        $2 == "l" { printf "symlink \"/%s\" \"%s\"\n", $1, $4 }
+        $2 !~ /^[dfl]$/ { print "error: " $1 " is no file, directory or link" >"/dev/stderr"; exit 1 }
+        { set("uid", 0); set("gid", 0) }
+        { n = split("atime ctime mtime crtime", times, " "); for (i = 1; i <= n; i++) set(times[i], "@1") }
+    ' >"$2.commands"
+    # It says nothing of what went wrong but in words.
+    E2FSPROGS_FAKE_TIME=1 debugfs -w -f "$2.commands" "$2" >"$2.said" 2>&1
+    if grep -v -E '^(debugfs|Allocated inode)' "$2.said" >&2; then
+        echo "error: the file system $2 was not written as it should be" >&2
+        exit 1
+    fi
+    e2fsck -fn "$2" >/dev/null 2>&1 || { echo "error: the file system $2 is not whole" >&2; exit 1; }
+    rm -rf "$1" "$2.commands" "$2.said"
 }
 
 make_base() {
@@ -158,18 +175,23 @@ make_python() {
     cp "$here/farfork_main.py" "$1/tree/usr/lib/farfork/main.py"
     # Compiled ahead: a guest would do it at each import, and keep nothing of it in a template.
     "$1/tree/lib64/ld-linux-x86-64.so.2" --library-path "$1/tree/lib/x86_64-linux-gnu:$1/tree/usr/lib/x86_64-linux-gnu" \
-        "$1/tree/usr/bin/python3.11" -I -S -X pycache_prefix= -c '
+        "$1/tree/usr/bin/python3.11" -I -S -B -X pycache_prefix= -c '
 import compileall, sys
-sys.exit(not compileall.compile_dir(sys.argv[1], stripdir=sys.argv[2], quiet=2, workers=1,
+sys.exit(not compileall.compile_dir(sys.argv[1], stripdir=sys.argv[2], quiet=2, workers=1, force=True,
          invalidation_mode=__import__("py_compile").PycInvalidationMode.UNCHECKED_HASH))' \
         "$1/tree/usr/lib/python3.11" "$1/tree" || say "python: some files were not compiled"
     file_system "$1/tree" "$1/python.ext4" 128
 }
 
+if [ "${1:-}" = file-system ] && [ $# -eq 4 ]; then
+    file_system "$2" "$3" "$4"
+    exit
+fi
+
 own_files=$(cat "$0" | key)
 for wanted in "${@:-all}"; do
     case $wanted in kernel | agent | base | python | all) ;; *)
-        echo "usage: build.sh [kernel|agent|base|python]..." >&2
+        echo "usage: build.sh [kernel|agent|base|python]..., or build.sh file-system TREE FILE MIB" >&2
         exit 2
         ;;
     esac

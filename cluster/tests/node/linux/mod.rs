@@ -5,6 +5,7 @@
 //! of the program, by whichever test needs it first, and kept beside the build.
 
 mod bad_guests;
+mod images;
 mod network;
 mod oracle;
 mod stories;
