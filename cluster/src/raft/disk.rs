@@ -86,8 +86,7 @@ impl Disk {
         }
         // It gets its name when all of it is there. What a start before this one has left is none of a member's.
         let new = path.with_extension("new");
-        let options = || File::options().read(true).write(true).create(true).truncate(true).clone();
-        let file = options().open(&new).map_err(failed)?;
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&new).map_err(failed)?;
         let disk = Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))?;
         std::fs::rename(&new, path).map_err(failed)?;
         let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
