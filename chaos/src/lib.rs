@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod corpus;
+pub mod linearizable;
 pub mod network;
 pub mod relay;
 pub mod simulation;

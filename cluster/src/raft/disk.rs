@@ -60,7 +60,19 @@ impl From<DiskError> for io::Error {
 
 /// See the module. Clones are the same file.
 #[derive(Clone)]
-pub struct Disk(Arc<Mutex<Open>>);
+pub struct Disk {
+    open: Arc<Mutex<Open>>,
+    executor: Executor,
+}
+
+/// Where the disk's part of a call is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executor {
+    /// On a thread for that: a disk is slow, and no task may wait for it.
+    Thread,
+    /// By the caller: in simulations, where nothing may happen beside virtual time.
+    Caller,
+}
 
 enum Open {
     Good(Database),
@@ -120,6 +132,27 @@ impl Disk {
         Self::over(Path::new("(not a file)"), |builder| builder.create_with_backend(backend))
     }
 
+    /// The same, with its part done there.
+    #[must_use]
+    pub fn on(self, executor: Executor) -> Self {
+        Self { executor, ..self }
+    }
+
+    /// Does something with it where that may take its time.
+    ///
+    /// # Errors
+    /// What `work` returns, as openraft takes it.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, DiskError> + Send + 'static,
+    ) -> io::Result<T> {
+        let disk = self.clone();
+        Ok(match self.executor {
+            Executor::Thread => tokio::task::spawn_blocking(move || work(&disk)).await.map_err(io::Error::other)??,
+            Executor::Caller => work(&disk)?,
+        })
+    }
+
     fn over(
         path: &Path,
         open: impl FnOnce(&mut redb::Builder) -> Result<Database, redb::DatabaseError>,
@@ -132,7 +165,7 @@ impl Disk {
             }
             other => DiskError::Damaged { what: other.to_string() },
         })?;
-        let disk = Self(Arc::new(Mutex::new(Open::Good(database))));
+        let disk = Self { open: Arc::new(Mutex::new(Open::Good(database))), executor: Executor::Thread };
         // Both tables are there from now on.
         disk.write(|_| Ok(()))?;
         disk.check()?;
@@ -231,7 +264,7 @@ impl Disk {
 
     /// What has been found bad once is not touched again.
     fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, DiskError>) -> Result<T, DiskError> {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let database = match &*open {
             Open::Good(database) => database,
             Open::Bad(error) => return Err(error.clone()),

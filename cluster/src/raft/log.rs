@@ -1,4 +1,4 @@
-//! openraft's log. Every call waits until what it wrote is on disk, on a thread for that: so what was told to be kept is kept.
+//! openraft's log. Every call waits until what it wrote is on disk: so what was told to be kept is kept.
 
 use std::fmt::Debug;
 use std::io;
@@ -9,7 +9,7 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::type_config::alias::{EntryOf, LogIdOf, VoteOf};
 
-use super::{Disk, DiskError, Types};
+use super::{Disk, Types};
 
 const VOTE: &str = "vote";
 const COMMITTED: &str = "committed";
@@ -29,16 +29,6 @@ impl Log {
     pub fn on(disk: Disk) -> Self {
         Self { disk }
     }
-
-    /// The disk is slow: its part is done where no task waits for the thread.
-    async fn on_disk<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Disk) -> Result<T, DiskError> + Send + 'static,
-    ) -> io::Result<T> {
-        let disk = self.disk.clone();
-        let done = tokio::task::spawn_blocking(move || work(&disk)).await.map_err(io::Error::other)?;
-        Ok(done?)
-    }
 }
 
 impl RaftLogReader<Types> for Log {
@@ -56,15 +46,15 @@ impl RaftLogReader<Types> for Log {
             Bound::Excluded(end) => *end,
             Bound::Unbounded => u64::MAX,
         };
-        self.on_disk(move |disk| disk.entries(from, to, usize::MAX)).await
+        self.disk.run(move |disk| disk.entries(from, to, usize::MAX)).await
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<EntryOf<Types>>> {
-        self.on_disk(move |disk| disk.entries(start, end, APPEND_BYTES_MAX)).await
+        self.disk.run(move |disk| disk.entries(start, end, APPEND_BYTES_MAX)).await
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<VoteOf<Types>>> {
-        self.on_disk(|disk| disk.record(VOTE)).await
+        self.disk.run(|disk| disk.record(VOTE)).await
     }
 }
 
@@ -77,7 +67,7 @@ impl RaftLogStorage<Types> for Log {
             let last: Option<EntryOf<Types>> = disk.last_entry()?;
             Ok(LogState { last_log_id: last.map(|entry| entry.log_id()).or(last_purged_log_id), last_purged_log_id })
         };
-        self.on_disk(read).await
+        self.disk.run(read).await
     }
 
     async fn get_log_reader(&mut self) -> Self {
@@ -86,15 +76,15 @@ impl RaftLogStorage<Types> for Log {
 
     async fn save_vote(&mut self, vote: &VoteOf<Types>) -> io::Result<()> {
         let vote = *vote;
-        self.on_disk(move |disk| disk.write(|writing| writing.put_record(VOTE, &vote))).await
+        self.disk.run(move |disk| disk.write(|writing| writing.put_record(VOTE, &vote))).await
     }
 
     async fn save_committed(&mut self, committed: Option<LogIdOf<Types>>) -> io::Result<()> {
-        self.on_disk(move |disk| disk.write(|writing| writing.put_record(COMMITTED, &committed))).await
+        self.disk.run(move |disk| disk.write(|writing| writing.put_record(COMMITTED, &committed))).await
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<LogIdOf<Types>>> {
-        let committed: Option<Option<LogIdOf<Types>>> = self.on_disk(|disk| disk.record(COMMITTED)).await?;
+        let committed: Option<Option<LogIdOf<Types>>> = self.disk.run(|disk| disk.record(COMMITTED)).await?;
         Ok(committed.flatten())
     }
 
@@ -107,7 +97,7 @@ impl RaftLogStorage<Types> for Log {
         let write = move |disk: &Disk| {
             disk.write(|writing| entries.iter().try_for_each(|entry| writing.put_entry(entry.log_id().index, entry)))
         };
-        let written = self.on_disk(write).await;
+        let written = self.disk.run(write).await;
         let told = written.as_ref().copied().map_err(|error| io::Error::new(error.kind(), error.to_string()));
         callback.io_completed(told);
         written
@@ -115,7 +105,7 @@ impl RaftLogStorage<Types> for Log {
 
     async fn truncate_after(&mut self, last: Option<LogIdOf<Types>>) -> io::Result<()> {
         let from = last.map_or(0, |last| last.index + 1);
-        self.on_disk(move |disk| disk.write(|writing| writing.remove_entries(from..))).await
+        self.disk.run(move |disk| disk.write(|writing| writing.remove_entries(from..))).await
     }
 
     async fn purge(&mut self, upto: LogIdOf<Types>) -> io::Result<()> {
@@ -127,6 +117,6 @@ impl RaftLogStorage<Types> for Log {
             }
             writing.remove_entries(..=upto.index)
         };
-        self.on_disk(move |disk| disk.write(write)).await
+        self.disk.run(move |disk| disk.write(write)).await
     }
 }

@@ -48,6 +48,13 @@ impl Machine {
         Arc::clone(&self.applied().state)
     }
 
+    /// The same, and the index of the entry that made it.
+    #[must_use]
+    pub fn state_and_index(&self) -> (Arc<State>, Option<u64>) {
+        let applied = self.applied();
+        (applied.state, applied.last.map(|last| last.index))
+    }
+
     fn applied(&self) -> Applied {
         self.applied.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -55,16 +62,14 @@ impl Machine {
     /// Writes a snapshot, unless there is one that is as new.
     async fn keep(&self, applied: Applied) -> io::Result<()> {
         let _one_at_a_time = self.keeping.lock().await;
-        let disk = self.disk.clone();
-        let write = move || {
+        let write = move |disk: &Disk| {
             let before: Option<Applied> = disk.record(SNAPSHOT)?;
             if before.is_some_and(|before| before.last >= applied.last) {
                 return Ok(());
             }
             disk.write(|writing| writing.put_record(SNAPSHOT, &applied))
         };
-        let written: Result<(), DiskError> = tokio::task::spawn_blocking(write).await.map_err(io::Error::other)?;
-        Ok(written?)
+        self.disk.run(write).await
     }
 }
 
@@ -129,9 +134,8 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, Vec<u8>>>> {
-        let disk = self.disk.clone();
-        let read = tokio::task::spawn_blocking(move || disk.record::<Applied>(SNAPSHOT)).await.map_err(io::Error::other)?;
-        Ok(read?.map(|applied| applied.snapshot()))
+        let read = self.disk.run(|disk| disk.record::<Applied>(SNAPSHOT)).await?;
+        Ok(read.map(|applied| applied.snapshot()))
     }
 }
 

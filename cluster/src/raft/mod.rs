@@ -1,21 +1,29 @@
-//! The log that a cluster agrees on: openraft, and where it keeps what it must not forget. Nothing else here imports openraft. No
-//! daemon uses it yet.
+//! The log that a cluster agrees on: openraft, where it keeps what it must not forget, and how members reach one another. Nothing
+//! else here imports openraft.
 //!
 //! ```text
-//! openraft ──append, vote, truncate──▶ Log ──┐
-//!          ──apply──▶ Machine ──snapshots────┴──▶ Disk: one redb file, each record with a checksum
-//!                        └── control::State, in memory
+//!  propose, read ──▶ Consensus ──▶ openraft ──append, vote, truncate──▶ Log ──┐
+//!  (any node)          │   ▲         │      ──apply──▶ Machine ──snapshots────┴──▶ Disk: one redb file
+//!                      │   │         │                   └── control::State, in memory
+//!             Leading ─┘   └─────────┴──▶ Carrier: to other members, and from them
 //! ```
 //!
 //! | file | holds |
 //! |---|---|
+//! | [`consensus`] | a member: what is asked of it by its node, and by others |
+//! | [`leading`] | what it does while it leads: tends the state, and has the members follow it |
 //! | [`disk`] | the file: transactions that are on disk when they return, and damage that is told and not passed on |
 //! | [`log`] | entries, the vote, what is known to be committed |
 //! | [`machine`] | the state that entries make, and its snapshots |
+//! | [`wire`], [`network`] | what members say to one another, and the seam that carries it |
 
+pub mod consensus;
 pub mod disk;
+mod leading;
 pub mod log;
 pub mod machine;
+pub mod network;
+pub mod wire;
 
 use std::fmt;
 
@@ -24,9 +32,11 @@ use serde::{Deserialize, Serialize};
 use types::NodeId;
 use uuid::Uuid;
 
-pub use disk::{Disk, DiskError};
+pub use consensus::{Consensus, ConsensusError, Peer};
+pub use disk::{Disk, DiskError, Executor};
 pub use log::Log;
 pub use machine::Machine;
+pub use network::{Carrier, CarryError, Lane};
 
 openraft::declare_raft_types!(
     /// What openraft is told of our types.

@@ -1,6 +1,9 @@
-//! What consensus must not forget: openraft's own tests of a store, power that is cut, files that are damaged.
+//! What consensus must not forget: openraft's own tests of a store, power that is cut, files that are damaged. And members, with
+//! all of that, in virtual time.
 
 mod damage;
+mod fickle;
+mod members;
 mod power;
 
 use control::Tick;

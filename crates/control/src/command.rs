@@ -265,6 +265,35 @@ pub enum Refusal {
     KeyReused(Key),
 }
 
+impl Command {
+    /// Whether a node may ask for this. What nodes say of themselves, each says for itself; what a leader sees to is proposed by
+    /// leaders alone; and members come and go by word of those that have a vote.
+    #[must_use]
+    pub fn may_be_proposed_by(&self, from: NodeId, is_voter: bool) -> bool {
+        match self {
+            Self::Note
+            | Self::Heard { .. }
+            | Self::Suspect { .. }
+            | Self::GiveUp { .. }
+            | Self::SetRole { .. }
+            | Self::LetGo { .. }
+            | Self::Place { .. } => false,
+            Self::Register { node, .. }
+            | Self::AddImage { node, .. }
+            | Self::GrantCapacity { node, .. }
+            | Self::ReturnCapacity { node, .. }
+            | Self::Report { node, .. } => *node == from,
+            Self::Cordon { .. } | Self::Drain { .. } | Self::Revoke { .. } | Self::Remove { .. } => is_voter,
+            Self::PutTemplate { .. }
+            | Self::RemoveTemplate { .. }
+            | Self::Open { .. }
+            | Self::Submit { .. }
+            | Self::Cancel { .. }
+            | Self::Forget { .. } => true,
+        }
+    }
+}
+
 impl Refusal {
     /// What to do about it, in one line.
     #[must_use]
