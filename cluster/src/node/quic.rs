@@ -149,6 +149,7 @@ impl Joined {
                 trust: trust.clone(),
                 store: Arc::clone(store) as _,
                 orders: Arc::clone(&orders) as _,
+                services: Vec::new(),
                 tuning: Tuning::default(),
                 limits: Limits::default(),
             };

@@ -14,6 +14,7 @@ use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{EndpointConfig, IdleTimeout, TransportConfig, VarInt};
 use rustls::client::Resumption;
+use rustls::client::danger::ServerCertVerifier;
 use thiserror::Error;
 
 use crate::identity::{Identity, provider};
@@ -134,11 +135,12 @@ pub(crate) fn server_config(
     alpn: &[&[u8]],
     tuning: &Tuning,
     limits: &Limits,
+    admits_strangers: bool,
 ) -> Result<quinn::ServerConfig, StartError> {
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Pinned::new(trust.clone(), provider()))
-        .with_single_cert(vec![identity.certificate().der().clone()], identity.key())?;
+        .with_client_cert_verifier(Pinned::new(trust.clone(), provider(), admits_strangers))
+        .with_single_cert(identity.chain().to_vec(), identity.key())?;
     tls.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     // A resumed session would not be verified again, whoever is trusted by then.
     tls.send_tls13_tickets = 0;
@@ -165,11 +167,21 @@ pub(crate) fn client_config(
     alpn: &[u8],
     tuning: &Tuning,
 ) -> Result<quinn::ClientConfig, StartError> {
+    client_config_with(identity, Pinned::new(trust.clone(), provider(), false), alpn, tuning)
+}
+
+/// The same, with something else that says which servers are good.
+pub(crate) fn client_config_with(
+    identity: &Identity,
+    verifier: Arc<dyn ServerCertVerifier>,
+    alpn: &[u8],
+    tuning: &Tuning,
+) -> Result<quinn::ClientConfig, StartError> {
     let mut tls = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Pinned::new(trust.clone(), provider()))
-        .with_client_auth_cert(vec![identity.certificate().der().clone()], identity.key())?;
+        .with_custom_certificate_verifier(verifier)
+        .with_client_auth_cert(identity.chain().to_vec(), identity.key())?;
     tls.alpn_protocols = vec![alpn.to_vec()];
     tls.resumption = Resumption::disabled();
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));

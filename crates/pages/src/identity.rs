@@ -1,7 +1,8 @@
 //! Who a node is to other nodes: a key of its own, and a certificate that names the node and its role.
 //!
-//! Development certificates sign themselves and are accepted by exact match only (see [`crate::trust`]). The name stands in a
-//! subject alternative name, `farfork://node/<uuid>?role=learner`; everything else in a certificate is ignored.
+//! Nodes that stand alone sign theirs themselves, and are accepted by exact match only; those of a cluster have theirs from its
+//! [authority](crate::authority). See [`crate::trust`]. Who a node is stands in a subject alternative name,
+//! `farfork://node/<uuid>?role=learner`, and its name for people in the common name; everything else is ignored.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,7 +25,11 @@ pub const PEM_SIZE_MAX: usize = 16 << 10;
 pub const VALIDITY: Duration = Duration::from_hours(365 * 24);
 
 /// A development certificate is good from this long before it was made: clocks differ.
-const CLOCK_SLACK: Duration = Duration::from_hours(1);
+pub(crate) const CLOCK_SLACK: Duration = Duration::from_hours(1);
+/// The most certificates that are shown.
+const CHAIN_MAX: usize = 2;
+/// The most of a name that is looked at.
+const NAME_MAX: usize = 64;
 const SCHEME: &str = "farfork://node/";
 
 /// What a node is to the cluster.
@@ -68,6 +73,8 @@ pub struct Peer {
     pub node: NodeId,
     /// Its role.
     pub role: Role,
+    /// Its name for people; of a node that stands alone no name of its own.
+    pub name: String,
     /// The certificate's digest.
     pub fingerprint: Fingerprint,
     /// Good from this time on.
@@ -121,6 +128,8 @@ impl Certificate {
 /// A node's certificate and key.
 pub struct Identity {
     certificate: Certificate,
+    /// The same, and who vouches for it.
+    chain: Vec<CertificateDer<'static>>,
     certificate_pem: String,
     key: PrivateKeyDer<'static>,
     key_pem: String,
@@ -148,8 +157,7 @@ impl Identity {
     ) -> Result<Self, IdentityError> {
         let failed = |source| IdentityError::Generate { source };
         let mut params = CertificateParams::default();
-        let name = format!("{SCHEME}{node}?role={role}");
-        params.subject_alt_names = vec![SanType::URI(name.try_into().map_err(failed)?)];
+        params.subject_alt_names = vec![SanType::URI(name_of(node, role).try_into().map_err(failed)?)];
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, "farfork node");
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -167,6 +175,8 @@ impl Identity {
     /// [`IdentityError`] if one of them does not parse, or they do not belong together.
     pub fn from_pem(certificate_pem: &[u8], key_pem: &[u8]) -> Result<Self, IdentityError> {
         let certificate = Certificate::from_pem(certificate_pem)?;
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate_pem).take(CHAIN_MAX).collect();
+        let chain = chain.map_err(|error| CertificateError::NoPem { why: error.to_string() })?;
         if key_pem.len() > PEM_SIZE_MAX {
             return Err(IdentityError::Key { why: format!("it has more than {PEM_SIZE_MAX} bytes") });
         }
@@ -176,13 +186,19 @@ impl Identity {
         let both = CertifiedKey::new(vec![certificate.der.clone()], signer);
         both.keys_match().map_err(|error| bad_key(&error))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(Self { certificate, certificate_pem: text(certificate_pem), key, key_pem: text(key_pem) })
+        Ok(Self { certificate, chain, certificate_pem: text(certificate_pem), key, key_pem: text(key_pem) })
     }
 
     /// The certificate.
     #[must_use]
     pub fn certificate(&self) -> &Certificate {
         &self.certificate
+    }
+
+    /// What is shown to others: the certificate, and who vouches for it.
+    #[must_use]
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
     }
 
     /// The certificate for others, as PEM.
@@ -231,13 +247,20 @@ fn parse(der: &[u8]) -> Result<Peer, CertificateError> {
     let role = [Role::Voter, Role::Learner].into_iter().find(|known| known.name() == role);
     let role = role.ok_or(CertificateError::NoNode)?;
     let validity = certificate.validity();
+    let named = certificate.subject().iter_common_name().next().and_then(|name| name.as_str().ok()).unwrap_or_default();
     Ok(Peer {
         node: NodeId::from_uuid(node),
         role,
+        name: named.chars().take(NAME_MAX).collect(),
         fingerprint: Fingerprint(Digest::of(der)),
         not_before: time(validity.not_before.timestamp())?,
         not_after: time(validity.not_after.timestamp())?,
     })
+}
+
+/// Who a node is, as its certificate says it.
+pub(crate) fn name_of(node: NodeId, role: Role) -> String {
+    format!("{SCHEME}{node}?role={role}")
 }
 
 /// Times before 1970 are of no certificate of ours.

@@ -9,26 +9,31 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`authority`] | who vouches for the nodes of a cluster |
 //! | [`identity`] | a node's certificate and key; what a peer's certificate says |
 //! | [`trust`] | whose certificates are accepted, and which tenants they may read |
 //! | [`wire`] | requests and answers as versioned frames |
 //! | [`endpoint`] | the transport's knobs, and the limits on what a peer can make grow |
 //! | [`server`] | serves the images of an [`server::ImageStore`], and takes orders |
 //! | [`client`] | asks another node |
+//! | [`join`] | asks to be let into a cluster |
 //! | [`transfer`] | which extent is asked for next, of whom, and who is woken: pure |
 #![forbid(unsafe_code)]
 
+pub mod authority;
 pub mod client;
 pub mod endpoint;
 #[cfg(feature = "testing")]
 pub mod fakes;
 pub mod fuzzing;
 pub mod identity;
+pub mod join;
 pub mod server;
 pub mod transfer;
 pub mod trust;
 pub mod wire;
 
+pub use authority::{Authority, Root};
 pub use client::{Client, Link, LinkError};
 pub use identity::{Certificate, Identity, Peer, Role};
 pub use server::{ImageStore, Orders, Server};

@@ -1,7 +1,8 @@
-//! Whom this node talks to: certificates accepted by exact match, each with the tenants that its node may read.
+//! Whom this node talks to: certificates accepted by exact match, each with the tenants that its node may read; and, in a
+//! cluster, those that its authority has signed, less the nodes that it has revoked.
 //!
-//! A certificate that is not in the list is refused whoever signed it. Being in the list is not enough either: the peer must
-//! prove that it has the key, and the dates must hold. Sessions are never resumed, since that would skip all of this.
+//! Any other certificate is refused. A good one is not enough either: the peer must prove that it has the key, and the dates must
+//! hold. Sessions are never resumed, since that would skip all of this.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,6 +17,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 use types::{NodeId, Tenant};
 
+use crate::authority::Root;
 use crate::identity::{Certificate, CertificateError, Fingerprint, Peer};
 
 /// The most peers that a node trusts.
@@ -31,7 +33,17 @@ pub struct Trust {
 #[derive(Debug, Default)]
 struct Inner {
     peers: RwLock<BTreeMap<NodeId, Trusted>>,
+    cluster: RwLock<Option<Cluster>>,
     changes: watch::Sender<()>,
+}
+
+/// A cluster that this node is of.
+#[derive(Debug)]
+struct Cluster {
+    root: Root,
+    revoked: BTreeSet<NodeId>,
+    /// Certificates that were seen to be its authority's.
+    vouched: BTreeSet<Fingerprint>,
 }
 
 /// A peer in the list.
@@ -84,30 +96,66 @@ impl Trust {
         self.inner.peers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Whether this peer's certificate is in the list and its dates hold.
+    /// Trusts the nodes of a cluster, from now on.
+    pub fn join(&self, root: Root) {
+        let cluster = Cluster { root, revoked: BTreeSet::new(), vouched: BTreeSet::new() };
+        *self.inner.cluster.write().unwrap_or_else(PoisonError::into_inner) = Some(cluster);
+    }
+
+    /// Nodes of the cluster that are trusted no longer. Their connections are closed.
+    pub fn set_revoked(&self, revoked: BTreeSet<NodeId>) {
+        if let Some(cluster) = &mut *self.inner.cluster.write().unwrap_or_else(PoisonError::into_inner) {
+            cluster.revoked = revoked;
+        }
+        self.inner.changes.send_replace(());
+    }
+
+    /// Whether the cluster's authority has vouched for this peer, on a connection to this node.
+    #[must_use]
+    pub fn is_of_cluster(&self, peer: &Peer) -> bool {
+        let cluster = self.inner.cluster.read().unwrap_or_else(PoisonError::into_inner);
+        let has_vouched =
+            |cluster: &Cluster| cluster.vouched.contains(&peer.fingerprint) && !cluster.revoked.contains(&peer.node);
+        cluster.as_ref().is_some_and(has_vouched)
+    }
+
+    /// Looks at a certificate that was shown.
+    fn look_at(&self, certificate: &Certificate, now: SystemTime) -> Result<(), NotTrusted> {
+        let peer = certificate.peer();
+        if let Some(cluster) = &mut *self.inner.cluster.write().unwrap_or_else(PoisonError::into_inner) {
+            if cluster.revoked.contains(&peer.node) {
+                return Err(NotTrusted::Revoked { node: peer.node });
+            }
+            if cluster.root.vouches_for(certificate, now).is_ok() {
+                if cluster.vouched.len() >= PEERS_MAX {
+                    // Who is connected shows its own again.
+                    cluster.vouched.clear();
+                }
+                cluster.vouched.insert(peer.fingerprint);
+            }
+        }
+        self.check(peer, now)
+    }
+
+    /// Whether this peer's certificate is in the list or its cluster's, and its dates hold.
     ///
     /// # Errors
     /// [`NotTrusted`] says why not.
     pub fn check(&self, peer: &Peer, now: SystemTime) -> Result<(), NotTrusted> {
         let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
-        if peers.get(&peer.node).is_none_or(|known| known.peer.fingerprint != peer.fingerprint) {
+        let is_listed = peers.get(&peer.node).is_some_and(|known| known.peer.fingerprint == peer.fingerprint);
+        if !is_listed && !self.is_of_cluster(peer) {
             return Err(NotTrusted::Unknown { node: peer.node, fingerprint: peer.fingerprint });
         }
-        if now < peer.not_before {
-            return Err(NotTrusted::NotYetValid { node: peer.node });
-        }
-        if now >= peer.not_after {
-            return Err(NotTrusted::Expired { node: peer.node });
-        }
-        Ok(())
+        peer.check_dates(now)
     }
 
-    /// Whether this peer may read a tenant's images.
+    /// Whether this peer may read a tenant's images. Nodes of the cluster may be told to read any.
     #[must_use]
     pub fn may_read(&self, peer: &Peer, tenant: &Tenant) -> bool {
         let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
         let known = peers.get(&peer.node).filter(|known| known.peer.fingerprint == peer.fingerprint);
-        known.is_some_and(|known| known.tenants.contains(tenant))
+        known.is_some_and(|known| known.tenants.contains(tenant)) || self.is_of_cluster(peer)
     }
 
     /// Returns when this peer is trusted no longer.
@@ -129,21 +177,36 @@ impl Trust {
     }
 }
 
+impl Peer {
+    /// Whether the dates of its certificate hold.
+    pub(crate) fn check_dates(&self, now: SystemTime) -> Result<(), NotTrusted> {
+        if now < self.not_before {
+            return Err(NotTrusted::NotYetValid { node: self.node });
+        }
+        if now >= self.not_after {
+            return Err(NotTrusted::Expired { node: self.node });
+        }
+        Ok(())
+    }
+}
+
 /// The verifier of both sides.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     trust: Trust,
     provider: Arc<CryptoProvider>,
+    /// Whether clients that nobody trusts get as far as asking to be let in.
+    admits_strangers: bool,
 }
 
 impl Pinned {
-    pub(crate) fn new(trust: Trust, provider: Arc<CryptoProvider>) -> Arc<Self> {
-        Arc::new(Self { trust, provider })
+    pub(crate) fn new(trust: Trust, provider: Arc<CryptoProvider>, admits_strangers: bool) -> Arc<Self> {
+        Arc::new(Self { trust, provider, admits_strangers })
     }
 
     fn verify(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), NotTrusted> {
         let certificate = Certificate::from_der(certificate)?;
-        self.trust.check(certificate.peer(), UNIX_EPOCH + Duration::from_secs(now.as_secs()))
+        self.trust.look_at(&certificate, UNIX_EPOCH + Duration::from_secs(now.as_secs()))
     }
 
     fn signature(
@@ -157,7 +220,7 @@ impl Pinned {
 }
 
 /// TLS 1.2 is not spoken: QUIC has none, and the configurations name 1.3 alone.
-fn no_tls12() -> rustls::Error {
+pub(crate) fn no_tls12() -> rustls::Error {
     rustls::Error::PeerIncompatible(PeerIncompatible::Tls13RequiredForQuic)
 }
 
@@ -208,7 +271,11 @@ impl ClientCertVerifier for Pinned {
         _intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.verify(end_entity, now)?;
+        match self.verify(end_entity, now) {
+            // What it may do is looked at again when it is known what it wants.
+            Err(NotTrusted::Unknown { .. } | NotTrusted::Revoked { .. }) if self.admits_strangers => {}
+            verified => verified?,
+        }
         Ok(ClientCertVerified::assertion())
     }
 
@@ -241,10 +308,14 @@ impl ClientCertVerifier for Pinned {
 pub enum NotTrusted {
     #[error("node {node} with certificate {fingerprint} is not trusted here")]
     Unknown { node: NodeId, fingerprint: Fingerprint },
+    #[error("node {node} was revoked")]
+    Revoked { node: NodeId },
     #[error("the certificate of node {node} is not valid yet")]
     NotYetValid { node: NodeId },
     #[error("the certificate of node {node} has expired")]
     Expired { node: NodeId },
+    #[error("node {node} is not of the cluster whose authority is {expected}")]
+    OtherCluster { node: NodeId, expected: Fingerprint },
     #[error("node {expected} was expected there, and node {actual} answered")]
     OtherNode { expected: NodeId, actual: NodeId },
     #[error("its certificate cannot be read")]
@@ -261,6 +332,8 @@ impl NotTrusted {
             Self::Unknown { .. } | Self::Unreadable(_) | Self::Handshake { .. } => {
                 "trust must be mutual: give each node what `farfork trust show` prints on the other, by `farfork trust add`"
             }
+            Self::Revoked { .. } => "let it join anew, with an empty data directory and a new token",
+            Self::OtherCluster { .. } => "take a token of the cluster that this address belongs to, or correct the address",
             Self::NotYetValid { .. } => "set the clocks of both nodes",
             Self::Expired { .. } => "make a new certificate on that node, and trust it here",
             Self::OtherNode { .. } => "correct the address, or trust the node that is there now",

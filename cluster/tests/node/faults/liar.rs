@@ -87,6 +87,7 @@ impl Liar {
             trust,
             store: Arc::clone(&forger) as _,
             orders: Arc::new(NoOrders),
+            services: Vec::new(),
             tuning: Tuning::default(),
             limits: Limits::default(),
         });

@@ -32,6 +32,7 @@ fn main() {
         trust,
         store: Arc::new(MemoryStore::new(OpenGate, [image])),
         orders: Arc::new(NoOrders),
+        services: Vec::new(),
         tuning: Tuning::default(),
         limits: Limits { answer_time: Duration::from_secs(2), ..Limits::default() },
     };

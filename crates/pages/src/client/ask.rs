@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use quinn::{Connection, ReadError, ReadExactError, RecvStream, WriteError};
+use quinn::{Connection, ReadError, ReadExactError, ReadToEndError, RecvStream, WriteError};
 
 use super::lane::lost;
 use super::{ExtentAnswer, LinkError, Misbehaviour};
@@ -59,6 +59,17 @@ pub(crate) async fn order(connection: &Connection, frame: Bytes) -> Result<Bytes
         Kind::OrderAnswer => stream.end().await.map(|()| body),
         Kind::Answer => Err(refusal(&body)),
         other => Err(Misbehaviour::Frame(BadFrame::OtherKind(other)).into()),
+    }
+}
+
+/// Asks a service for one message.
+pub(crate) async fn message(connection: &Connection, request: Bytes, answer_bytes_max: usize) -> Result<Bytes, LinkError> {
+    let mut stream = Stream::start(connection, request, 0).await?;
+    match stream.receive.read_to_end(answer_bytes_max).await {
+        Ok(answer) if answer.is_empty() => Err(Misbehaviour::Frame(BadFrame::Truncated).into()),
+        Ok(answer) => Ok(answer.into()),
+        Err(ReadToEndError::TooLong) => Err(Misbehaviour::Trailing.into()),
+        Err(ReadToEndError::Read(error)) => Err(stream.cut_short(ReadExactError::ReadError(error))),
     }
 }
 

@@ -31,20 +31,15 @@ pub(crate) struct Lane {
     shared: Arc<Shared>,
     address: SocketAddr,
     expected: Option<NodeId>,
-    which: Which,
+    config: quinn::ClientConfig,
+    /// Whether what is asked over it may be asked a second time.
+    may_repeat: bool,
     /// What stands, for those who only look.
     standing: std::sync::Mutex<Option<(quinn::Connection, Peer)>>,
     /// Held while connecting, so that all who wait get the one connection, or its failure.
     connecting: tokio::sync::Mutex<Failures>,
     attempts: AtomicU64,
     silence: std::sync::Mutex<Silence>,
-}
-
-/// What a lane speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Which {
-    Pages,
-    Orders,
 }
 
 #[derive(Default)]
@@ -57,12 +52,19 @@ struct Failures {
 }
 
 impl Lane {
-    pub(crate) fn new(shared: Arc<Shared>, address: SocketAddr, expected: Option<NodeId>, which: Which) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        address: SocketAddr,
+        expected: Option<NodeId>,
+        config: quinn::ClientConfig,
+        may_repeat: bool,
+    ) -> Self {
         Self {
             shared,
             address,
             expected,
-            which,
+            config,
+            may_repeat,
             standing: std::sync::Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             attempts: AtomicU64::new(0),
@@ -153,7 +155,7 @@ impl Lane {
         }
         failures.connected = Some(Instant::now());
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection, peer));
-        if self.which == Which::Pages {
+        if self.may_repeat {
             silent.close(CLOSE_DONE, b"silent for too long");
         }
     }
@@ -178,14 +180,10 @@ impl Lane {
 
     async fn connect(&self) -> Result<(quinn::Connection, Peer), LinkError> {
         let unreachable = |why: String| LinkError::Unreachable { address: self.address, why };
-        let config = match self.which {
-            Which::Pages => self.shared.pages.clone(),
-            Which::Orders => self.shared.node.clone(),
-        };
         let endpoint = if self.address.is_ipv6() { self.shared.v6.as_ref() } else { Some(&self.shared.v4) };
         let endpoint = endpoint.ok_or_else(|| unreachable("this host has no IPv6".to_owned()))?;
         // The name is not looked at: certificates name nodes, and are compared whole.
-        let connecting = endpoint.connect_with(config, self.address, "farfork");
+        let connecting = endpoint.connect_with(self.config.clone(), self.address, "farfork");
         let connecting = connecting.map_err(|error| unreachable(error.to_string()))?;
         let connection = match tokio::time::timeout(CONNECT_TIME, connecting).await {
             Ok(Ok(connection)) => connection,

@@ -29,7 +29,9 @@ use crate::wire::{
     self, Answer, BadFrame, Content, ExtentId, ExtentsRequest, HashPageBytes, Hints, Kind, LeaseToken, Opened, Refusal,
     Renewed, Request, Urgency,
 };
-use lane::{Lane, Which};
+pub(crate) use ask::message;
+use lane::Lane;
+pub(crate) use lane::lost;
 
 /// Nothing is wanted of a connection any more.
 pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
@@ -45,8 +47,8 @@ pub(crate) struct Shared {
     pub(crate) v4: quinn::Endpoint,
     /// Missing where the host has no IPv6.
     pub(crate) v6: Option<quinn::Endpoint>,
-    pub(crate) pages: quinn::ClientConfig,
-    pub(crate) node: quinn::ClientConfig,
+    pages: quinn::ClientConfig,
+    node: quinn::ClientConfig,
     pub(crate) trust: Trust,
     /// As in [`Tuning`].
     has_one_connection: bool,
@@ -74,10 +76,31 @@ impl Client {
     /// used.
     #[must_use]
     pub fn link(&self, address: SocketAddr, expected: Option<NodeId>) -> Link {
-        let lane = |which| Arc::new(Lane::new(Arc::clone(&self.shared), address, expected, which));
-        let demand = lane(Which::Pages);
-        let bulk = if self.shared.has_one_connection { Arc::clone(&demand) } else { lane(Which::Pages) };
-        Link { inner: Arc::new(Lanes { address, demand, bulk, orders: lane(Which::Orders) }) }
+        let lane = |config: &quinn::ClientConfig, may_repeat| {
+            Arc::new(Lane::new(Arc::clone(&self.shared), address, expected, config.clone(), may_repeat))
+        };
+        let pages = || lane(&self.shared.pages, true);
+        let demand = pages();
+        let bulk = if self.shared.has_one_connection { Arc::clone(&demand) } else { pages() };
+        Link { inner: Arc::new(Lanes { address, demand, bulk, orders: lane(&self.shared.node, false) }) }
+    }
+
+    /// A way to a service of the node at an address, over a connection of its own; to be refused unless the node is the one that
+    /// is expected, if one is. `may_repeat`: what is asked may be asked a second time, where a connection falls silent.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn way(
+        &self,
+        identity: &Identity,
+        alpn: &[u8],
+        address: SocketAddr,
+        expected: Option<NodeId>,
+        may_repeat: bool,
+    ) -> Result<Way, StartError> {
+        let config = endpoint::client_config(identity, &self.shared.trust, alpn, &Tuning::default())?;
+        let lane = Lane::new(Arc::clone(&self.shared), address, expected, config, may_repeat);
+        Ok(Way { lane: Arc::new(lane) })
     }
 
     /// Closes every connection of every link.
@@ -91,6 +114,38 @@ impl Client {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").finish_non_exhaustive()
+    }
+}
+
+/// The way to one service of a node. Clones share its connection.
+#[derive(Clone)]
+pub struct Way {
+    lane: Arc<Lane>,
+}
+
+impl Way {
+    /// Sends a message, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub async fn ask(&self, request: Bytes, answer_bytes_max: usize, within: Duration) -> Result<Bytes, LinkError> {
+        timed(within, async {
+            let connection = self.lane.connection().await?;
+            self.lane.watching(&connection, ask::message(&connection, request, answer_bytes_max)).await
+        })
+        .await
+    }
+
+    /// Opens a stream.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub async fn stream(&self, within: Duration) -> Result<(quinn::SendStream, quinn::RecvStream), LinkError> {
+        timed(within, async {
+            let connection = self.lane.connection().await?;
+            connection.open_bi().await.map_err(|error| lost(connection.remote_address(), &error))
+        })
+        .await
     }
 }
 

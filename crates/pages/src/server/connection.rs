@@ -1,15 +1,18 @@
 //! From a first packet to streams: handshakes and connections.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Endpoint, Incoming};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, info};
+use types::NodeId;
+use uuid::Uuid;
 
 use super::admission::Handshake;
-use super::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, Shared, count, stream};
+use super::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, CLOSE_SLOW, Shared, count, stream};
 use crate::identity::{Certificate, Peer};
 use crate::wire::{ALPN_NODE, ALPN_PAGES};
 
@@ -18,7 +21,12 @@ use crate::wire::{ALPN_NODE, ALPN_PAGES};
 pub(crate) enum Protocol {
     Pages,
     Node,
+    /// One of the other services.
+    Service(usize),
 }
+
+/// How long a stranger's connection may stand.
+const STRANGER_TIME: Duration = Duration::from_secs(30);
 
 /// Takes what comes in, until the endpoint is closed.
 pub(crate) async fn accept(endpoint: Endpoint, shared: Arc<Shared>) {
@@ -58,18 +66,34 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
         }
     };
     drop(permit);
-    let (Some(peer), Some(protocol)) = (peer_of(&connection), protocol_of(&connection)) else {
+    let (Some(peer), Some(protocol)) = (peer_of(&connection), protocol_of(&connection, &shared)) else {
         // rustls has verified a certificate and chosen a protocol, or there would be no connection.
         connection.close(CLOSE_NOT_TRUSTED, b"no certificate or no protocol");
         return;
     };
-    let Some(_place) = shared.admission.connection(peer.node) else {
+    let is_open = matches!(protocol, Protocol::Service(index) if shared.services[index].admits_strangers);
+    if !is_open && let Err(refusal) = shared.trust.check(&peer, SystemTime::now()) {
+        count(&shared.counters.handshakes_failed);
+        debug!(%address, %refusal, "not trusted");
+        connection.close(CLOSE_NOT_TRUSTED, b"not trusted");
+        return;
+    }
+    // Strangers can claim to be anybody: they all count as one.
+    let counted = if is_open { NodeId::from_uuid(Uuid::nil()) } else { peer.node };
+    let Some(_place) = shared.admission.connection(counted) else {
         count(&shared.counters.connections_refused);
         connection.close(CLOSE_BUSY, b"too many connections");
         return;
     };
     count(&shared.counters.accepted);
     debug!(%address, node = %peer.node, ?protocol, "connected");
+    if is_open {
+        let served = tokio::time::timeout(STRANGER_TIME, streams(&connection, peer, protocol, &shared)).await;
+        if served.is_err() {
+            connection.close(CLOSE_SLOW, b"too long for a stranger");
+        }
+        return;
+    }
     tokio::select! {
         refusal = shared.trust.until_withdrawn(&peer) => {
             info!(%address, node = %peer.node, %refusal, "a connection is closed");
@@ -103,11 +127,11 @@ pub(crate) fn peer_of(connection: &Connection) -> Option<Peer> {
     Some(certificate.peer().clone())
 }
 
-fn protocol_of(connection: &Connection) -> Option<Protocol> {
+fn protocol_of(connection: &Connection, shared: &Shared) -> Option<Protocol> {
     let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
     match data.protocol?.as_slice() {
         ALPN_PAGES => Some(Protocol::Pages),
         ALPN_NODE => Some(Protocol::Node),
-        _ => None,
+        other => shared.services.iter().position(|service| service.alpn == other).map(Protocol::Service),
     }
 }

@@ -118,6 +118,43 @@ pub trait Orders: Send + Sync + 'static {
     fn order(&self, peer: Peer, body: Bytes) -> BoxFuture<'_, Result<Bytes, Refusal>>;
 }
 
+/// Something else that a node does on the same port, under a name of its own.
+pub struct Service {
+    /// Its ALPN.
+    pub alpn: &'static [u8],
+    /// What does it.
+    pub handler: Handler,
+    /// Whether anybody may ask. Otherwise those alone who are trusted.
+    pub admits_strangers: bool,
+}
+
+/// What a service does with a stream.
+pub enum Handler {
+    /// A message each way.
+    Ask {
+        /// Who answers.
+        answers: Arc<dyn Answers>,
+        /// The most bytes of a message to it.
+        request_bytes_max: usize,
+        /// How long one may take to arrive.
+        request_time: Duration,
+    },
+    /// Whatever both sides agree on.
+    Stream(Arc<dyn Streams>),
+}
+
+/// Answers messages.
+pub trait Answers: Send + Sync + 'static {
+    /// The answer; empty bytes are none.
+    fn answer(&self, peer: Peer, request: Bytes) -> BoxFuture<'static, Bytes>;
+}
+
+/// Takes streams.
+pub trait Streams: Send + Sync + 'static {
+    /// Does what is asked on it, to its end.
+    fn take(&self, peer: Peer, send: quinn::SendStream, receive: quinn::RecvStream) -> BoxFuture<'static, ()>;
+}
+
 /// Takes no orders.
 #[derive(Clone, Copy, Debug)]
 pub struct NoOrders;
@@ -140,6 +177,8 @@ pub struct Setup<'a> {
     pub store: Arc<dyn ImageStore>,
     /// What it does.
     pub orders: Arc<dyn Orders>,
+    /// What else it does.
+    pub services: Vec<Service>,
     /// The transport's knobs.
     pub tuning: Tuning,
     /// What peers can make it hold.
@@ -158,6 +197,7 @@ pub(crate) struct Shared {
     pub(crate) trust: Trust,
     pub(crate) store: Arc<dyn ImageStore>,
     pub(crate) orders: Arc<dyn Orders>,
+    pub(crate) services: Vec<Service>,
     pub(crate) limits: Limits,
     pub(crate) admission: admission::Admission,
     pub(crate) counters: Counting,
@@ -169,14 +209,16 @@ impl Server {
     /// # Errors
     /// [`StartError`].
     pub fn start(setup: Setup<'_>) -> Result<Self, StartError> {
-        let Setup { listen, identity, trust, store, orders, tuning, limits } = setup;
-        let alpn = [wire::ALPN_PAGES, wire::ALPN_NODE];
-        let config = endpoint::server_config(identity, &trust, &alpn, &tuning, &limits)?;
+        let Setup { listen, identity, trust, store, orders, services, tuning, limits } = setup;
+        let alpn = [wire::ALPN_PAGES, wire::ALPN_NODE].into_iter().chain(services.iter().map(|service| service.alpn));
+        let alpn: Vec<&[u8]> = alpn.collect();
+        let admits_strangers = services.iter().any(|service| service.admits_strangers);
+        let config = endpoint::server_config(identity, &trust, &alpn, &tuning, &limits, admits_strangers)?;
         let endpoint = endpoint::endpoint(listen, &tuning, Some(config))?;
         let polling = |source| StartError::Socket { step: "naming", address: listen, source };
         let address = endpoint.local_addr().map_err(polling)?;
         let admission = admission::Admission::new(&limits);
-        let shared = Arc::new(Shared { trust, store, orders, limits, admission, counters: Counting::default() });
+        let shared = Arc::new(Shared { trust, store, orders, services, limits, admission, counters: Counting::default() });
         tokio::spawn(connection::accept(endpoint.clone(), Arc::clone(&shared)));
         Ok(Self { endpoint, address, shared })
     }

@@ -9,7 +9,7 @@ use tracing::debug;
 
 use super::admission::{Budget, Held};
 use super::connection::Protocol;
-use super::{CLOSE_SLOW, Extent, Shared, count};
+use super::{CLOSE_SLOW, Extent, Handler, Shared, count};
 use crate::identity::Peer;
 use crate::wire::{
     self, Answer, BadFrame, EXTENT_BYTES, Encoding, ExtentHeader, ExtentsRequest, HEADER_SIZE, Header, Kind, Refusal,
@@ -42,6 +42,7 @@ impl Exchange {
         let kind = match protocol {
             Protocol::Pages => Kind::Request,
             Protocol::Node => Kind::Order,
+            Protocol::Service(index) => return self.service(index).await,
         };
         let body = match tokio::time::timeout(self.shared.limits.request_time, read(&mut self.receive, kind)).await {
             Ok(Ok(body)) => body,
@@ -58,7 +59,28 @@ impl Exchange {
                 Ok(request) => self.pages(request).await,
                 Err(problem) => self.bad(problem).await,
             },
-            Protocol::Node => self.order(body).await,
+            Protocol::Node | Protocol::Service(_) => self.order(body).await,
+        }
+    }
+
+    async fn service(mut self, index: usize) {
+        count(&self.shared.counters.requests);
+        let shared = Arc::clone(&self.shared);
+        let peer = (*self.peer).clone();
+        let (answers, bytes_max, time) = match &shared.services[index].handler {
+            Handler::Stream(streams) => return streams.take(peer, self.send, self.receive).await,
+            Handler::Ask { answers, request_bytes_max, request_time } => (answers, *request_bytes_max, *request_time),
+        };
+        match tokio::time::timeout(time, self.receive.read_to_end(bytes_max)).await {
+            Ok(Ok(request)) => {
+                let answer = answers.answer(peer, request.into()).await;
+                let held = self.budget.hold(answer.len().min(ANSWER_HOLD_BYTES)).await;
+                self.finish(vec![answer], held).await;
+            }
+            _ => {
+                count(&self.shared.counters.requests_bad);
+                let _ = self.send.reset(RESET_SLOW);
+            }
         }
     }
 

@@ -132,6 +132,7 @@ impl Holder {
             trust: trust.clone(),
             store: Arc::clone(&store) as _,
             orders,
+            services: Vec::new(),
             tuning,
             limits,
         };
@@ -150,6 +151,7 @@ impl Holder {
             trust: trust.clone(),
             store: Arc::clone(&store) as _,
             orders: Arc::new(NoOrders),
+            services: Vec::new(),
             tuning: tuning.clone(),
             limits: Limits::default(),
         };

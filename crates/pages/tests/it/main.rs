@@ -1,6 +1,7 @@
 //! Two nodes and their enemies, over loopback.
 
 mod abuse;
+mod cluster;
 mod common;
 mod corpora;
 mod golden;
