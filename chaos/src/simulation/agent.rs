@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use control::command::Command;
 use control::reconcile::{Action, Observed, Run, Seen, reconcile};
-use control::state::{ImageFacts, ImageKey, JobId, NodeFacts, Outcome};
+use control::state::{ImageFacts, ImageKey, JobId, NodeFacts, Outcome, Resources};
 use control::{State, Tick};
 use types::{Epoch, NodeId, Reason};
 
@@ -128,6 +128,11 @@ pub(super) fn step(world: &mut World, node: usize, consensus: &mut Consensus) ->
     }
     if agent.next_look <= now {
         agent.next_look = Tick(now.0 + world.dice.u64(150..500));
+        if world.dice.u8(..) < 4 {
+            // Somebody has machines there that are no tasks.
+            let machines = world.dice.u64(0..4);
+            agent.observed.local = Resources { memory_bytes: machines << 20, cpu_millis: machines * 100, machines };
+        }
         look(world, node, consensus)?;
     }
     Ok(())

@@ -84,6 +84,24 @@ pub enum Command {
         /// Whether it is.
         is_draining: bool,
     },
+    /// Whoever shows what this is the digest of is let in, once, within [`TOKEN_TERM`](crate::apply::TOKEN_TERM).
+    AddToken {
+        /// Of the secret.
+        token: Digest,
+        /// The name of the node that it is for.
+        name: Name,
+        /// What that node is to be.
+        role: Role,
+    },
+    /// A node has shown a token.
+    UseToken {
+        /// Of the secret.
+        token: Digest,
+        /// Which node.
+        node: NodeId,
+        /// Its name.
+        name: Name,
+    },
     /// A node may never take part again.
     Revoke {
         /// Which.
@@ -193,6 +211,8 @@ pub enum Command {
         gone: Vec<(ImageKey, Epoch)>,
         /// Tasks that ended, by job.
         ended: Vec<(JobId, Results)>,
+        /// What machines take there that are no tasks, if that has changed.
+        local: Option<Resources>,
     },
 }
 
@@ -206,6 +226,8 @@ pub enum Answer {
     Done,
     /// A right, with its number.
     Granted(Epoch),
+    /// A node is let in, as this.
+    Admitted(Role),
     /// So many tasks were placed, and so many were not: what they need is gone meanwhile.
     Placed {
         /// Placed.
@@ -261,6 +283,12 @@ pub enum Refusal {
     JobExists(JobId),
     #[error("job {0} has not ended")]
     JobRuns(JobId),
+    #[error("the token is none of this cluster's, was used, or is out of date")]
+    BadToken,
+    #[error("the token is for a node named {0}")]
+    OtherName(Name),
+    #[error("another node is named {0}")]
+    NameTaken(Name),
     #[error("key {0} came with another request before")]
     KeyReused(Key),
 }
@@ -283,7 +311,12 @@ impl Command {
             | Self::GrantCapacity { node, .. }
             | Self::ReturnCapacity { node, .. }
             | Self::Report { node, .. } => *node == from,
-            Self::Cordon { .. } | Self::Drain { .. } | Self::Revoke { .. } | Self::Remove { .. } => is_voter,
+            Self::Cordon { .. }
+            | Self::Drain { .. }
+            | Self::Revoke { .. }
+            | Self::Remove { .. }
+            | Self::AddToken { .. }
+            | Self::UseToken { .. } => is_voter,
             Self::PutTemplate { .. }
             | Self::RemoveTemplate { .. }
             | Self::Open { .. }
@@ -319,6 +352,9 @@ impl Refusal {
             Self::BadResources => "say what each task takes",
             Self::JobExists(_) => "draw another id",
             Self::JobRuns(_) => "cancel it first",
+            Self::BadToken => "make a new one on a voter: farfork cluster token NAME",
+            Self::OtherName(_) => "join under that name, or make a token for this one",
+            Self::NameTaken(_) => "choose another name, or remove the node that had it: farfork node rm",
             Self::KeyReused(_) => "draw a key for each request",
         }
     }
@@ -352,6 +388,8 @@ impl fmt::Display for Command {
             Self::Drain { node, is_draining } => {
                 write!(f, "node {node} {} drained", if *is_draining { "is" } else { "is no longer" })
             }
+            Self::AddToken { name, role, .. } => write!(f, "a token lets node {name} in as {role:?}"),
+            Self::UseToken { node, name, .. } => write!(f, "node {node} shows a token for {name}"),
             Self::Revoke { node } => write!(f, "node {node} is revoked"),
             Self::Remove { node } => write!(f, "node {node} is forgotten"),
             Self::AddImage { key, node, .. } => write!(f, "node {node} has made image {key}"),

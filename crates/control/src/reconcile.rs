@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use types::{Epoch, NodeId};
 
 use crate::command::{Command, Results};
-use crate::state::{Hold, Holder, ImageKey, JobId, Life, Outcome, State, Task};
+use crate::state::{Hold, Holder, ImageKey, JobId, Life, Outcome, Resources, State, Task};
 
 /// Progress is told when so much of it is new.
 const PROGRESS_STEP: u8 = 10;
@@ -24,6 +24,8 @@ pub struct Observed {
     pub failed: BTreeSet<(ImageKey, Epoch)>,
     /// Tasks that run, or have ended and were not taken note of yet.
     pub tasks: BTreeMap<(JobId, u32), Run>,
+    /// What machines take that are no tasks.
+    pub local: Resources,
 }
 
 /// An image on a node.
@@ -135,9 +137,10 @@ pub fn reconcile(state: &State, id: NodeId, observed: &Observed) -> Vec<Action> 
     let is_ours = |key: &ImageKey| state.images.get(key).is_some_and(|image| image.holders.contains_key(&id));
     actions.extend(observed.images.keys().filter(|key| !is_ours(key)).map(|key| Action::Drop { key: key.clone() }));
     let ended = tasks(state, id, observed, &mut actions);
-    if !progress.is_empty() || !gone.is_empty() || !ended.is_empty() {
+    let local = known.is_some_and(|node| node.local != observed.local).then_some(observed.local);
+    if !progress.is_empty() || !gone.is_empty() || !ended.is_empty() || local.is_some() {
         let incarnation = observed.incarnation;
-        actions.push(Action::Report(Command::Report { node: id, incarnation, progress, gone, ended }));
+        actions.push(Action::Report(Command::Report { node: id, incarnation, progress, gone, ended, local }));
     }
     actions
 }

@@ -20,6 +20,9 @@ pub const REMEMBERED: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long an image may be without anybody who has all of it before what needs it is ended: the term of a read lease.
 pub const STRANDED_MAX: Duration = crate::lease::TERM;
 
+/// How long a token lets a node in.
+pub const TOKEN_TERM: Duration = Duration::from_secs(15 * 60);
+
 /// Rules that are left out, for the tests that see what each is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flaws {
@@ -76,6 +79,8 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::SetRole { node, role } => nodes::change(state, *node, |node| node.role = *role),
         Command::Cordon { node, is_cordoned } => nodes::change(state, *node, |node| node.is_cordoned = *is_cordoned),
         Command::Drain { node, is_draining } => nodes::change(state, *node, |node| node.is_draining = *is_draining),
+        Command::AddToken { token, name, role } => nodes::add_token(state, *token, name, *role),
+        Command::UseToken { token, node, name } => nodes::use_token(state, *token, *node, name),
         Command::Revoke { node } => nodes::revoke(state, *node),
         Command::Remove { node } => nodes::remove(state, *node),
         Command::GrantCapacity { node, incarnation, resources, lasts_ms } => {
@@ -91,8 +96,9 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::Place { job, opens, on } => jobs::place(state, *job, opens, on, flaws),
         Command::Cancel { job } => jobs::cancel(state, *job),
         Command::Forget { job } => jobs::forget(state, *job),
-        Command::Report { node, incarnation, progress, gone, ended } => {
-            nodes::check_start(state, *node, *incarnation)?;
+        Command::Report { node, incarnation, progress, gone, ended, local } => {
+            let reporter = nodes::check_start(state, *node, *incarnation)?;
+            reporter.local = local.unwrap_or(reporter.local);
             progress.iter().for_each(|(key, epoch, percent)| images::progress(state, *node, key, *epoch, *percent));
             // Results first: what ended before its image went has ended.
             for (job, tasks) in ended {
@@ -134,6 +140,7 @@ fn advance(state: &mut State, at: Tick) {
             holder.sources.clear();
         }
     }
+    state.tokens.retain(|_, token| token.until > now);
     state.keys.retain(|_, remembered| now - remembered.at < REMEMBERED);
     state.jobs.retain(|_, job| job.ended.is_none_or(|ended| now - ended < REMEMBERED));
 }

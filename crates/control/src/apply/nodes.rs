@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use types::{Epoch, NodeId, Reason};
+use types::{Digest, Epoch, Name, NodeId, Reason};
 
-use super::{Outcomes, images, jobs};
+use super::{Outcomes, TOKEN_TERM, images, jobs};
 use crate::command::{Answer, Refusal};
-use crate::state::{CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Resources, Role, State, Task};
+use crate::state::{
+    CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Resources, Role, State, Task, Token,
+};
 
 /// The longest that a node may start machines without asking.
 const LEASE_MAX: Duration = Duration::from_secs(60 * 60);
@@ -36,12 +38,24 @@ pub(super) fn register(
             std::cmp::Ordering::Greater => {}
         }
     }
+    check_name(state, &facts.name, id)?;
+    let before = state.nodes.get(&id);
     let role = before.map_or(Role::Learner, |node| node.role);
     let (is_cordoned, is_draining) = before.map_or((false, false), |node| (node.is_cordoned, node.is_draining));
     lose(state, id);
     state.removed.remove(&id);
     let (facts, registered) = (facts.clone(), state.time);
-    let node = Node { facts, life: Life::Up, incarnation, registered, role, is_cordoned, is_draining, lease: None };
+    let node = Node {
+        facts,
+        life: Life::Up,
+        incarnation,
+        registered,
+        role,
+        is_cordoned,
+        is_draining,
+        lease: None,
+        local: Resources::default(),
+    };
     state.nodes.insert(id, node);
     for (key, facts) in images {
         let epoch = state.draw_epoch();
@@ -51,6 +65,34 @@ pub(super) fn register(
         }
     }
     Ok(Answer::Done)
+}
+
+fn check_name(state: &State, name: &Name, id: NodeId) -> Result<(), Refusal> {
+    let is_taken = state.nodes.iter().any(|(other, node)| *other != id && node.facts.name == *name);
+    if is_taken { Err(Refusal::NameTaken(name.clone())) } else { Ok(()) }
+}
+
+pub(super) fn add_token(state: &mut State, token: Digest, name: &Name, role: Role) -> Outcomes {
+    if state.nodes.values().any(|node| node.facts.name == *name) {
+        return Err(Refusal::NameTaken(name.clone()));
+    }
+    let until = state.time + TOKEN_TERM;
+    state.tokens.entry(token).or_insert(Token { name: name.clone(), role, until, used_by: None });
+    Ok(Answer::Done)
+}
+
+pub(super) fn use_token(state: &mut State, token: Digest, id: NodeId, name: &Name) -> Outcomes {
+    if state.revoked.contains(&id) {
+        return Err(Refusal::Revoked(id));
+    }
+    check_name(state, name, id)?;
+    let token = state.tokens.get_mut(&token).filter(|token| token.used_by.is_none_or(|by| by == id));
+    let token = token.ok_or(Refusal::BadToken)?;
+    if token.name != *name {
+        return Err(Refusal::OtherName(token.name.clone()));
+    }
+    token.used_by = Some(id);
+    Ok(Answer::Admitted(token.role))
 }
 
 pub(super) fn heard(state: &mut State, id: NodeId, incarnation: u64) -> Outcomes {
@@ -115,7 +157,8 @@ pub(super) fn grant(state: &mut State, id: NodeId, incarnation: u64, resources: 
         return Err(Refusal::Full(id));
     }
     let (epoch, until) = (state.draw_epoch(), state.time + Duration::from_millis(lasts_ms).min(LEASE_MAX));
-    state.nodes.get_mut(&id).expect("just seen").lease = Some(CapacityLease { epoch, resources, until });
+    let node = state.nodes.get_mut(&id).expect("just seen");
+    node.lease = Some(CapacityLease { epoch, resources, base: node.local, until });
     Ok(Answer::Granted(epoch))
 }
 

@@ -14,7 +14,7 @@ use crate::clock::Tick;
 use crate::command::{Answer, Key};
 pub use image::{Hold, Holder, Image, ImageFacts, ImageKey};
 pub use job::{Job, JobId, JobSpec, Spread};
-pub use node::{CapacityLease, Life, Node, NodeFacts, Resources, Role};
+pub use node::{CapacityLease, Life, Node, NodeFacts, Resources, Role, Token};
 pub use tasks::{Outcome, Task, Tasks};
 
 /// See the module.
@@ -30,6 +30,8 @@ pub struct State {
     pub removed: BTreeMap<NodeId, u64>,
     /// Nodes that may never come back.
     pub revoked: BTreeSet<NodeId>,
+    /// What lets a node in, by the digest of its secret, until it is out of date.
+    pub tokens: BTreeMap<Digest, Token>,
     /// Images that somebody holds, or that a template or job refers to.
     pub images: BTreeMap<ImageKey, Image>,
     /// Names that point at images.
@@ -74,17 +76,18 @@ impl State {
             }
         }
         for (id, node) in &self.nodes {
-            if let Some(lease) = &node.lease {
-                *usage.entry(*id).or_default() += lease.resources;
-            }
+            *usage.entry(*id).or_default() += node.leased();
         }
         usage
     }
 
-    /// What is taken of each node: what was given away, and the memory of images that are there.
+    /// What is taken of each node: what was given away, what else runs there, and the memory of images that are there.
     #[must_use]
     pub fn usage(&self) -> BTreeMap<NodeId, Resources> {
         let mut usage = self.claims();
+        for (id, node) in &self.nodes {
+            *usage.entry(*id).or_default() += node.own().less(node.leased());
+        }
         for image in self.images.values() {
             for node in image.holders.keys() {
                 let taken = usage.entry(*node).or_default();

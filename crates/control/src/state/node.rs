@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
-use types::{CpuProfile, Epoch, Name};
+use types::{CpuProfile, Epoch, Name, NodeId};
 
 use crate::clock::Tick;
 
@@ -28,6 +28,8 @@ pub struct Node {
     pub is_draining: bool,
     /// What it may start without asking.
     pub lease: Option<CapacityLease>,
+    /// What machines take there that are no tasks, as it said last.
+    pub local: Resources,
 }
 
 /// What a node says of itself when it joins or starts.
@@ -65,6 +67,19 @@ pub enum Role {
     Learner,
 }
 
+/// What lets a node in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// The node's name.
+    pub name: Name,
+    /// What it is to be.
+    pub role: Role,
+    /// Until when.
+    pub until: Tick,
+    /// Who has shown it. It may ask again.
+    pub used_by: Option<NodeId>,
+}
+
 /// A right to start machines without asking, until a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CapacityLease {
@@ -72,6 +87,8 @@ pub struct CapacityLease {
     pub epoch: Epoch,
     /// How much.
     pub resources: Resources,
+    /// What machines that are no tasks took there when it was granted: what they take from then on is part of it.
+    pub base: Resources,
     /// Until when.
     pub until: Tick,
 }
@@ -108,6 +125,16 @@ impl Resources {
         }
     }
 
+    /// The larger of each.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.max(other.memory_bytes),
+            cpu_millis: self.cpu_millis.max(other.cpu_millis),
+            machines: self.machines.max(other.machines),
+        }
+    }
+
     /// Whether all of it is within `other`.
     #[must_use]
     pub fn fits(self, other: Self) -> bool {
@@ -131,6 +158,20 @@ impl AddAssign for Resources {
 }
 
 impl Node {
+    /// What its lease gives it.
+    #[must_use]
+    pub fn leased(&self) -> Resources {
+        self.lease.map_or(Resources::default(), |lease| lease.resources)
+    }
+
+    /// What machines that are no tasks may take of it: what is there, or what it may start without asking on top of what was.
+    #[must_use]
+    pub fn own(&self) -> Resources {
+        let mut leased = self.lease.map_or(Resources::default(), |lease| lease.base);
+        leased += self.leased();
+        self.local.max(leased)
+    }
+
     /// Whether something new may be placed on it.
     #[must_use]
     pub fn is_open(&self) -> bool {

@@ -148,7 +148,7 @@ impl Cluster {
         ended: Vec<(JobId, Results)>,
     ) -> Result<Answer, Refusal> {
         let incarnation = self.state.nodes.get(&node(on)).map_or(1, |node| node.incarnation);
-        self.run(Command::Report { node: node(on), incarnation, progress, gone, ended })
+        self.run(Command::Report { node: node(on), incarnation, progress, gone, ended, local: None })
     }
 
     pub(crate) fn lose(&mut self, number: u128) {

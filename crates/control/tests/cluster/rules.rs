@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use control::apply::{REMEMBERED, STRANDED_MAX};
 use control::command::{Answer, Command, Key, Refusal};
-use control::state::{Life, Outcome, Task};
+use control::state::{Life, NodeFacts, Outcome, Role, Task};
 use types::{Digest, Epoch, Name, Reason, Tenant};
 use uuid::Uuid;
 
@@ -50,6 +50,7 @@ fn a_newer_start_of_a_node_ends_the_older_one() {
         progress: vec![],
         gone: vec![],
         ended: vec![(id, vec![(0, epoch, Outcome::Exited(0))])],
+        local: None,
     };
     assert_eq!(cluster.run(late), Err(Refusal::OldStart { node: node(1), given: 1, current: 2 }));
     assert_eq!(cluster.register(1, 1, 10, &[]), Err(Refusal::OldStart { node: node(1), given: 1, current: 2 }));
@@ -314,4 +315,56 @@ fn the_last_copy_on_a_node_that_is_heard_is_kept() {
     assert_eq!(cluster.let_go(1), Err(Refusal::LastCopy { node: node(1), key: key(1) }));
     cluster.run(Command::Heard { node: node(2), incarnation: 1 }).unwrap();
     cluster.let_go(1).unwrap();
+}
+
+/// What was started under a lease counts when the lease is over, and not twice while it lasts.
+#[test]
+fn machines_that_are_no_tasks_count() {
+    let mut cluster = Cluster::new(1, 10);
+    let report = |local| Command::Report {
+        node: node(1),
+        incarnation: 1,
+        progress: vec![],
+        gone: vec![],
+        ended: vec![],
+        local: Some(local),
+    };
+    let grant = |count| Command::GrantCapacity { node: node(1), incarnation: 1, resources: machines(count), lasts_ms: 1000 };
+    cluster.run(report(machines(2))).unwrap();
+    assert_eq!(cluster.run(grant(9)), Err(Refusal::Full(node(1))), "two are there");
+    cluster.run(grant(4)).unwrap();
+    let id = cluster.submit(spec(9));
+    assert_eq!(cluster.place(id, &[(1, 0..9)]), (4, 5), "two are there, and four may be started");
+    cluster.run(report(machines(6))).unwrap();
+    assert_eq!(cluster.place(id, &[(1, 0..9)]), (0, 5), "they were");
+    cluster.wait(Duration::from_secs(1));
+    assert_eq!(cluster.place(id, &[(1, 0..9)]), (0, 5), "and are there when the lease is over");
+    cluster.run(report(machines(1))).unwrap();
+    assert_eq!(cluster.place(id, &[(1, 0..9)]), (5, 0));
+}
+
+#[test]
+fn a_token_lets_one_node_in_under_its_name_for_a_while() {
+    let mut cluster = Cluster::new(1, 10);
+    let name = |text| Name::parse(text).unwrap();
+    let token = |number: u8| Digest::of(&[number]);
+    let add = |number, named| Command::AddToken { token: token(number), name: name(named), role: Role::Voter };
+    let show = |number, by, named| Command::UseToken { token: token(number), node: node(by), name: name(named) };
+    assert_eq!(cluster.run(add(1, "node-1")), Err(Refusal::NameTaken(name("node-1"))));
+    cluster.run(add(1, "node-2")).unwrap();
+    assert_eq!(cluster.run(show(9, 2, "node-2")), Err(Refusal::BadToken), "nobody made it");
+    assert_eq!(cluster.run(show(1, 2, "node-3")), Err(Refusal::OtherName(name("node-2"))));
+    assert_eq!(cluster.run(show(1, 2, "node-2")), Ok(Answer::Admitted(Role::Voter)));
+    assert_eq!(cluster.run(show(1, 2, "node-2")), Ok(Answer::Admitted(Role::Voter)), "it did not hear the answer");
+    assert_eq!(cluster.run(show(1, 3, "node-2")), Err(Refusal::BadToken), "used");
+    cluster.register(2, 1, 10, &[]).unwrap();
+    let facts = NodeFacts { name: name("node-2"), ..node_facts(3, 10) };
+    let same_name = Command::Register { node: node(3), incarnation: 1, facts, images: vec![] };
+    assert_eq!(cluster.run(same_name), Err(Refusal::NameTaken(name("node-2"))));
+    cluster.run(add(2, "node-4")).unwrap();
+    cluster.run(Command::Revoke { node: node(4) }).unwrap();
+    assert_eq!(cluster.run(show(2, 4, "node-4")), Err(Refusal::Revoked(node(4))));
+    cluster.wait(control::apply::TOKEN_TERM);
+    assert_eq!(cluster.run(show(2, 5, "node-4")), Err(Refusal::BadToken), "out of date");
+    assert!(cluster.state.tokens.is_empty());
 }
