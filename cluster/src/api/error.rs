@@ -3,18 +3,18 @@
 //! | status | codes | whose |
 //! |---|---|---|
 //! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID`, `BAD_DIGEST`, `BAD_TENANT`, `BAD_ADDRESS`, `BAD_HOLDERS`, `BAD_CERTIFICATE`, `UNFIT` | the request is wrong, whatever the node's state |
-//! | 403 | `FORBIDDEN`, `NOT_TRUSTED` | this user may not use this node; two nodes do not trust each other |
+//! | 403 | `FORBIDDEN`, `NOT_TRUSTED`, `NOT_A_VOTER` | this user may not use this node; two nodes do not trust each other; only a voter may |
 //! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE`, `UNKNOWN_NODE` | there is none |
 //! | 405 | `METHOD_NOT_ALLOWED` | the route exists, for other methods |
 //! | 408 | `SLOW_REQUEST` | the body did not come within the deadline |
-//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NO_GUEST_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `OTHER_CERTIFICATE`, `TOO_MANY_NODES` | not in this state; another request may pass. `REFUSED`: by another node |
+//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NO_CLUSTER`, `AUTHORITY_SEALED`, `NO_GUEST_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `OTHER_CERTIFICATE`, `TOO_MANY_NODES` | not in this state; another request may pass. `REFUSED`: by another node |
 //! | 413 | `BODY_TOO_LARGE` | more than 1 MiB |
 //! | 422 | `BAD_IMAGE`, `NOT_VERIFIABLE`, `NO_NETWORK_CARD`, `WRONG_PROOF` | understood, but this image or machine cannot |
 //! | 429 | `BUSY` | too many calls wait; `Retry-After` |
 //! | 500 | `INTERNAL`, `STORE` | something of ours failed |
 //! | 502 | `UNREACHABLE`, `SOURCE_LOST` | another node cannot be reached, or none is left that has what is missing |
-//! | 503 | `EXHAUSTED`, `HOST`, `STOPPING` | the node is short of something, or going; `Retry-After` |
-//! | 504 | `NO_ANSWER` | another node was asked and did not answer in time: it may have done it |
+//! | 503 | `EXHAUSTED`, `HOST`, `STOPPING`, `NO_QUORUM`, `NO_PLACE`, `LOG_FAILED` | the node, or the cluster, is short of something, or going; `Retry-After` |
+//! | 504 | `NO_ANSWER`, `OUTCOME_UNKNOWN` | another node was asked and did not answer in time: it may have done it |
 //! | 507 | `STORE_FULL` | the store's file system is full |
 
 use axum::Json;
@@ -22,7 +22,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use types::Reason;
 
-use super::wire::{ErrorAnswer, ErrorBody};
+use super::wire::{ErrorAnswer, ErrorBody, Failure};
+use crate::member::ClusterError;
 use crate::node::{NodeError, metrics};
 
 /// What a client is told when it does not get what it asked for.
@@ -101,6 +102,39 @@ impl ApiError {
     }
 }
 
+impl ApiError {
+    /// The code that programs match on.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// What a client reads.
+    #[must_use]
+    pub fn body(&self) -> ErrorBody {
+        let reason = self.reason.map(|reason| reason.code().to_owned());
+        ErrorBody { code: self.code.to_owned(), message: self.message.clone(), remedy: self.remedy.clone(), reason }
+    }
+
+    /// What another node failed with, which was asked for this one's client.
+    #[must_use]
+    pub fn of_another(failure: &Failure) -> Self {
+        let Failure { id, code, message, remedy, .. } = failure;
+        let reason = failure.reason.as_deref().and_then(|code| Reason::ALL.into_iter().find(|reason| reason.code() == code));
+        let status = status(code);
+        // Codes that this version does not know are refusals.
+        let (status, code) =
+            CODES.iter().find(|known| *known == code).map_or((StatusCode::CONFLICT, "REFUSED"), |code| (status, code));
+        Self { reason, ..Self::new(status, code, format!("{id}: {message}"), remedy.clone()) }
+    }
+}
+
+impl From<ClusterError> for ApiError {
+    fn from(error: ClusterError) -> Self {
+        NodeError::from(error).into()
+    }
+}
+
 impl From<NodeError> for ApiError {
     fn from(error: NodeError) -> Self {
         let mut answer = Self::new(status(error.code()), error.code(), error.to_string(), error.remedy());
@@ -117,9 +151,8 @@ impl IntoResponse for ApiError {
         } else {
             tracing::debug!(code = self.code, message = self.message, "refused");
         }
-        let Self { status, code, message, remedy, reason, closes } = self;
-        let reason = reason.map(|reason| reason.code().to_owned());
-        let body = ErrorAnswer { error: ErrorBody { code: code.to_owned(), message, remedy, reason } };
+        let (status, closes) = (self.status, self.closes);
+        let body = ErrorAnswer { error: self.body() };
         let mut response = (status, Json(body)).into_response();
         if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
@@ -131,22 +164,37 @@ impl IntoResponse for ApiError {
     }
 }
 
+/// What another node may have said that is passed on as it was.
+const CODES: [&str; 12] = [
+    "EXHAUSTED",
+    "NO_PLACE",
+    "NO_QUORUM",
+    "UNREACHABLE",
+    "SOURCE_LOST",
+    "BUSY",
+    "STOPPING",
+    "UNKNOWN_IMAGE",
+    "BAD_LIMIT",
+    "NOT_VERIFIABLE",
+    "WRONG_PROOF",
+    "NO_NETWORK_CARD",
+];
+
 /// The table above.
 fn status(code: &str) -> StatusCode {
     match code {
         "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" | "BAD_DIGEST"
         | "BAD_TENANT" | "BAD_ADDRESS" | "BAD_HOLDERS" | "BAD_CERTIFICATE" | "UNFIT" => StatusCode::BAD_REQUEST,
-        "NOT_TRUSTED" | "FORBIDDEN" => StatusCode::FORBIDDEN,
+        "NOT_TRUSTED" | "FORBIDDEN" | "NOT_A_VOTER" => StatusCode::FORBIDDEN,
         "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" | "UNKNOWN_TEMPLATE" | "UNKNOWN_NODE" => StatusCode::NOT_FOUND,
-        "NAME_TAKEN" | "ENDED" | "NOT_READY" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK"
-        | "NO_GUEST_NETWORK" | "NOT_LISTENING" | "NOT_ADVERTISED" | "OTHER_CERTIFICATE" | "TOO_MANY_NODES" => {
-            StatusCode::CONFLICT
-        }
+        "NAME_TAKEN" | "ENDED" | "NOT_READY" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK" | "NO_CLUSTER"
+        | "AUTHORITY_SEALED" | "NO_GUEST_NETWORK" | "NOT_LISTENING" | "NOT_ADVERTISED" | "OTHER_CERTIFICATE"
+        | "TOO_MANY_NODES" => StatusCode::CONFLICT,
         "BAD_IMAGE" | "GUEST" | "NOT_VERIFIABLE" | "NO_NETWORK_CARD" | "WRONG_PROOF" => StatusCode::UNPROCESSABLE_ENTITY,
         "BUSY" => StatusCode::TOO_MANY_REQUESTS,
         "UNREACHABLE" | "SOURCE_LOST" => StatusCode::BAD_GATEWAY,
-        "NO_ANSWER" => StatusCode::GATEWAY_TIMEOUT,
-        "EXHAUSTED" | "HOST" | "STOPPING" => StatusCode::SERVICE_UNAVAILABLE,
+        "NO_ANSWER" | "OUTCOME_UNKNOWN" => StatusCode::GATEWAY_TIMEOUT,
+        "EXHAUSTED" | "HOST" | "STOPPING" | "NO_QUORUM" | "NO_PLACE" | "LOG_FAILED" => StatusCode::SERVICE_UNAVAILABLE,
         "STORE_FULL" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -67,7 +67,10 @@ pub(crate) async fn save(
     JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Json<Image>, ApiError> {
     let name = Name::parse(&request.name).map_err(NodeError::from)?;
-    Ok(Json(image(&app.act(move |service| service.save(&id, &name)).await?)))
+    let saved = name.clone();
+    let view = app.act(move |service| service.save(&id, &saved)).await?;
+    app.publish(&name).await?;
+    Ok(Json(image(&view)))
 }
 
 /// Hashes an image in memory, if that has not been done: the digest is its name on other nodes

@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::Json;
 use axum::extract::State as Shared;
-use types::{Digest, ImageId, MemorySize, Name, Tenant};
+use axum::http::Method;
+use axum::{Extension, Json};
+use types::{Digest, ImageId, MemorySize, Name, NodeId, Tenant};
 use vm::Class;
 
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText, QueryOf};
-use super::images;
 use super::routes::App;
 use super::templates;
 use super::wire::{
@@ -18,6 +18,9 @@ use super::wire::{
     KillAnswer, KillRequest, Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, OtherNode, RemoteSource, Residency,
     Source, Stages, State, Usage,
 };
+use super::{cluster, images};
+use crate::member::Membership;
+use crate::member::forward::Forwarded;
 use crate::node::engine::{self, ForkStages};
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
@@ -26,6 +29,8 @@ use crate::node::{NodeAddress, NodeError, Service};
 
 const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
+/// How long other nodes may take to list their machines.
+const OTHERS_WITHIN: Duration = Duration::from_secs(3);
 
 /// Forks children of a guest, an image or a running machine, here or on another node
 ///
@@ -43,10 +48,33 @@ const DEFAULT_VCPUS: u64 = 1;
 )]
 pub(crate) async fn fork(
     Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
     JsonBody(request): JsonBody<ForkRequest>,
 ) -> Result<Json<ForkAnswer>, ApiError> {
+    if forwarded.is_none()
+        && request.on.is_none()
+        && let Ok(member) = app.member()
+        && let Some(image) = cluster::image_of(&member.consensus.stale(), &request.from, &tenant_of(&request)?)
+    {
+        match member.fork(&app, image, request.clone()).await {
+            // What is here can be forked here, whoever leads.
+            Err(error) if error.code() == "NO_QUORUM" => {
+                tracing::info!("no majority can be reached: forked here, if it is here")
+            }
+            answered => return Ok(Json(answered?)),
+        }
+    }
+    Ok(Json(fork_here(&app, request).await?))
+}
+
+/// Forks on this node, whatever a cluster thinks of it.
+pub(crate) async fn fork_here(app: &App, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
     let order = order(request)?;
-    Ok(Json(fork_answer(&app.act(move |service| service.fork(&order)).await?)))
+    Ok(fork_answer(&app.act(move |service| service.fork(&order)).await?))
+}
+
+fn tenant_of(request: &ForkRequest) -> Result<Tenant, NodeError> {
+    Ok(request.tenant.as_deref().map(str::parse).transpose()?.unwrap_or_default())
 }
 
 /// Freezes a running machine, which goes on, and forks children of that instant
@@ -85,6 +113,7 @@ pub(crate) async fn branch(
 )]
 pub(crate) async fn list(
     Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
     QueryOf(query): QueryOf<MachinesQuery>,
 ) -> Result<Json<MachinesAnswer>, ApiError> {
     let wanted = move |machine: &Machine| match query.state {
@@ -100,7 +129,35 @@ pub(crate) async fn list(
         let listed = listed.iter().map(|facts| machine(facts, &mut percent)).filter(wanted);
         Ok(listed.collect())
     };
-    Ok(Json(MachinesAnswer { machines: app.look(list).await? }))
+    let here: Vec<Machine> = app.look(list).await?;
+    let Some(member) = app.member().ok().filter(|_| forwarded.is_none()) else {
+        return Ok(Json(MachinesAnswer { machines: here, unheard: Vec::new() }));
+    };
+    let of =
+        |node: NodeId, machines: Vec<Machine>| machines.into_iter().map(move |machine| Machine { node: Some(node), ..machine });
+    let mut machines: Vec<Machine> = of(member.node(), here).collect();
+    let mut unheard = Vec::new();
+    let state = match query.state {
+        Listed::All => "all",
+        Listed::Running => "running",
+        Listed::Ended => "ended",
+    };
+    let path = format!("/v1/machines?state={state}");
+    let asked = member.others().into_iter().map(|node| {
+        let path = path.clone();
+        async move {
+            let asking = member.ask_json::<MachinesAnswer>(node, Method::GET, &path, None::<&()>);
+            (node, tokio::time::timeout(OTHERS_WITHIN, asking).await)
+        }
+    });
+    for (node, answer) in futures_util::future::join_all(asked).await {
+        match answer {
+            Ok(Ok(Ok(answer))) => machines.extend(of(node, answer.machines)),
+            _ => unheard.push(node),
+        }
+    }
+    machines.sort_by_key(|machine| machine.id);
+    Ok(Json(MachinesAnswer { machines, unheard }))
 }
 
 /// Shows a machine with what it costs and prints
@@ -159,9 +216,67 @@ pub(crate) async fn kill_one(Shared(app): Shared<App>, PathText(id): PathText) -
 )]
 pub(crate) async fn kill(
     Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
     JsonBody(request): JsonBody<KillRequest>,
 ) -> Result<Json<KillAnswer>, ApiError> {
-    kill_these(&app, request).await
+    match app.member().ok().filter(|_| forwarded.is_none()) {
+        Some(member) => kill_everywhere(&app, member, request).await,
+        None => kill_these(&app, request).await,
+    }
+}
+
+/// On whichever nodes they are.
+async fn kill_everywhere(app: &App, member: &Membership, request: KillRequest) -> Result<Json<KillAnswer>, ApiError> {
+    let others = member.others();
+    let ask = |node, request: KillRequest| async move {
+        member.ask_json::<KillAnswer>(node, Method::POST, "/v1/machines/kill", Some(&request)).await
+    };
+    if request.all {
+        let mut answer = kill_these(app, request.clone()).await?.0;
+        let asked = others.into_iter().map(|node| ask(node, request.clone()));
+        for there in futures_util::future::join_all(asked).await {
+            let Ok(Ok(there)) = there else { continue };
+            answer.killed.extend(there.killed);
+            answer.failures.extend(there.failures);
+        }
+        return Ok(Json(answer));
+    }
+    let mut answer = KillAnswer { killed: Vec::new(), failures: Vec::new() };
+    let ids = request.ids.clone();
+    let away: Vec<String> =
+        app.look(move |service| Ok(ids.into_iter().filter(|id| service.machine(id).is_err()).collect())).await?;
+    let here: Vec<String> = request.ids.iter().filter(|id| !away.contains(id)).cloned().collect();
+    let mut first = None;
+    let mut missed: Vec<String> = Vec::new();
+    for id in away {
+        match member.locate(&id).await {
+            Some(node) => match ask(node, KillRequest { ids: vec![id.clone()], all: false }).await {
+                Ok(Ok(there)) => {
+                    answer.killed.extend(there.killed);
+                    answer.failures.extend(there.failures);
+                }
+                Ok(Err(_)) => missed.push(id),
+                Err(error) => drop(first.get_or_insert(ApiError::from(error))),
+            },
+            // This node says that there is none.
+            None => missed.push(id),
+        }
+    }
+    let rest: Vec<String> = here.into_iter().chain(missed).collect();
+    if !rest.is_empty() || request.ids.is_empty() {
+        match kill_these(app, KillRequest { ids: rest, all: false }).await {
+            Ok(Json(there)) => {
+                answer.killed.extend(there.killed);
+                answer.failures.extend(there.failures);
+            }
+            Err(error) if answer.killed.is_empty() => return Err(error),
+            Err(error) => answer.failures.push(error.body().of("the others".to_owned())),
+        }
+    }
+    match first {
+        Some(error) if answer.killed.is_empty() => Err(error),
+        _ => Ok(Json(answer)),
+    }
 }
 
 /// Has a machine's probe carry out commands. Only in builds for benchmarks, so not in the API's description.
@@ -271,6 +386,7 @@ fn child(child: &ForkedChild) -> Child {
         verified_pages: *verified_pages,
         ready_us: ready.map(us),
         address: link.map(|link| link.guest.to_string()),
+        node: None,
     }
 }
 
@@ -295,6 +411,7 @@ fn machine(machine: &registry::Machine, settled_percent: impl FnOnce(ImageId) ->
         verified_pages: machine.verified_pages,
         ready: machine.readiness.as_deref().map(templates::ready),
         limit_bytes: machine.limit_bytes,
+        node: None,
     }
 }
 

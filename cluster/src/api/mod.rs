@@ -11,12 +11,13 @@
 //! | [`socket`] | where the node listens, and that it alone does |
 //! | [`server`] | connections: who is let in, how many, for how long; stopping |
 //! | [`routes`] | every path, with what each route shares |
-//! | [`machines`], [`images`], [`templates`], [`archive`], [`trust`], [`node`] | handlers |
+//! | [`cluster`], [`machines`], [`images`], [`templates`], [`archive`], [`trust`], [`node`] | handlers |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
 //! | [`error`] | refusals and failures as status and body |
 //! | [`extract`] | what a request holds, read within limits |
 
 pub mod archive;
+pub mod cluster;
 pub mod error;
 pub mod extract;
 pub mod images;

@@ -1,24 +1,28 @@
 //! Every path, with what each route shares: who asks is checked, each answer is counted, a panic becomes a 500.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
+use control::command::{Command, Refusal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
-use types::NodeId;
+use types::{Name, NodeId, Tenant};
 use utoipa::OpenApi;
 use uuid::Uuid;
 
 use super::error::ApiError;
 use super::server::Peer;
-use super::{archive, images, machines, node, templates, trust};
+use super::{archive, cluster, images, machines, node, templates, trust};
+use crate::member::agent::facts_of;
+use crate::member::forward::Forwarded;
+use crate::member::{ClusterError, Membership};
 use crate::node::calls::Calls;
 use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
@@ -43,7 +47,12 @@ struct Shared {
     limits: Limits,
     node: Uuid,
     started: Instant,
+    /// This node's part in a cluster, if it has one.
+    member: OnceLock<Arc<Membership>>,
 }
+
+/// How long a template that was built waits for the cluster to hear of it.
+const PUBLISH_WITHIN: Duration = Duration::from_secs(30);
 
 /// How much a node takes on.
 #[derive(Clone, Copy, Debug)]
@@ -86,8 +95,59 @@ impl App {
         let line = || Calls::new(limits.calls_max, limits.queued_max);
         let handed_over = Arc::new(Semaphore::new(limits.connections_max));
         let (verbs, looks, orders) = (line(), line(), line());
-        let shared = Shared { service, verbs, looks, orders, handed_over, limits, node, started: Instant::now() };
+        let shared = Shared {
+            service,
+            verbs,
+            looks,
+            orders,
+            handed_over,
+            limits,
+            node,
+            started: Instant::now(),
+            member: OnceLock::new(),
+        };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// From now on this node is of a cluster.
+    pub fn join(&self, member: Arc<Membership>) {
+        self.shared.member.get_or_init(|| member);
+    }
+
+    /// This node's part in a cluster.
+    ///
+    /// # Errors
+    /// [`ClusterError::Alone`].
+    pub fn member(&self) -> Result<&Arc<Membership>, ClusterError> {
+        self.shared.member.get().ok_or(ClusterError::Alone)
+    }
+
+    /// In a cluster: lets it know that a template is here. For a while also where no majority can be reached.
+    pub(crate) async fn publish(&self, name: &Name) -> Result<(), ApiError> {
+        let Ok(member) = self.member() else { return Ok(()) };
+        let named = name.clone();
+        let (image, profile) = self.act(move |service| Ok((service.template_held(&named)?, service.cpu()))).await?;
+        let facts = facts_of(&image, &profile);
+        let deadline = Instant::now() + PUBLISH_WITHIN;
+        loop {
+            match member.publish(&image.key.tenant, name, image.key.digest, facts.clone()).await {
+                Err(ClusterError::Consensus(error)) if Instant::now() < deadline => {
+                    tracing::warn!(%name, %error, "the cluster does not know of this template yet");
+                }
+                published => return Ok(published?),
+            }
+        }
+    }
+
+    /// In a cluster: takes a name away. Whether it had one.
+    pub(crate) async fn unpublish(&self, name: &Name) -> Result<bool, ApiError> {
+        let Ok(member) = self.member() else { return Ok(false) };
+        let command = Command::RemoveTemplate { tenant: Tenant::default_tenant(), name: name.clone() };
+        match member.propose(None, command).await {
+            Ok(_) => Ok(true),
+            Err(ClusterError::Refused(Refusal::UnknownTemplate(_))) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What this node takes on.
@@ -167,11 +227,17 @@ pub fn router(app: App) -> Router {
         .route("/v1/trust", get(trust::list).post(trust::add))
         .route("/v1/trust/own", get(trust::own))
         .route("/v1/trust/{id}", delete(trust::remove))
+        .route("/v1/cluster", get(cluster::show))
+        .route("/v1/cluster/tokens", post(cluster::token))
+        .route("/v1/nodes/{id}/{verb}", post(cluster::change))
+        .route("/v1/nodes/{id}", delete(cluster::remove))
+        .route("/v1/explain/{name}", get(cluster::explain))
         .route("/v1/node", get(node::show))
         .route("/v1/openapi.json", get(node::openapi))
         .route("/metrics", get(node::metrics))
         .fallback(|| async { ApiError::unknown_route() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(middleware::from_fn_with_state(app.clone(), elsewhere))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(enter))
         .with_state(app)
@@ -216,6 +282,11 @@ pub fn openapi_json() -> String {
         trust::own,
         trust::add,
         trust::remove,
+        cluster::show,
+        cluster::token,
+        cluster::change,
+        cluster::remove,
+        cluster::explain,
         node::show,
         node::openapi,
         node::metrics
@@ -239,6 +310,22 @@ async fn enter(Extension(peer): Extension<Peer>, request: Request, next: Next) -
     }
     .instrument(span)
     .await
+}
+
+/// In a cluster: what is asked of a machine of another node, that node answers.
+async fn elsewhere(State(app): State<App>, request: Request, next: Next) -> Response {
+    let machine = request.uri().path().strip_prefix("/v1/machines/").and_then(|rest| rest.split('/').next());
+    let machine = machine.filter(|id| *id != "kill" && request.extensions().get::<Forwarded>().is_none());
+    let (Some(machine), Ok(member)) = (machine.map(str::to_owned), app.member()) else { return next.run(request).await };
+    let looked_for = machine.clone();
+    let is_here = app.look(move |service| Ok(!matches!(service.machine(&looked_for), Err(NodeError::UnknownMachine { .. }))));
+    if is_here.await.unwrap_or(true) {
+        return next.run(request).await;
+    }
+    match member.locate(&machine).await {
+        Some(node) => member.pass_on(node, request).await.unwrap_or_else(|error| ApiError::from(error).into_response()),
+        None => next.run(request).await,
+    }
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {

@@ -70,6 +70,13 @@ pub struct Peer {
     pub is_owner: bool,
 }
 
+impl Peer {
+    /// Another node of the cluster, which has let its own client in.
+    pub(crate) fn of_node() -> Self {
+        Self { uid: u32::MAX, gid: u32::MAX, pid: None, allowed: true, is_owner: false }
+    }
+}
+
 /// A connection as hyper has it: what an upgraded one is given back as.
 pub(super) type Served = TokioIo<WriteDeadline<UnixStream>>;
 

@@ -8,6 +8,7 @@ use axum::extract::{Extension, Request, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use types::{MemorySize, Name, Tenant};
 
@@ -57,6 +58,7 @@ pub(crate) async fn build(
     let order = order(request)?;
     let built = name.clone();
     app.act(move |service| service.build_template(&built, &order, &tenant)).await?;
+    app.publish(&name).await?;
     let view = app.look(move |service| service.template(&name)).await?;
     Ok(Json(template(&view)))
 }
@@ -108,8 +110,13 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> 
 )]
 pub(crate) async fn remove(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
     let name = Name::parse(&name).map_err(NodeError::from)?;
-    let removed = app.act(move |service| service.remove_template(&name).map(|()| name.to_string())).await?;
-    Ok(Json(RemovedAnswer { removed }))
+    let was_the_clusters = app.unpublish(&name).await?;
+    let removing = name.clone();
+    match app.act(move |service| service.remove_template(&removing)).await {
+        // It was on other nodes, which let go of it.
+        Err(error) if !(was_the_clusters && error.code() == "UNKNOWN_TEMPLATE") => Err(error),
+        _ => Ok(Json(RemovedAnswer { removed: name.to_string() })),
+    }
 }
 
 /// Connects with the agent of a Linux guest
@@ -160,15 +167,16 @@ pub(crate) async fn connect(
 
 /// Passes bytes on, both ways, until either side is done. A client may take as long as it likes to read.
 async fn relay(client: Upgraded, mut guest: UnixStream) {
-    let Ok(parts) = client.downcast::<Served>() else {
-        tracing::error!("an upgraded connection is not what was served");
-        return;
-    };
-    let mut client = parts.io.into_inner().into_stream();
-    let begun = tokio::io::AsyncWriteExt::write_all(&mut guest, &parts.read_buf).await;
-    let relayed = match begun {
-        Ok(()) => tokio::io::copy_bidirectional(&mut client, &mut guest).await.map(drop),
-        Err(error) => Err(error),
+    let relayed = match client.downcast::<Served>() {
+        Ok(parts) => {
+            let mut client = parts.io.into_inner().into_stream();
+            match tokio::io::AsyncWriteExt::write_all(&mut guest, &parts.read_buf).await {
+                Ok(()) => tokio::io::copy_bidirectional(&mut client, &mut guest).await.map(drop),
+                Err(error) => Err(error),
+            }
+        }
+        // Through another node, whose connection has no such deadline.
+        Err(client) => tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut guest).await.map(drop),
     };
     if let Err(error) = relayed {
         tracing::debug!(%error, "a conversation with a guest broke off");

@@ -15,6 +15,8 @@ use super::paths::PathError;
 use super::rootfs::RootfsError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
+use crate::member;
+use crate::member::files::PlaceError;
 use crate::node::engine::{EngineError, ErrorKind};
 use crate::node::quic::JoinError;
 use crate::node::{DataError, NodeError, TrustError};
@@ -40,6 +42,12 @@ pub enum CliError {
     /// The node's certificate, or its port.
     #[error(transparent)]
     Join(#[from] JoinError),
+    /// The node's part in a cluster.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// It was not let in.
+    #[error(transparent)]
+    NotLetIn(#[from] member::join::JoinError),
     /// The node's place among others.
     #[error(transparent)]
     Node(#[from] NodeError),
@@ -140,6 +148,8 @@ impl CliError {
         match self {
             Self::Client(error) => error.exit_code(),
             Self::Path(_) => Code::Usage,
+            Self::NotLetIn(member::join::JoinError::Refused { .. }) => Code::Refused,
+            Self::NotLetIn(_) => Code::Unreachable,
             Self::Engine(EngineError { kind: ErrorKind::Host, .. }) => Code::Unreachable,
             Self::Closed => Code::Ok,
             Self::Input { .. } | Self::Usage { .. } | Self::Rootfs(_) => Code::Usage,
@@ -147,6 +157,7 @@ impl CliError {
             | Self::Socket(_)
             | Self::Engine(_)
             | Self::Join(_)
+            | Self::Place(_)
             | Self::Node(_)
             | Self::Runtime(_)
             | Self::Print(_) => Code::Refused,
@@ -164,6 +175,8 @@ impl CliError {
             Self::Socket(error) => ("SOCKET", error.remedy().to_owned()),
             Self::Engine(error) => ("ENGINE", error.remedy.clone()),
             Self::Join(error) => ("NETWORK", error.remedy()),
+            Self::Place(error) => ("CLUSTER", error.remedy().to_owned()),
+            Self::NotLetIn(error) => ("NOT_LET_IN", error.remedy()),
             Self::Node(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),

@@ -6,6 +6,7 @@
 
 pub mod branch;
 pub mod client;
+pub mod cluster;
 pub mod completions;
 pub mod cp;
 pub mod doctor;
@@ -20,6 +21,7 @@ pub mod logs;
 pub mod ls;
 mod network;
 pub mod node;
+pub mod nodes;
 pub mod output;
 pub mod paths;
 pub mod progress;
@@ -61,6 +63,7 @@ Examples:
   farfork kill --all
   farfork template build base && farfork fork base -n 10 && farfork exec a3d9 -- uname -a
   farfork fork a3d9e37c -n 8 --on node-b:7117   # on another node, before its memory is there
+  farfork cluster init --help               # several hosts that place forks together
 
 Exit codes: 0 done, 2 usage, 3 no node reached, 4 refused, 5 partly done";
 
@@ -90,6 +93,8 @@ enum Verb {
     Kill(kill::Arguments),
     Template(template::Arguments),
     Image(image::Arguments),
+    Cluster(cluster::Arguments),
+    Explain(nodes::ExplainArguments),
     Trust(trust::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
@@ -110,7 +115,9 @@ pub fn main() -> ExitCode {
     let Arguments { global, verb } = Arguments::parse();
     let output = global.output;
     let outcome = match verb {
-        Verb::Node(arguments) => node::run(&arguments, global.socket),
+        Verb::Node(arguments) if arguments.verb.is_none() => node::run(&arguments, global.socket),
+        Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Init(arguments) }) => cluster::init(&arguments, output),
+        Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Join(arguments) }) => cluster::join(&arguments, output),
         Verb::Doctor(arguments) => doctor::run(&arguments, output),
         Verb::Completions(arguments) => completions::run(&arguments),
         Verb::Zygote => return vm::worker::zygote::main(),
@@ -161,7 +168,12 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Template(arguments) => template::run(arguments, context).await,
         Verb::Image(arguments) => image::run(arguments, context).await,
         Verb::Trust(arguments) => trust::run(arguments, context).await,
-        Verb::Node(_) | Verb::Exec(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => {
+        Verb::Node(node::Arguments { verb: Some(verb), .. }) => nodes::run(verb, context).await,
+        Verb::Explain(arguments) => nodes::explain(&arguments, context).await,
+        Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Token(arguments) }) => {
+            cluster::token(&arguments, context).await
+        }
+        Verb::Node(_) | Verb::Cluster(_) | Verb::Exec(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => {
             unreachable!("these ask no node")
         }
     }

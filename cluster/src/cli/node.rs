@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::error::CliError;
 use super::network::{self, Parts};
-use super::{paths, size};
+use super::{nodes, paths, size};
 use crate::api::{Access, App, Limits, Socket, serve};
 use crate::node::guest::network::{GuestNetwork, GuestNetworkError};
 use crate::node::{DataDirectory, NetworkSettings, NodeAddress, Service};
@@ -26,16 +26,23 @@ use crate::node::{DataDirectory, NetworkSettings, NodeAddress, Service};
 ///
 /// With --listen it also takes part in remote forks: other nodes that it trusts (`farfork trust`) may read its images and fork
 /// here. Without it nothing of it can be reached from outside of this host.
+///
+/// Of a cluster (`farfork cluster`), the verbs below look at its nodes and change what becomes of them.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
 Examples:
   farfork node
   farfork node --socket /tmp/ff.sock --data /tmp/ff-data --log json
   farfork node --allow-uid 1000
   farfork node --guest-network 10.90.0.0/16                        # machines may have a network
   farfork node --listen 192.0.2.7:7117                             # others may fork from and to this node
-  farfork node --listen 0.0.0.0:7117 --advertise node-7.example:7117")]
+  farfork node --listen 0.0.0.0:7117 --advertise node-7.example:7117"
+)]
 pub struct Arguments {
+    #[command(subcommand)]
+    pub(super) verb: Option<nodes::Verb>,
     /// The directory that is this node's alone [default: $XDG_STATE_HOME/farfork; of root: /var/lib/farfork]
     #[arg(long, env = "FARFORK_DATA", value_name = "PATH")]
     data: Option<PathBuf>,
@@ -57,6 +64,15 @@ pub struct Arguments {
     /// IPv4 addresses for guests that are forked with --network; each machine takes four. Takes CAP_NET_ADMIN
     #[arg(long, value_name = "RANGE", value_parser = guest_network)]
     guest_network: Option<GuestNetwork>,
+    /// What placement may ask for, of a node of a cluster: KEY=VALUE; `zone` says what is near to what
+    #[arg(long, value_name = "KEY=VALUE", value_parser = network::label, help_heading = "Cluster")]
+    pub(super) label: Vec<(String, String)>,
+    /// The most memory that machines may use, as the cluster places them [default: nine tenths of the host's]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Cluster")]
+    machine_memory: Option<u64>,
+    /// Where a voter finds the passphrase of its cluster's authority [default: ~/.config/farfork/ca-passphrase; of root: /etc/farfork/ca-passphrase]
+    #[arg(long, env = "FARFORK_CA_PASSPHRASE_FILE", value_name = "PATH", help_heading = "Cluster")]
+    pub(super) ca_passphrase_file: Option<PathBuf>,
     /// Fetch only what children touch: images never settle
     #[arg(long, hide = true)]
     no_stream: bool,
@@ -99,7 +115,8 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let data = DataDirectory::open(&data)?;
     let socket = Socket::bind(&socket)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
-    let Parts { engine, network, serve: let_others_in } = {
+    let data = Arc::new(data);
+    let Parts { engine, network, serve: let_others_in, cluster } = {
         let _within = runtime.enter();
         network::open(arguments, &data)?
     };
@@ -108,21 +125,24 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let app = App::new(Arc::clone(&service), data.node(), Limits::default());
     let access = Access::of_this_process(arguments.allow_uid.iter().copied());
     let served = runtime.block_on(async {
-        let stop = Stop::listen()?;
+        let stop = Stop::listen().map_err(CliError::Runtime)?;
         #[cfg(feature = "testing")]
-        testing::listen()?;
-        let others = let_others_in(app.clone())?;
+        testing::listen().map_err(CliError::Runtime)?;
+        let others = let_others_in(app.clone()).map_err(CliError::Runtime)?;
+        if let Some(cluster) = cluster {
+            cluster.join(&data, &app, network::capacity(arguments.machine_memory)).await?;
+        }
         if let Some(listening) = listening {
             tracing::info!(%listening, "listening for other nodes");
         }
         tracing::info!(socket = %socket.path().display(), data = %data.path().display(), node = %data.node(), "ready");
         let served = serve(socket, service, app, access, stop.first()).await;
         others.stop().await;
-        served
+        served.map_err(CliError::Runtime)
     });
     // A call that hangs must not keep the process.
     runtime.shutdown_background();
-    served.map_err(CliError::Runtime)?;
+    served?;
     tracing::info!("stopped");
     Ok(types::ExitCode::Ok.into())
 }
@@ -143,7 +163,7 @@ impl Arguments {
 }
 
 fn start_log(log: Log) {
-    let filter = EnvFilter::try_from_env("FARFORK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("FARFORK_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match log {
         Log::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),

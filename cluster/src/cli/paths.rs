@@ -28,6 +28,26 @@ pub fn data() -> Result<PathBuf, PathError> {
     Ok(state.ok_or(PathError::NoHome)?.join("farfork"))
 }
 
+/// Where a voter looks for the passphrase of its cluster's authority: not in the data directory, whose copies it protects.
+///
+/// # Errors
+/// [`PathError::NoConfiguration`] for a user without a place for it.
+pub fn passphrase() -> Result<PathBuf, PathError> {
+    Ok(configuration()?.join("ca-passphrase"))
+}
+
+/// Where configuration is.
+///
+/// # Errors
+/// [`PathError::NoConfiguration`] for a user without a place for it.
+pub fn configuration() -> Result<PathBuf, PathError> {
+    if is_root() {
+        return Ok(PathBuf::from("/etc/farfork"));
+    }
+    let directory = variable("XDG_CONFIG_HOME").or_else(|| Some(variable("HOME")?.join(".config")));
+    Ok(directory.ok_or(PathError::NoConfiguration)?.join("farfork"))
+}
+
 /// Where `make guest` leaves what Linux guests are made of.
 ///
 /// # Errors
@@ -50,6 +70,9 @@ pub enum PathError {
     /// Of the data directory.
     #[error("neither XDG_STATE_HOME nor HOME is set, so there is no default data directory")]
     NoHome,
+    /// Of configuration.
+    #[error("neither XDG_CONFIG_HOME nor HOME is set, so there is no default place for configuration")]
+    NoConfiguration,
     /// Of what guests are made of.
     #[error("neither XDG_CACHE_HOME nor HOME is set, so there is no default place for guests' files")]
     NoCache,
@@ -62,6 +85,7 @@ impl PathError {
         match self {
             Self::NoRuntimeDirectory => "name the socket with --socket or FARFORK_SOCKET",
             Self::NoHome => "name the directory with --data or FARFORK_DATA",
+            Self::NoConfiguration => "set HOME, or name the file",
             Self::NoCache => "name the directory that make guest printed with FARFORK_GUESTS, or name each file",
         }
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::{Digest, ImageId, MachineId, Name, NodeId, Reason, Tenant};
+use types::{CpuProfile, Digest, ImageId, MachineId, Name, NodeId, Reason, Tenant};
 use vm::Class;
 
 use super::guest::network::Link;
@@ -178,6 +178,9 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`EngineError`].
     fn delete(&self, name: &Name) -> Result<(), EngineError>;
+
+    /// The CPU as guests see it here: what images can run.
+    fn cpu(&self) -> CpuProfile;
 
     /// The shells that wait, by class.
     fn pool(&self) -> Vec<PoolFacts>;

@@ -14,6 +14,7 @@ use super::engine::{EngineError, ErrorKind};
 use super::peers::{HOLDERS_MAX, MessageError, PeerError};
 use super::short_id::ShortIdError;
 use super::trust::TrustError;
+use crate::member::ClusterError;
 
 /// Of the verbs of [`Service`](super::Service). The [code](NodeError::code) is for programs, `Display` for people.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -91,6 +92,8 @@ pub enum NodeError {
     Panicked,
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Cluster(ClusterError),
 }
 
 impl NodeError {
@@ -132,6 +135,7 @@ impl NodeError {
             Self::Stopping => "STOPPING",
             Self::Panicked => "INTERNAL",
             Self::Engine(error) => engine_code(error.kind),
+            Self::Cluster(error) => error.code(),
         }
     }
 
@@ -140,6 +144,7 @@ impl NodeError {
     pub fn remedy(&self) -> String {
         let fixed = match self {
             Self::Engine(error) => return error.remedy.clone(),
+            Self::Cluster(error) => return error.remedy(),
             Self::Trust(error) => return error.remedy(),
             Self::Peer(error) => return error.remedy(),
             Self::Message(error) => error.remedy(),

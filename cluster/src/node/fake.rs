@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use types::{Digest, ImageId, MachineId, Name, Reason, Tenant};
+use types::{CpuProfile, Digest, ImageId, MachineId, Name, Reason, Tenant};
 use uuid::Uuid;
 use vm::Class;
 
@@ -310,6 +310,10 @@ impl Engine for FakeEngine {
     fn console(&self, machine: MachineId) -> Result<(Vec<u8>, u64), EngineError> {
         let state = self.lock();
         state.machines.get(&machine).map(|_| (b"hello from a fake\n".to_vec(), 0)).ok_or_else(|| unknown_machine(&machine))
+    }
+
+    fn cpu(&self) -> CpuProfile {
+        CpuProfile { vendor: "FakeVendor12".to_owned(), family: 1, model: 1, cpuid: Digest::of(b"fake"), tsc_khz: 1_000_000 }
     }
 
     fn image(&self, image: ImageId) -> Result<ImageFacts, EngineError> {

@@ -35,6 +35,9 @@ const DIGESTS_ROUND: Duration = Duration::from_millis(5);
 /// How long a reader waits for what has to be fetched in turn, before it is told that it is absent. It asks again.
 const PULL_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long this node may be behind what the cluster has agreed on, before a reader is refused.
+const GRANT_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Of how many images is remembered what children touched first.
 const HINTS_MAX: usize = 1024;
 
@@ -78,9 +81,14 @@ pub struct Store {
     trust: Trust,
     /// Fetches in turn; set when there is one.
     pager: OnceLock<Handle>,
+    /// Whom the cluster has told to read what; set where there is one.
+    grants: OnceLock<Box<Grants>>,
     began: Instant,
     state: Mutex<State>,
 }
+
+/// Whether a node of the cluster may read a tenant's image.
+type Grants = dyn Fn(NodeId, &Tenant, Digest) -> bool + Send + Sync;
 
 struct State {
     leases: Leases,
@@ -100,13 +108,31 @@ impl Store {
     pub(crate) fn new(catalogue: Arc<dyn Catalogue>, trust: Trust, key: LeaseKey) -> Arc<Self> {
         let leases = Leases::new(key, Limits::default());
         let state = State { leases, held: HashMap::new(), hints: HashMap::new() };
-        let (pager, began) = (OnceLock::new(), Instant::now());
-        Arc::new(Self { catalogue, trust, pager, began, state: Mutex::new(state) })
+        let (pager, grants, began) = (OnceLock::new(), OnceLock::new(), Instant::now());
+        Arc::new(Self { catalogue, trust, pager, grants, began, state: Mutex::new(state) })
     }
 
     /// What is absent here is fetched by this pager, when somebody else needs it.
     pub(crate) fn fetch_by(&self, pager: Handle) {
         self.pager.get_or_init(|| pager);
+    }
+
+    /// Nodes of the cluster read what this says.
+    pub(crate) fn grant_by(&self, grants: impl Fn(NodeId, &Tenant, Digest) -> bool + Send + Sync + 'static) {
+        self.grants.get_or_init(|| Box::new(grants));
+    }
+
+    /// A node of the cluster reads what the cluster has told it to: what this node knows of that may be a moment behind.
+    async fn wait_for_grant(&self, peer: &Peer, tenant: &Tenant, image: Digest) -> Result<(), Refusal> {
+        let Some(grants) = self.grants.get().filter(|_| self.trust.is_of_cluster(peer)) else { return Ok(()) };
+        let deadline = Instant::now() + GRANT_PATIENCE;
+        while !grants(peer.node, tenant, image) {
+            if Instant::now() >= deadline {
+                return Err(Refusal::new(RefusalCode::NoLease, "the cluster has not told that node to read it"));
+            }
+            tokio::time::sleep(DIGESTS_ROUND).await;
+        }
+        Ok(())
     }
 
     /// Takes every lease of a node back: it is trusted no longer, or otherwise.
@@ -157,6 +183,7 @@ impl Store {
             return Err(not_this_tenant(peer, tenant));
         }
         let offered = self.catalogue.find(tenant, image).ok_or_else(|| unknown(image))?;
+        self.wait_for_grant(peer, tenant, image).await?;
         let manifest = manifest(&offered.image).await?;
         let head = manifest.head().encode().map_err(|error| Refusal::new(RefusalCode::Failed, error))?;
         let hash_pages = (0..manifest.head().regions.len()).flat_map(|region| {

@@ -14,9 +14,9 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use pages::client::{Client, Link, LinkError};
 use pages::endpoint::{Limits, Tuning};
-use pages::server::{Orders, Server, Setup};
+use pages::server::{Answers, Orders, Server, Service, Setup};
 use pages::wire::{Refusal, RefusalCode};
-use pages::{Identity, Peer, Trust};
+use pages::{Identity, Peer, Root, Trust};
 use thiserror::Error;
 use types::NodeId;
 
@@ -26,10 +26,10 @@ use super::offer::Store;
 use super::peers::{Answer, Order, PeerError, PeerForkOrder, PeerForkReport, Peers};
 use super::trust::{Certificate, CertificateError, Certificates, Role, TrustError, TrustStore, Trusted};
 
-const CERTIFICATE: &str = "node.pem";
+pub(crate) const CERTIFICATE: &str = "node.pem";
 const KEY: &str = "node.key";
 /// The most bytes of either file.
-const PEM_SIZE_MAX: usize = 16 << 10;
+pub(crate) const PEM_SIZE_MAX: usize = 16 << 10;
 /// The most nodes whose links are kept.
 const LINKS_MAX: usize = 256;
 /// Before this much is left of a certificate's validity, the log says so.
@@ -53,6 +53,8 @@ pub enum JoinError {
     Start(#[from] pages::endpoint::StartError),
     #[error("the server's thread cannot be started: {source}")]
     Thread { source: std::io::Error },
+    #[error("this node's certificate has expired, so that the others of its cluster do not let it in")]
+    Expired,
 }
 
 impl JoinError {
@@ -64,6 +66,9 @@ impl JoinError {
             Self::File { .. } => "check the disk and the owner of the data directory".to_owned(),
             Self::Trust(error) => error.remedy(),
             Self::Start(error) => error.remedy().to_owned(),
+            Self::Expired => {
+                "look at this host's clock; otherwise remove the node (farfork node rm) and let it join anew".to_owned()
+            }
             Self::Thread { .. } => "raise the limits on threads and open files (ulimit -u, ulimit -n)".to_owned(),
         }
     }
@@ -72,7 +77,7 @@ impl JoinError {
 /// Who a node is, and whom it lets in. Opened before anything that speaks to others.
 pub struct Credentials {
     /// Its key and certificate.
-    pub(crate) identity: Identity,
+    pub(crate) identity: Arc<Identity>,
     /// What the transport looks at.
     pub(crate) trust: Trust,
 }
@@ -82,26 +87,31 @@ impl Credentials {
     ///
     /// # Errors
     /// [`JoinError`].
-    pub fn open(data: &DataDirectory) -> Result<Self, JoinError> {
+    pub fn open(data: &DataDirectory, cluster: Option<&Root>) -> Result<Self, JoinError> {
         let node = NodeId::from_uuid(data.node());
         let of = |file| move |source| JoinError::File { file, source };
         let certificate = data.read(CERTIFICATE, PEM_SIZE_MAX).map_err(of(CERTIFICATE))?;
         let key = data.read(KEY, PEM_SIZE_MAX).map_err(of(KEY))?;
         let (Some(certificate), Some(key)) = (certificate, key) else { return Self::make(data, node) };
-        let identity = Identity::from_pem(&certificate, &key)?;
+        let identity = Arc::new(Identity::from_pem(&certificate, &key)?);
+        let trust = Trust::new();
+        if let Some(root) = cluster {
+            trust.join(root.clone());
+        }
         let peer = identity.certificate().peer();
         let left = peer.not_after.duration_since(SystemTime::now());
         match left {
+            Err(_) if cluster.is_some() => return Err(JoinError::Expired),
             Err(_) => {
                 tracing::warn!("this node's certificate has expired: it gets a new one, which others have to trust anew");
                 return Self::make(data, node);
             }
-            Ok(left) if left < WARN_BEFORE => {
+            Ok(left) if left < WARN_BEFORE && cluster.is_none() => {
                 tracing::warn!(days = left.as_secs() / 86_400, "this node's certificate expires soon");
             }
             Ok(_) => {}
         }
-        Ok(Self { identity, trust: Trust::new() })
+        Ok(Self { identity, trust })
     }
 
     fn make(data: &DataDirectory, node: NodeId) -> Result<Self, JoinError> {
@@ -109,13 +119,14 @@ impl Credentials {
         let of = |file| move |source| JoinError::File { file, source };
         data.replace(KEY, identity.key_pem().as_bytes()).map_err(of(KEY))?;
         data.replace(CERTIFICATE, identity.certificate_pem().as_bytes()).map_err(of(CERTIFICATE))?;
-        Ok(Self { identity, trust: Trust::new() })
+        Ok(Self { identity: Arc::new(identity), trust: Trust::new() })
     }
 }
 
 /// A node's place among others.
 pub struct Joined {
     network: Network,
+    client: Client,
     server: Option<ServerThread>,
     orders: Arc<LateOrders>,
 }
@@ -136,6 +147,7 @@ impl Joined {
         data: &DataDirectory,
         credentials: &Credentials,
         store: &Arc<Store>,
+        services: Vec<Service>,
     ) -> Result<Self, JoinError> {
         let Credentials { identity, trust } = credentials;
         let certificates = PinnedCertificates { own: of_identity(identity), trust: trust.clone(), store: Arc::clone(store) };
@@ -149,23 +161,24 @@ impl Joined {
                 trust: trust.clone(),
                 store: Arc::clone(store) as _,
                 orders: Arc::clone(&orders) as _,
-                services: Vec::new(),
+                services,
                 tuning: Tuning::default(),
                 limits: Limits::default(),
             };
             ServerThread::start(setup, Arc::downgrade(store))
         });
         let server = server.transpose()?;
-        let peers = Arc::new(QuicPeers { client, links: Mutex::default(), runtime: tokio::runtime::Handle::current() });
+        let peers =
+            Arc::new(QuicPeers { client: client.clone(), links: Mutex::default(), runtime: tokio::runtime::Handle::current() });
         let listening = server.as_ref().map(|server| server.address);
         let network = Network { listening, advertise: settings.advertise.clone(), trust: trust_store, peers };
-        Ok(Self { network, server, orders })
+        Ok(Self { network, client, server, orders })
     }
 
-    /// Its network, and the rest.
+    /// Its network, what asks others, and the rest.
     #[must_use]
-    pub fn split(self) -> (Network, JoinedServer) {
-        (self.network, JoinedServer { server: self.server, orders: self.orders })
+    pub fn split(self) -> (Network, Client, JoinedServer) {
+        (self.network, self.client, JoinedServer { server: self.server, orders: self.orders })
     }
 }
 
@@ -250,6 +263,30 @@ async fn sweep(store: Weak<Store>) {
         tokio::time::sleep(SWEEP_EVERY).await;
         let Some(store) = store.upgrade() else { return };
         store.sweep();
+    }
+}
+
+/// A service of which nobody answers yet.
+#[derive(Default)]
+pub struct Late {
+    answers: OnceLock<(tokio::runtime::Handle, Arc<dyn Answers>)>,
+}
+
+impl Late {
+    /// It is answered by this from now on. Within the runtime that is to do it.
+    pub fn set(&self, answers: Arc<dyn Answers>) {
+        self.answers.get_or_init(|| (tokio::runtime::Handle::current(), answers));
+    }
+}
+
+impl Answers for Late {
+    fn answer(&self, shown: pages::Certificate, request: Bytes) -> BoxFuture<'static, Bytes> {
+        let answers = self.answers.get().cloned();
+        Box::pin(async move {
+            let Some((runtime, answers)) = answers else { return Bytes::new() };
+            // Not on the thread that serves pages.
+            runtime.spawn(async move { answers.answer(shown, request).await }).await.unwrap_or_default()
+        })
     }
 }
 

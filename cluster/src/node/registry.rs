@@ -292,6 +292,13 @@ impl Registry {
         self.lock().images.values().cloned().collect()
     }
 
+    /// The limit of each machine that runs.
+    pub fn running_limits(&self) -> impl Iterator<Item = Option<u64>> {
+        let inner = self.lock();
+        let running = inner.machines.values().filter(|machine| !matches!(machine.state, MachineState::Ended { .. }));
+        running.map(|machine| machine.limit_bytes).collect::<Vec<_>>().into_iter()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn counts(&self) -> Counts {

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use control::command::{Answer, Command, Entry, Key};
+use control::state::NodeFacts;
 use control::{State, Tick};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
@@ -16,7 +17,7 @@ use types::NodeId;
 
 use super::leading::Leading;
 use super::network::{Carrier, CarryError, Lane, Network};
-use super::wire::{self, Request, Response, Snapshot};
+use super::wire::{self, Request, Response, Snapshot, Standing};
 use super::{Disk, Log, Machine, Member, Types};
 
 /// How long who leads tries to have something agreed on that another member asked for.
@@ -24,7 +25,9 @@ pub const ASKED_WITHIN: Duration = Duration::from_secs(3);
 /// Between two tries to find who leads.
 const TRY_EVERY: Duration = Duration::from_millis(50);
 const HEARTBEAT_MS: u64 = 250;
-const ELECTION_MS: std::ops::Range<u64> = 1500..3000;
+/// A member that hears no leader waits for the longer of these (the leader's lease), and then for some time between the two: it
+/// stands for election after 2.25 to 3 s.
+const ELECTION_MS: std::ops::Range<u64> = 750..1500;
 /// Entries between two snapshots, and how many of those before one are kept for members that lag.
 const SNAPSHOT_EVERY: u64 = 5000;
 const KEPT_BEFORE_SNAPSHOT: u64 = 1000;
@@ -48,12 +51,22 @@ pub(super) struct Inner {
 }
 
 /// Who asks, as the transport has proven it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Which node.
     pub node: NodeId,
     /// Whether its certificate says that it may vote.
     pub is_voter: bool,
+    /// The name in its certificate; it can register under no other. `None`: this very node.
+    pub name: Option<String>,
+}
+
+impl Peer {
+    fn may_propose(&self, command: &Command) -> bool {
+        let is_own_name = |facts: &NodeFacts| self.name.as_ref().is_none_or(|name| name == facts.name.as_str());
+        command.may_be_proposed_by(self.node, self.is_voter)
+            && !matches!(command, Command::Register { facts, .. } if !is_own_name(facts))
+    }
 }
 
 /// Why something is not known to be agreed on.
@@ -188,12 +201,15 @@ impl Consensus {
         self.inner.machine.state()
     }
 
-    /// Tells who leads that this node does what it should.
+    /// Tells who leads that this node does what it should, and hears what it is to the cluster.
     ///
     /// # Errors
     /// [`ConsensusError`].
-    pub async fn alive(&self, incarnation: u64, within: Duration) -> Result<(), ConsensusError> {
-        self.inner.ask_leader(&Request::Alive { incarnation }, within).await.map(drop)
+    pub async fn alive(&self, incarnation: u64, within: Duration) -> Result<Standing, ConsensusError> {
+        match self.inner.ask_leader(&Request::Alive { incarnation }, within).await? {
+            Response::Heard(standing) => Ok(standing),
+            _ => Err(ConsensusError::NoQuorum { within }),
+        }
     }
 
     /// Who leads, as far as this member knows.
@@ -270,12 +286,12 @@ impl Inner {
     /// Asks who leads, whoever that is by now, until it answers.
     async fn ask_leader(&self, request: &Request, within: Duration) -> Result<Response, ConsensusError> {
         let deadline = Instant::now() + within;
-        let own = Peer { node: self.me.0, is_voter: self.raft.voter_ids().any(|voter| voter == self.me) };
+        let own = Peer { node: self.me.0, is_voter: self.raft.voter_ids().any(|voter| voter == self.me), name: None };
         let (mut told, mut turn, mut may_be_done) = (None, 0, false);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let response = match told.take().or_else(|| self.leader()) {
-                Some((leader, _)) if leader == self.me => Ok(self.answer_as_leader(own, request.clone(), left).await),
+                Some((leader, _)) if leader == self.me => Ok(self.answer_as_leader(own.clone(), request.clone(), left).await),
                 Some((leader, address)) => self.ask(Some(leader), &address, request, left).await,
                 None => match self.seed(turn) {
                     Some(address) => self.ask(None, &address, request, left).await,
@@ -358,7 +374,7 @@ impl Inner {
     async fn answer_as_leader(&self, peer: Peer, request: Request, within: Duration) -> Response {
         let deadline = Instant::now() + within;
         match request {
-            Request::Propose { command, .. } if !command.may_be_proposed_by(peer.node, peer.is_voter) => {
+            Request::Propose { command, .. } if !peer.may_propose(&command) => {
                 tracing::warn!(node = %peer.node, %command, "may not propose this");
                 Response::Forbidden
             }
@@ -377,10 +393,7 @@ impl Inner {
             Request::Alive { incarnation } => {
                 let now = self.now();
                 match &mut *self.leading.lock().unwrap_or_else(PoisonError::into_inner) {
-                    Some(leading) => {
-                        leading.hear(peer, incarnation, &self.machine.state(), now);
-                        Response::Heard
-                    }
+                    Some(leading) => Response::Heard(leading.hear(&peer, incarnation, &self.machine.state(), now)),
                     None => Response::NotLeader(self.leader().filter(|(leader, _)| *leader != self.me)),
                 }
             }

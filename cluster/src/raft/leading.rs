@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use types::NodeId;
 
 use super::consensus::{Inner, Peer};
-use super::wire::Response;
+use super::wire::{Response, Standing};
 use super::{Member, Types};
 
 /// How often who leads looks at everything.
@@ -42,10 +42,17 @@ impl Leading {
     }
 
     /// A node does what it should. What an earlier start of it says does not count.
-    pub(super) fn hear(&mut self, peer: Peer, incarnation: u64, state: &State, now: Tick) {
+    pub(super) fn hear(&mut self, peer: &Peer, incarnation: u64, state: &State, now: Tick) -> Standing {
         self.may_vote.insert(peer.node, peer.is_voter);
-        if state.nodes.get(&peer.node).is_some_and(|node| node.incarnation == incarnation) {
-            self.heard.hear(peer.node, now);
+        let is_out = state.removed.get(&peer.node).is_some_and(|last| incarnation <= *last);
+        match state.nodes.get(&peer.node) {
+            Some(node) if node.incarnation == incarnation && node.life != Life::Lost => {
+                self.heard.hear(peer.node, now);
+                Standing::Known
+            }
+            Some(node) => Standing::Unknown { above: node.incarnation },
+            None if is_out || state.revoked.contains(&peer.node) => Standing::Out,
+            None => Standing::Unknown { above: state.removed.get(&peer.node).copied().unwrap_or(0) },
         }
     }
 }

@@ -37,6 +37,7 @@ pub use disk::{Disk, DiskError, Executor};
 pub use log::Log;
 pub use machine::Machine;
 pub use network::{Carrier, CarryError, Lane};
+pub use wire::Standing;
 
 openraft::declare_raft_types!(
     /// What openraft is told of our types.

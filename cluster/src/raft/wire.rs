@@ -70,8 +70,8 @@ pub enum Response {
     Answered(Answer),
     /// What was asked for is to be read when this entry has been applied.
     ReadAt(Option<u64>),
-    /// It is known.
-    Heard,
+    /// What the asker's node is to the cluster.
+    Heard(Standing),
     /// Another one leads, if anybody does; this was not done.
     NotLeader(Option<(Member, String)>),
     /// It could not be agreed on in time; it may be later.
@@ -80,6 +80,20 @@ pub enum Response {
     Forbidden,
     /// This member does not take part any more, until it is started again.
     Stopped(String),
+}
+
+/// What a start of a node is to the cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Standing {
+    /// One of its nodes.
+    Known,
+    /// It has to register, with a number above this.
+    Unknown {
+        /// Of its last start.
+        above: u64,
+    },
+    /// It was removed or revoked.
+    Out,
 }
 
 /// Bytes that are no message.

@@ -5,6 +5,7 @@ mod api;
 mod bad_input;
 mod between;
 mod cli;
+mod cluster;
 mod corpora;
 mod crowd;
 mod data;

@@ -51,10 +51,15 @@ impl Node {
     }
 
     fn start_as(directory: TempDir, more: &[&str], environment: &[(&str, &str)]) -> Self {
-        let socket = directory.path().join("run/farfork.sock");
-        let log = File::create(directory.path().join("log")).unwrap();
         let mut command = Command::new(PROGRAM);
         command.envs(environment.iter().copied());
+        Self::start_by(command, directory, more)
+    }
+
+    /// By this command, which is the program, wherever it is to run.
+    pub(crate) fn start_by(mut command: Command, directory: TempDir, more: &[&str]) -> Self {
+        let socket = directory.path().join("run/farfork.sock");
+        let log = File::create(directory.path().join("log")).unwrap();
         command.arg("node").arg("--data").arg(directory.path().join("data"));
         command.arg("--socket").arg(&socket).args(more).stdout(Stdio::null()).stderr(log);
         let node = Self { child: command.spawn().unwrap(), directory: Some(directory), socket };

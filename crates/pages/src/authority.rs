@@ -252,7 +252,12 @@ mod tests {
         assert_eq!(ours.root().vouches_for(identity.certificate(), now), Ok(()));
         assert!(theirs.root().vouches_for(identity.certificate(), now).is_err(), "another cluster's");
         assert!(ours.root().vouches_for(shown.certificate(), now).is_err(), "one that it signed itself");
-        assert_eq!(identity.chain().len(), 2);
+        let renewed = ours.issue(identity.certificate(), &Name::parse("node-7").unwrap(), Role::Voter).unwrap();
+        identity.renew(renewed.as_bytes()).unwrap();
+        assert!(
+            shown.renew(Identity::generate(node, Role::Voter).unwrap().certificate_pem().as_bytes()).is_err(),
+            "of another key"
+        );
         let again = Authority::from_pem(ours.root_pem(), &ours.key_pem()).unwrap();
         assert_eq!(again.root().fingerprint(), ours.root().fingerprint());
         assert!(matches!(Authority::from_pem(ours.root_pem(), &theirs.key_pem()), Err(IdentityError::Key { .. })));

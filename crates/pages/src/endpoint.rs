@@ -140,7 +140,7 @@ pub(crate) fn server_config(
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Pinned::new(trust.clone(), provider(), admits_strangers))
-        .with_single_cert(identity.chain().to_vec(), identity.key())?;
+        .with_cert_resolver(identity.shown());
     tls.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     // A resumed session would not be verified again, whoever is trusted by then.
     tls.send_tls13_tickets = 0;
@@ -181,7 +181,7 @@ pub(crate) fn client_config_with(
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
-        .with_client_auth_cert(identity.chain().to_vec(), identity.key())?;
+        .with_client_cert_resolver(identity.shown());
     tls.alpn_protocols = vec![alpn.to_vec()];
     tls.resumption = Resumption::disabled();
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));

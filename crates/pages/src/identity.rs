@@ -5,12 +5,15 @@
 //! `farfork://node/<uuid>?role=learner`, and its name for people in the common name; everything else is ignored.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose, SanType};
+use rustls::SignatureScheme;
+use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
 use types::{Digest, NodeId};
@@ -128,11 +131,35 @@ impl Certificate {
 /// A node's certificate and key.
 pub struct Identity {
     certificate: Certificate,
-    /// The same, and who vouches for it.
-    chain: Vec<CertificateDer<'static>>,
     certificate_pem: String,
-    key: PrivateKeyDer<'static>,
     key_pem: String,
+    shown: Arc<Shown>,
+}
+
+/// What is shown on connections that are made from now on: it changes when a certificate is renewed.
+#[derive(Debug)]
+pub(crate) struct Shown(RwLock<Arc<CertifiedKey>>);
+
+impl Shown {
+    fn now(&self) -> Arc<CertifiedKey> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.now())
+    }
+}
+
+impl ResolvesClientCert for Shown {
+    fn resolve(&self, _hints: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.now())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
 }
 
 impl Identity {
@@ -174,31 +201,24 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`] if one of them does not parse, or they do not belong together.
     pub fn from_pem(certificate_pem: &[u8], key_pem: &[u8]) -> Result<Self, IdentityError> {
-        let certificate = Certificate::from_pem(certificate_pem)?;
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate_pem).take(CHAIN_MAX).collect();
-        let chain = chain.map_err(|error| CertificateError::NoPem { why: error.to_string() })?;
+        let (certificate, chain) = chain_of(certificate_pem)?;
         if key_pem.len() > PEM_SIZE_MAX {
             return Err(IdentityError::Key { why: format!("it has more than {PEM_SIZE_MAX} bytes") });
         }
         let bad_key = |error: &dyn fmt::Display| IdentityError::Key { why: error.to_string() };
         let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| bad_key(&error))?;
         let signer = rustls::crypto::ring::sign::any_supported_type(&key).map_err(|error| bad_key(&error))?;
-        let both = CertifiedKey::new(vec![certificate.der.clone()], signer);
+        let both = CertifiedKey::new(chain, signer);
         both.keys_match().map_err(|error| bad_key(&error))?;
+        let shown = Arc::new(Shown(RwLock::new(Arc::new(both))));
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(Self { certificate, chain, certificate_pem: text(certificate_pem), key, key_pem: text(key_pem) })
+        Ok(Self { certificate, certificate_pem: text(certificate_pem), key_pem: text(key_pem), shown })
     }
 
     /// The certificate.
     #[must_use]
     pub fn certificate(&self) -> &Certificate {
         &self.certificate
-    }
-
-    /// What is shown to others: the certificate, and who vouches for it.
-    #[must_use]
-    pub fn chain(&self) -> &[CertificateDer<'static>] {
-        &self.chain
     }
 
     /// The certificate for others, as PEM.
@@ -219,8 +239,24 @@ impl Identity {
         self.certificate.peer.node
     }
 
-    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
-        self.key.clone_key()
+    /// Shows another certificate of the same node and key on connections that are made from now on.
+    ///
+    /// # Errors
+    /// [`IdentityError`] if it is another's; everything is as it was.
+    pub fn renew(&self, certificate_pem: &[u8]) -> Result<(), IdentityError> {
+        let (certificate, chain) = chain_of(certificate_pem)?;
+        let bad = |why: String| IdentityError::Key { why };
+        if certificate.peer.node != self.node() {
+            return Err(bad(format!("it is of node {}", certificate.peer.node)));
+        }
+        let both = CertifiedKey::new(chain, Arc::clone(&self.shown.now().key));
+        both.keys_match().map_err(|error| bad(error.to_string()))?;
+        *self.shown.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(both);
+        Ok(())
+    }
+
+    pub(crate) fn shown(&self) -> Arc<Shown> {
+        Arc::clone(&self.shown)
     }
 }
 
@@ -228,6 +264,13 @@ impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Identity").field("peer", &self.certificate.peer).finish_non_exhaustive()
     }
+}
+
+/// The first certificate of a PEM file, and all that are shown.
+fn chain_of(pem: &[u8]) -> Result<(Certificate, Vec<CertificateDer<'static>>), CertificateError> {
+    let certificate = Certificate::from_pem(pem)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).take(CHAIN_MAX).collect();
+    Ok((certificate, chain.map_err(|error| CertificateError::NoPem { why: error.to_string() })?))
 }
 
 fn parse(der: &[u8]) -> Result<Peer, CertificateError> {

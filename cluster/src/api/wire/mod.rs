@@ -1,16 +1,18 @@
 //! What goes over the wire. Requests refuse fields that they do not know; answers may gain fields, so readers skip those that
 //! they do not know. Times are milliseconds since 1970, durations microseconds, sizes bytes.
 
+mod cluster;
 mod remote;
 mod template;
 
+pub use cluster::{ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest};
 pub use remote::{
     Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
     settled_in_short,
 };
 use serde::{Deserialize, Serialize};
 pub use template::{BuildRequest, BuildingNow, Ready, StageTook, StepTook, Template, TemplatesAnswer};
-use types::{ImageId, MachineId};
+use types::{ImageId, MachineId, NodeId};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -116,6 +118,10 @@ pub struct Child {
     pub ready_us: Option<u64>,
     /// Its address on the network of guests, if it was to have one.
     pub address: Option<String>,
+    /// The node that it runs on, if the cluster placed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = "uuid")]
+    pub node: Option<NodeId>,
 }
 
 /// The stages of a fork, in order.
@@ -264,6 +270,10 @@ pub struct Machine {
     pub ready: Option<Ready>,
     /// How much of its image is here, in percent, if it runs: 100 only once the image is settled.
     pub settled_percent: Option<u8>,
+    /// The node that it is on, in a cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = "uuid")]
+    pub node: Option<NodeId>,
 }
 
 /// Whether a machine runs.
@@ -314,8 +324,12 @@ pub enum Listed {
 /// Machines.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct MachinesAnswer {
-    /// Oldest first.
+    /// Oldest first. In a cluster those of all nodes.
     pub machines: Vec<Machine>,
+    /// Nodes of the cluster that did not answer: what they run is missing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub unheard: Vec<NodeId>,
 }
 
 /// A machine with what it costs and prints.
@@ -466,6 +480,15 @@ pub struct ErrorBody {
     /// Why a machine ended, if that is what stands in the way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+}
+
+impl ErrorBody {
+    /// The same, of one of several things.
+    #[must_use]
+    pub fn of(self, id: String) -> Failure {
+        let Self { code, message, remedy, reason } = self;
+        Failure { id, code, message, remedy, reason }
+    }
 }
 
 fn one() -> u64 {

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use types::{Digest, ImageId, MachineId, Name, PageIndex, Tenant};
+use types::{CpuProfile, Digest, ImageId, MachineId, Name, PageIndex, Tenant};
 use uuid::Uuid;
 use vm::class::Devices;
 use vm::image::Image;
@@ -81,8 +81,7 @@ pub fn open(
     let (pager, offers) = remote::start(network, credentials, &pool, &state)?;
     let hasher = network.listen.map(|_| Hasher::start()).transpose()?;
     let links = network.guests.map(Links::open).transpose()?;
-    let saving = Mutex::new(());
-    Ok((Arc::new(KvmEngine { pool, store, saving, state, pager, hasher, links }), offers))
+    Ok((Arc::new(KvmEngine { pool, store, saving: Mutex::new(()), state, pager, hasher, links }), offers))
 }
 
 struct KvmEngine {
@@ -348,6 +347,10 @@ impl Engine for KvmEngine {
             return Ok(console.clone());
         }
         self.running(machine)?.jailed.console().map_err(of_pool)
+    }
+
+    fn cpu(&self) -> CpuProfile {
+        self.pool.host().cpu().clone()
     }
 
     fn image(&self, image: ImageId) -> Result<ImageFacts, EngineError> {

@@ -8,6 +8,7 @@
 //! | [`remote`] | what other nodes ask for; certificates |
 //! | [`template`] | templates, and the agents of Linux guests |
 
+pub mod cluster;
 pub mod fork;
 pub mod remote;
 pub mod template;
@@ -21,6 +22,7 @@ use std::time::{Duration, SystemTime};
 
 use types::{Digest, ImageId, MachineId, Name, Reason};
 
+pub use cluster::HeldImage;
 pub use fork::{ForkFrom, ForkOrder, ForkReport};
 pub use template::{Building, TemplateView};
 

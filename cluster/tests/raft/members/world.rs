@@ -127,7 +127,7 @@ async fn start(seat: Rc<Seat>, members: usize, flaw: Option<Flaw>, history: Arc<
                 stream.read_exact(&mut id).await?;
                 let mut request = vec![0; stream.read_u32().await? as usize];
                 stream.read_exact(&mut request).await?;
-                let peer = Peer { node: NodeId::from_uuid(Uuid::from_bytes(id)), is_voter: true };
+                let peer = Peer { node: NodeId::from_uuid(Uuid::from_bytes(id)), is_voter: true, name: None };
                 let answer = served.answer(peer, &request).await;
                 stream.write_u32(u32::try_from(answer.len()).unwrap()).await?;
                 stream.write_all(&answer).await

@@ -12,7 +12,7 @@ use types::NodeId;
 use super::silence::{LOOK, Silence};
 use super::{CLOSE_DONE, LinkError, Shared};
 use crate::identity::Peer;
-use crate::server::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, peer_of};
+use crate::server::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, shown_on};
 use crate::trust::NotTrusted;
 use crate::wire::{Refusal, RefusalCode};
 
@@ -191,7 +191,7 @@ impl Lane {
             Err(_) => return Err(unreachable(format!("no answer within {CONNECT_TIME:?}"))),
         };
         let not_trusted = |source| LinkError::NotTrusted { address: self.address, source };
-        let peer = peer_of(&connection);
+        let peer = shown_on(&connection).map(|shown| shown.peer().clone());
         let peer = peer.ok_or_else(|| not_trusted(NotTrusted::Handshake { why: "no certificate".to_owned() }))?;
         if let Some(expected) = self.expected.filter(|expected| *expected != peer.node) {
             connection.close(CLOSE_NOT_TRUSTED, b"another node was expected");

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::admission::Handshake;
 use super::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, CLOSE_SLOW, Shared, count, stream};
-use crate::identity::{Certificate, Peer};
+use crate::identity::Certificate;
 use crate::wire::{ALPN_NODE, ALPN_PAGES};
 
 /// What a connection speaks.
@@ -66,11 +66,12 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
         }
     };
     drop(permit);
-    let (Some(peer), Some(protocol)) = (peer_of(&connection), protocol_of(&connection, &shared)) else {
+    let (Some(shown), Some(protocol)) = (shown_on(&connection), protocol_of(&connection, &shared)) else {
         // rustls has verified a certificate and chosen a protocol, or there would be no connection.
         connection.close(CLOSE_NOT_TRUSTED, b"no certificate or no protocol");
         return;
     };
+    let peer = shown.peer().clone();
     let is_open = matches!(protocol, Protocol::Service(index) if shared.services[index].admits_strangers);
     if !is_open && let Err(refusal) = shared.trust.check(&peer, SystemTime::now()) {
         count(&shared.counters.handshakes_failed);
@@ -88,7 +89,7 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
     count(&shared.counters.accepted);
     debug!(%address, node = %peer.node, ?protocol, "connected");
     if is_open {
-        let served = tokio::time::timeout(STRANGER_TIME, streams(&connection, peer, protocol, &shared)).await;
+        let served = tokio::time::timeout(STRANGER_TIME, streams(&connection, shown, protocol, &shared)).await;
         if served.is_err() {
             connection.close(CLOSE_SLOW, b"too long for a stranger");
         }
@@ -99,13 +100,13 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
             info!(%address, node = %peer.node, %refusal, "a connection is closed");
             connection.close(CLOSE_NOT_TRUSTED, b"no longer trusted");
         }
-        () = streams(&connection, peer.clone(), protocol, &shared) => {}
+        () = streams(&connection, shown, protocol, &shared) => {}
     }
 }
 
 /// Takes requests until the connection ends. How many there are at a time is the transport's limit on streams.
-async fn streams(connection: &Connection, peer: Peer, protocol: Protocol, shared: &Arc<Shared>) {
-    let peer = Arc::new(peer);
+async fn streams(connection: &Connection, shown: Certificate, protocol: Protocol, shared: &Arc<Shared>) {
+    let (peer, shown) = (Arc::new(shown.peer().clone()), Arc::new(shown));
     let budget = shared.admission.budget(&shared.limits);
     while let Ok((send, receive)) = connection.accept_bi().await {
         let exchange = stream::Exchange {
@@ -113,6 +114,7 @@ async fn streams(connection: &Connection, peer: Peer, protocol: Protocol, shared
             send,
             receive,
             peer: Arc::clone(&peer),
+            shown: Arc::clone(&shown),
             budget: budget.clone(),
             shared: Arc::clone(shared),
         };
@@ -120,11 +122,10 @@ async fn streams(connection: &Connection, peer: Peer, protocol: Protocol, shared
     }
 }
 
-/// Who is on the other side, by the certificate that the handshake has verified.
-pub(crate) fn peer_of(connection: &Connection) -> Option<Peer> {
+/// The certificate of the other side, which the handshake has verified.
+pub(crate) fn shown_on(connection: &Connection) -> Option<Certificate> {
     let certificates = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
-    let certificate = Certificate::from_der(certificates.first()?).ok()?;
-    Some(certificate.peer().clone())
+    Certificate::from_der(certificates.first()?).ok()
 }
 
 fn protocol_of(connection: &Connection, shared: &Shared) -> Option<Protocol> {

@@ -24,14 +24,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use quinn::VarInt;
+pub use quinn::{RecvStream, SendStream};
 use types::{Digest, Tenant};
 
 use crate::endpoint::{self, Limits, StartError, Tuning};
-use crate::identity::{Identity, Peer};
+use crate::identity::{Certificate, Identity, Peer};
 use crate::trust::Trust;
 use crate::wire::{self, ExtentId, HashPageBytes, Hints, LeaseToken, Opened, Refusal, RefusalCode, Renewed, Urgency};
 
-pub(crate) use connection::peer_of;
+pub(crate) use connection::shown_on;
 
 /// What a node serves. Owned here, implemented by the node.
 ///
@@ -145,14 +146,14 @@ pub enum Handler {
 
 /// Answers messages.
 pub trait Answers: Send + Sync + 'static {
-    /// The answer; empty bytes are none.
-    fn answer(&self, peer: Peer, request: Bytes) -> BoxFuture<'static, Bytes>;
+    /// The answer; empty bytes are none. `shown`: the certificate whose key the other side has proven to have.
+    fn answer(&self, shown: Certificate, request: Bytes) -> BoxFuture<'static, Bytes>;
 }
 
 /// Takes streams.
 pub trait Streams: Send + Sync + 'static {
     /// Does what is asked on it, to its end.
-    fn take(&self, peer: Peer, send: quinn::SendStream, receive: quinn::RecvStream) -> BoxFuture<'static, ()>;
+    fn take(&self, peer: Peer, send: SendStream, receive: RecvStream) -> BoxFuture<'static, ()>;
 }
 
 /// Takes no orders.

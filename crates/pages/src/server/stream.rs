@@ -10,7 +10,7 @@ use tracing::debug;
 use super::admission::{Budget, Held};
 use super::connection::Protocol;
 use super::{CLOSE_SLOW, Extent, Handler, Shared, count};
-use crate::identity::Peer;
+use crate::identity::{Certificate, Peer};
 use crate::wire::{
     self, Answer, BadFrame, EXTENT_BYTES, Encoding, ExtentHeader, ExtentsRequest, HEADER_SIZE, Header, Kind, Refusal,
     RefusalCode, Request, Urgency,
@@ -30,6 +30,7 @@ pub(crate) struct Exchange {
     pub(crate) send: SendStream,
     pub(crate) receive: RecvStream,
     pub(crate) peer: Arc<Peer>,
+    pub(crate) shown: Arc<Certificate>,
     pub(crate) budget: Budget,
     pub(crate) shared: Arc<Shared>,
 }
@@ -66,14 +67,13 @@ impl Exchange {
     async fn service(mut self, index: usize) {
         count(&self.shared.counters.requests);
         let shared = Arc::clone(&self.shared);
-        let peer = (*self.peer).clone();
         let (answers, bytes_max, time) = match &shared.services[index].handler {
-            Handler::Stream(streams) => return streams.take(peer, self.send, self.receive).await,
+            Handler::Stream(streams) => return streams.take((*self.peer).clone(), self.send, self.receive).await,
             Handler::Ask { answers, request_bytes_max, request_time } => (answers, *request_bytes_max, *request_time),
         };
         match tokio::time::timeout(time, self.receive.read_to_end(bytes_max)).await {
             Ok(Ok(request)) => {
-                let answer = answers.answer(peer, request.into()).await;
+                let answer = answers.answer((*self.shown).clone(), request.into()).await;
                 let held = self.budget.hold(answer.len().min(ANSWER_HOLD_BYTES)).await;
                 self.finish(vec![answer], held).await;
             }

@@ -11,7 +11,7 @@ use pages::fakes::{MemoryImage, MemoryStore, OpenGate};
 use pages::identity::Fingerprint;
 use pages::server::{Answers, Handler, NoOrders, Server, Service, Setup};
 use pages::trust::NotTrusted;
-use pages::{Authority, Client, Identity, LinkError, Peer, Role, Trust, join};
+use pages::{Authority, Certificate, Client, Identity, LinkError, Role, Trust, join};
 use types::{Digest, Name, Tenant};
 
 use crate::common::{PATIENCE, identity};
@@ -22,7 +22,8 @@ const ALPN_ECHO: &[u8] = b"farfork-test-echo/1";
 struct Echo;
 
 impl Answers for Echo {
-    fn answer(&self, peer: Peer, request: Bytes) -> BoxFuture<'static, Bytes> {
+    fn answer(&self, shown: Certificate, request: Bytes) -> BoxFuture<'static, Bytes> {
+        let peer = shown.peer();
         let text = format!("{} {} {}", peer.node, peer.name, String::from_utf8_lossy(&request));
         Box::pin(async move { text.into() })
     }

@@ -1,0 +1,252 @@
+//! Handlers of the cluster and its nodes.
+
+use axum::extract::{Path, State as Shared};
+use axum::{Extension, Json};
+use control::Answer;
+use control::apply::TOKEN_TERM;
+use control::command::Command;
+use control::place::Verdict;
+use control::state::{self, ImageKey, Life, Resources, State};
+use serde::Deserialize;
+use types::{Name, Tenant};
+use utoipa::IntoParams;
+
+use super::error::ApiError;
+use super::extract::{JsonBody, PathText, QueryOf};
+use super::routes::App;
+use super::wire::{
+    ClusterAnswer, ErrorAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest,
+};
+use crate::member::forward::Forwarded;
+use crate::member::{ClusterError, Membership, fork};
+use crate::node::NodeError;
+use crate::node::trust::Role;
+use crate::raft::ConsensusError;
+
+/// How a cluster is asked about.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct StaleQuery {
+    /// Answer with what this node has, also where no majority can be reached.
+    #[serde(default)]
+    stale: bool,
+}
+
+/// Shows the cluster and its nodes
+#[utoipa::path(
+    get,
+    path = "/v1/cluster",
+    tag = "cluster",
+    params(StaleQuery),
+    responses(
+        (status = 200, description = "The cluster", body = ClusterAnswer),
+        (status = "4XX", description = "Refused; 409 NO_CLUSTER if the node stands alone", body = ErrorAnswer),
+        (status = "5XX", description = "503 NO_QUORUM if no majority can be reached", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn show(
+    Shared(app): Shared<App>,
+    QueryOf(query): QueryOf<StaleQuery>,
+) -> Result<Json<ClusterAnswer>, ApiError> {
+    let member = app.member()?;
+    if !query.stale {
+        member.read().await?;
+    }
+    let (state, applied) = member.consensus.stale_and_index();
+    let (usage, voters) = (state.usage(), member.consensus.voters());
+    let row = |(id, node): (&types::NodeId, &state::Node)| NodeRow {
+        id: *id,
+        name: node.facts.name.to_string(),
+        address: node.facts.address.to_string(),
+        life: life(node.life).to_owned(),
+        role: if node.role == state::Role::Voter { Role::Voter } else { Role::Learner },
+        votes: voters.contains(id),
+        is_cordoned: node.is_cordoned,
+        is_draining: node.is_draining,
+        capacity: room(node.facts.capacity),
+        taken: room(usage.get(id).copied().unwrap_or_default()),
+        images: state.images.values().filter(|image| image.holders.contains_key(id)).count() as u64,
+    };
+    Ok(Json(ClusterAnswer {
+        node: member.node(),
+        leader: member.consensus.leader(),
+        nodes: state.nodes.iter().map(row).collect(),
+        applied,
+        time_ms: state.time.0,
+        is_stale: query.stale,
+    }))
+}
+
+/// Makes a token that lets a node in, once
+#[utoipa::path(
+    post,
+    path = "/v1/cluster/tokens",
+    tag = "cluster",
+    request_body = TokenRequest,
+    responses(
+        (status = 200, description = "The token", body = TokenAnswer),
+        (status = "4XX", description = "Refused; 403 NOT_A_VOTER on a node without a vote", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn token(
+    Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
+    JsonBody(request): JsonBody<TokenRequest>,
+) -> Result<Json<TokenAnswer>, ApiError> {
+    let member = app.member()?;
+    only_from_voters(forwarded)?;
+    let name = Name::parse(&request.name).map_err(NodeError::from)?;
+    let role = match request.role {
+        Role::Voter => state::Role::Voter,
+        Role::Learner => state::Role::Learner,
+    };
+    let token = member.token(&name, role).await?.to_string();
+    tracing::info!(%name, ?role, "a token was made");
+    Ok(Json(TokenAnswer { token, expires_in_s: TOKEN_TERM.as_secs() }))
+}
+
+/// Changes what becomes of a node: cordon, uncordon, drain, undrain or revoke it
+#[utoipa::path(
+    post,
+    path = "/v1/nodes/{id}/{verb}",
+    tag = "cluster",
+    params(
+        ("id" = String, Path, description = "Its name, its id, or the last 4 and more hex digits of that"),
+        ("verb" = String, Path, description = "cordon, uncordon, drain, undrain or revoke")
+    ),
+    responses(
+        (status = 200, description = "It is agreed on", body = ClusterAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "503 NO_QUORUM, 504 OUTCOME_UNKNOWN", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn change(
+    Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
+    Path((given, verb)): Path<(String, String)>,
+) -> Result<Json<ClusterAnswer>, ApiError> {
+    let member = app.member()?;
+    only_from_voters(forwarded)?;
+    let node = Membership::find(&*member.read().await?, &given)?;
+    let command = match verb.as_str() {
+        "cordon" => Command::Cordon { node, is_cordoned: true },
+        "uncordon" => Command::Cordon { node, is_cordoned: false },
+        "drain" => Command::Drain { node, is_draining: true },
+        "undrain" => Command::Drain { node, is_draining: false },
+        "revoke" => Command::Revoke { node },
+        _ => return Err(ApiError::unknown_route()),
+    };
+    agreed(member, command).await?;
+    show(Shared(app), QueryOf(StaleQuery { stale: true })).await
+}
+
+/// Forgets a node that is lost, or has nothing left on it
+#[utoipa::path(
+    delete,
+    path = "/v1/nodes/{id}",
+    tag = "cluster",
+    params(("id" = String, Path, description = "Its name, its id, or the last 4 and more hex digits of that")),
+    responses(
+        (status = 200, description = "It is agreed on", body = ClusterAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "503 NO_QUORUM, 504 OUTCOME_UNKNOWN", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn remove(
+    Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
+    PathText(given): PathText,
+) -> Result<Json<ClusterAnswer>, ApiError> {
+    let member = app.member()?;
+    only_from_voters(forwarded)?;
+    let node = Membership::find(&*member.read().await?, &given)?;
+    agreed(member, Command::Remove { node }).await?;
+    show(Shared(app), QueryOf(StaleQuery { stale: true })).await
+}
+
+/// Says where machines of a template would run now, and why
+#[utoipa::path(
+    get,
+    path = "/v1/explain/{name}",
+    tag = "cluster",
+    params(("name" = String, Path, description = "A template of the cluster"), ExplainQuery),
+    responses(
+        (status = 200, description = "What was thought of each node", body = ExplainAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "503 NO_QUORUM", body = ErrorAnswer)
+    )
+)]
+pub(crate) async fn explain(
+    Shared(app): Shared<App>,
+    PathText(name): PathText,
+    QueryOf(query): QueryOf<ExplainQuery>,
+) -> Result<Json<ExplainAnswer>, ApiError> {
+    let member = app.member()?;
+    let name = Name::parse(&name).map_err(NodeError::from)?;
+    let state = member.read().await?;
+    let tenant = Tenant::default_tenant();
+    let unknown = || NodeError::UnknownTemplate { name: name.to_string() };
+    let digest = Membership::template(&state, &tenant, &name).ok_or_else(unknown)?;
+    let image = ImageKey { tenant, digest };
+    let plan = Membership::place(&state, &image, query.count, query.limit_bytes);
+    let named = |id: &types::NodeId| fork::name_of(&state, *id);
+    let nodes = plan.verdicts.iter().map(|(id, verdict)| {
+        let holder = state.images.get(&image).and_then(|image| image.holders.get(id));
+        let planned = plan.opens.iter().find(|(node, _)| node == id).map(|(_, sources)| sources);
+        let sources = planned.or_else(|| holder.map(|holder| &holder.sources));
+        Explained {
+            name: named(id),
+            id: *id,
+            count: if let Verdict::Takes { count, .. } = verdict { *count } else { 0 },
+            why: verdict.to_string(),
+            settled_percent: holder.map(|holder| holder.percent),
+            sources: sources.into_iter().flatten().map(named).collect(),
+        }
+    });
+    Ok(Json(ExplainAnswer { image: digest.to_string(), left: plan.left, nodes: nodes.collect() }))
+}
+
+async fn agreed(member: &Membership, command: Command) -> Result<(), ClusterError> {
+    tracing::info!(%command, "asked for");
+    match member.propose(None, command).await? {
+        Answer::Refused(refusal) => Err(refusal.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Members come and go by word of those that have a vote: a node without one passes nobody's word on.
+fn only_from_voters(forwarded: Option<Extension<Forwarded>>) -> Result<(), ClusterError> {
+    match forwarded {
+        Some(Extension(Forwarded { is_voter: false, node })) => {
+            Err(ConsensusError::Forbidden { what: format!("asked by node {node}") }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn room(of: Resources) -> Room {
+    let Resources { memory_bytes, cpu_millis, machines } = of;
+    Room { memory_bytes, cpu_millis, machines }
+}
+
+fn life(life: Life) -> &'static str {
+    match life {
+        Life::Up => "up",
+        Life::Suspect => "suspect",
+        Life::Lost => "lost",
+    }
+}
+
+/// The image of the cluster that a fork is of, if it is one of the cluster's.
+pub(super) fn image_of(state: &State, from: &super::wire::ForkSource, tenant: &Tenant) -> Option<ImageKey> {
+    use super::wire::ForkSource;
+    let digest = match from {
+        ForkSource::Template(name) => Membership::template(state, tenant, &Name::parse(name).ok()?)?,
+        ForkSource::Image(given) => given.parse().ok()?,
+        ForkSource::Guest(_) | ForkSource::Machine(_) | ForkSource::Remote(_) => return None,
+    };
+    let key = ImageKey { tenant: tenant.clone(), digest };
+    state.images.contains_key(&key).then_some(key)
+}

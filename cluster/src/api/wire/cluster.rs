@@ -1,0 +1,134 @@
+//! What is said of a cluster.
+
+use serde::{Deserialize, Serialize};
+use types::NodeId;
+use utoipa::{IntoParams, ToSchema};
+
+use crate::node::trust::Role;
+
+/// A cluster, as one of its nodes knows it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ClusterAnswer {
+    /// The node that answers.
+    #[schema(value_type = String, format = "uuid")]
+    pub node: NodeId,
+    /// The node that leads, if one is known.
+    #[schema(value_type = Option<String>, format = "uuid")]
+    pub leader: Option<NodeId>,
+    /// Nodes, by id.
+    pub nodes: Vec<NodeRow>,
+    /// The last entry of the log that is in this answer.
+    pub applied: Option<u64>,
+    /// Milliseconds of the cluster's time.
+    pub time_ms: u64,
+    /// Whether this is what the node has, which may be behind.
+    pub is_stale: bool,
+}
+
+/// A node of a cluster.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NodeRow {
+    /// Its id.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Where others reach it.
+    pub address: String,
+    /// `up`, `suspect` or `lost`.
+    pub life: String,
+    /// Whether it has a vote.
+    pub role: Role,
+    /// Whether its vote counts now: a voter gets it once it has the log.
+    pub votes: bool,
+    /// Nothing new is placed on it.
+    pub is_cordoned: bool,
+    /// What is on it goes elsewhere.
+    pub is_draining: bool,
+    /// Of its machines: what it has.
+    pub capacity: Room,
+    /// And what of that is taken, images included.
+    pub taken: Room,
+    /// Images of which it has all, or some.
+    pub images: u64,
+}
+
+/// Room for machines.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Room {
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Thousandths of a processor.
+    pub cpu_millis: u64,
+    /// Machines.
+    pub machines: u64,
+}
+
+/// Whom a token is for.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    /// What the node is to be called.
+    pub name: String,
+    /// Whether it gets a vote; it does not unless said.
+    #[serde(default = "learner")]
+    pub role: Role,
+}
+
+/// A token that lets a node in, once.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TokenAnswer {
+    /// Shown here and nowhere else.
+    pub token: String,
+    /// How long it is good.
+    pub expires_in_s: u64,
+}
+
+/// How many machines to place in thought.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ExplainQuery {
+    /// How many; 1 unless given.
+    #[serde(default = "one")]
+    pub count: u64,
+    /// The most memory of its own that each may have.
+    pub limit_bytes: Option<u64>,
+}
+
+/// Where machines of a template would run now, and why.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ExplainAnswer {
+    /// The image that the template points at.
+    pub image: String,
+    /// How many find no place.
+    pub left: u64,
+    /// What was thought of each node.
+    pub nodes: Vec<Explained>,
+}
+
+/// What was thought of a node.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Explained {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: NodeId,
+    /// How many it gets.
+    pub count: u64,
+    /// Why, in words.
+    pub why: String,
+    /// How much of the image is there, in percent, if it is a holder.
+    pub settled_percent: Option<u8>,
+    /// Whom it reads the image from, or would, the first one first.
+    pub sources: Vec<String>,
+}
+
+fn learner() -> Role {
+    Role::Learner
+}
+
+fn one() -> u64 {
+    1
+}

@@ -1,0 +1,323 @@
+//! Has this node become what the state says: it looks at what is here, asks [`control::reconcile`] what is to be done, and does
+//! that. It makes no choices of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use control::State;
+use control::command::{Answer, Command};
+use control::reconcile::{Action, Observed, Seen, reconcile};
+use control::state::{ImageFacts, ImageKey, Life, Resources};
+use types::{CpuProfile, Epoch, NodeId};
+
+use super::{EACH_CPU_MILLIS, Membership, join};
+use crate::api::App;
+use crate::node::DataDirectory;
+use crate::node::quic::CERTIFICATE;
+use crate::node::service::HeldImage;
+use crate::raft::{DiskError, Standing};
+
+/// How often a node looks, if nothing happens.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Between two looks, however much happens.
+const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(50);
+const PROPOSE_WITHIN: Duration = Duration::from_secs(3);
+const ALIVE_WITHIN: Duration = Duration::from_secs(1);
+/// What is left of a certificate when the next one is asked for.
+const RENEW_BEFORE: Duration = Duration::from_hours(30 * 24);
+const RENEW_TRY_EVERY: Duration = Duration::from_mins(10);
+/// The record of the last start.
+const INCARNATION: &str = "incarnation";
+/// A machine is expected to write so much of its image's size, and no less than the least.
+const DIRTY_SHARE: u64 = 4;
+const DIRTY_LEAST: u64 = 1 << 20;
+
+/// What a node knows besides what the state says.
+pub struct Agent {
+    member: Arc<Membership>,
+    app: App,
+    profile: CpuProfile,
+    capacity: Resources,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    incarnation: u64,
+    /// Images that the cluster has ordered, and from whom.
+    ordered: BTreeMap<ImageKey, Vec<NodeId>>,
+    /// Orders that are being carried out.
+    opening: BTreeSet<ImageKey>,
+    failed: BTreeSet<(ImageKey, Epoch)>,
+    is_out: bool,
+    revoked: BTreeSet<NodeId>,
+}
+
+/// What the cluster is told of an image.
+#[must_use]
+pub fn facts_of(image: &HeldImage, profile: &CpuProfile) -> ImageFacts {
+    ImageFacts {
+        profile: profile.clone(),
+        data_bytes: image.data_bytes,
+        working_set_bytes: image.data_bytes / DIRTY_SHARE,
+        dirty_bytes: (image.data_bytes / DIRTY_SHARE).max(DIRTY_LEAST),
+    }
+}
+
+impl Agent {
+    /// Of a start of this node.
+    ///
+    /// # Errors
+    /// [`DiskError`] if the start cannot be noted: its reports could be taken for those of an earlier one.
+    pub fn begin(member: Arc<Membership>, app: App, profile: CpuProfile, capacity: Resources) -> Result<Arc<Self>, DiskError> {
+        let agent = Self { member, app, profile, capacity, inner: Mutex::default() };
+        let last: Option<u64> = agent.member.disk.record(INCARNATION)?;
+        agent.take_number(last.unwrap_or(0) + 1)?;
+        Ok(Arc::new(agent))
+    }
+
+    fn take_number(&self, number: u64) -> Result<(), DiskError> {
+        self.member.disk.write(|writing| writing.put_record(INCARNATION, &number))?;
+        self.lock().incarnation = number;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks and acts, until the runtime ends.
+    pub async fn run(self: Arc<Self>) {
+        let says = Arc::clone(&self);
+        tokio::spawn(async move {
+            loop {
+                says.say_alive().await;
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        });
+        let loads = Arc::clone(&self);
+        tokio::spawn(async move { loads.load_stored().await });
+        loop {
+            self.look().await;
+            tokio::time::sleep(LOOK_AT_MOST_EVERY).await;
+            let _ = tokio::time::timeout(LOOK_EVERY, self.member.consensus.changed()).await;
+        }
+    }
+
+    /// Renews this node's certificate before it runs out, until the runtime ends.
+    pub async fn renew(self: Arc<Self>, data: Arc<DataDirectory>) {
+        let mut until = self.member.identity.certificate().peer().not_after;
+        loop {
+            let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+            tokio::time::sleep(left.saturating_sub(RENEW_BEFORE).min(RENEW_TRY_EVERY * 6)).await;
+            let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+            if left > RENEW_BEFORE {
+                continue;
+            }
+            match self.renew_now(&data).await {
+                Ok(later) => until = later,
+                Err(error) => {
+                    tracing::warn!(error, days = left.as_secs() / 86_400, "the node's certificate is not renewed yet");
+                    tokio::time::sleep(RENEW_TRY_EVERY).await;
+                }
+            }
+        }
+    }
+
+    async fn renew_now(&self, data: &DataDirectory) -> Result<SystemTime, String> {
+        let voters: Vec<SocketAddr> = self.member.voter_addresses().iter().filter_map(|text| text.parse().ok()).collect();
+        let (identity, root) = (&self.member.identity, &self.member.root);
+        let admitted = join::renew(identity, &voters, root.fingerprint()).await.map_err(|error| error.to_string())?;
+        data.replace(CERTIFICATE, admitted.certificate.as_bytes()).map_err(|error| error.to_string())?;
+        identity.renew(admitted.certificate.as_bytes()).map_err(|error| error.to_string())?;
+        let new = pages::Certificate::from_pem(admitted.certificate.as_bytes()).map_err(|error| error.to_string())?;
+        tracing::info!("the node's certificate is renewed");
+        Ok(new.peer().not_after)
+    }
+
+    async fn say_alive(&self) {
+        let incarnation = self.lock().incarnation;
+        match self.member.consensus.alive(incarnation, ALIVE_WITHIN).await {
+            Ok(Standing::Known) => {}
+            Ok(Standing::Unknown { above }) => self.register(above).await,
+            Ok(Standing::Out) => self.leave().await,
+            Err(error) => tracing::debug!(%error, "nobody who leads hears this node"),
+        }
+    }
+
+    async fn register(&self, above: u64) {
+        if self.lock().incarnation <= above
+            && let Err(error) = self.take_number(above + 1)
+        {
+            tracing::error!(%error, remedy = error.remedy(), "this node cannot come back");
+            return;
+        }
+        let incarnation = self.lock().incarnation;
+        let state = self.member.consensus.stale();
+        let held = self.held().await;
+        let is_known = |image: &&HeldImage| image.percent == 100 && state.images.contains_key(&image.key);
+        let images = held.iter().filter(is_known).map(|image| (image.key.clone(), state.images[&image.key].facts.clone()));
+        let facts = self.member.facts(self.profile.clone(), self.capacity);
+        let command = Command::Register { node: self.member.node, incarnation, facts, images: images.collect() };
+        match self.member.consensus.propose(None, command, PROPOSE_WITHIN).await {
+            Ok(Answer::Refused(refusal)) => {
+                tracing::warn!(%refusal, remedy = refusal.remedy(), "the cluster does not take this node");
+            }
+            Ok(_) => tracing::info!(incarnation, "registered"),
+            Err(error) => tracing::debug!(%error, "not registered yet"),
+        }
+    }
+
+    /// The cluster has removed or revoked this node: what it ran for it ends.
+    async fn leave(&self) {
+        if std::mem::replace(&mut self.lock().is_out, true) {
+            return;
+        }
+        tracing::error!(
+            remedy = "let it join anew, with an empty data directory and a new token",
+            "this node is out of its cluster"
+        );
+        if let Err(error) = self.app.act(|service| service.kill_all()).await {
+            tracing::warn!(?error, "some machines stay");
+        }
+    }
+
+    async fn held(&self) -> Vec<HeldImage> {
+        self.app.look(|service| Ok(service.held_images())).await.unwrap_or_default()
+    }
+
+    async fn look(self: &Arc<Self>) {
+        let state = self.member.consensus.stale();
+        self.heed_revoked(&state);
+        let known = state.nodes.get(&self.member.node);
+        let incarnation = self.lock().incarnation;
+        // Until the log has come here that says so, what it says is of an earlier start, or of nobody.
+        if known.is_none_or(|node| node.incarnation != incarnation || node.life == Life::Lost) {
+            return;
+        }
+        let held = self.held().await;
+        let local = self.app.look(|service| Ok(service.running_and_limits())).await.unwrap_or_default();
+        let observed = self.observed(&state, &held, local);
+        for action in reconcile(&state, self.member.node, &observed) {
+            self.carry_out(action, &state, &held).await;
+        }
+    }
+
+    fn heed_revoked(&self, state: &State) {
+        let mut inner = self.lock();
+        if inner.revoked != state.revoked {
+            inner.revoked.clone_from(&state.revoked);
+            self.member.trust.set_revoked(state.revoked.clone());
+        }
+    }
+
+    fn observed(&self, state: &State, held: &[HeldImage], (machines, memory_bytes): (u64, u64)) -> Observed {
+        let mut inner = self.lock();
+        let is_ours = |key: &ImageKey| state.images.get(key).is_some_and(|image| image.holders.contains_key(&self.member.node));
+        let is_in_force = |(key, epoch): &(ImageKey, Epoch)| {
+            let holder = state.images.get(key).and_then(|image| image.holders.get(&self.member.node));
+            holder.is_some_and(|holder| holder.epoch == *epoch)
+        };
+        inner.failed.retain(is_in_force);
+        inner.ordered.retain(|key, _| held.iter().any(|image| image.key == *key));
+        // What was made here is the cluster's once it was told of it.
+        let seen = held.iter().filter(|image| is_ours(&image.key) || inner.ordered.contains_key(&image.key));
+        let images = seen.map(|image| {
+            let sources = inner.ordered.get(&image.key).cloned().unwrap_or_default();
+            (image.key.clone(), Seen { percent: image.percent, sources })
+        });
+        Observed {
+            incarnation: inner.incarnation,
+            images: images.collect(),
+            failed: inner.failed.clone(),
+            tasks: BTreeMap::new(),
+            local: Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines },
+        }
+    }
+
+    async fn carry_out(self: &Arc<Self>, action: Action, state: &State, held: &[HeldImage]) {
+        match action {
+            Action::Register { above } => self.register(above).await,
+            Action::Leave => self.leave().await,
+            Action::Open { key, epoch, sources } => self.open(key, epoch, sources, state),
+            Action::Drop { key } => {
+                let Some(image) = held.iter().find(|image| image.key == key).map(|image| image.id) else { return };
+                let is_named =
+                    state.templates.iter().any(|((tenant, _), digest)| *tenant == key.tenant && *digest == key.digest);
+                let dropped = self.app.act(move |service| service.let_go(image, !is_named)).await;
+                tracing::info!(image = %key, is_done = dropped.is_ok(), "let go, as the cluster says");
+            }
+            Action::Report(report) => {
+                if let Err(error) = self.member.consensus.propose(None, report, PROPOSE_WITHIN).await {
+                    tracing::debug!(%error, "not reported yet");
+                }
+            }
+            // Nobody can submit a job yet, so no state has tasks.
+            Action::Start { job, task, .. } | Action::End { job, task } | Action::Forget { job, task } => {
+                tracing::error!(%job, task, "this version runs no tasks");
+            }
+        }
+    }
+
+    /// Opening takes a while: it is done beside everything else.
+    fn open(self: &Arc<Self>, key: ImageKey, epoch: Epoch, sources: Vec<NodeId>, state: &State) {
+        if !self.lock().opening.insert(key.clone()) {
+            return;
+        }
+        let address_of = |source: &NodeId| Some(state.nodes.get(source)?.facts.address);
+        let holders: Vec<SocketAddr> = sources.iter().filter_map(address_of).collect();
+        tracing::info!(image = %key, ?holders, "opens, as the cluster says");
+        let agent = Arc::clone(self);
+        tokio::spawn(async move {
+            let wanted = key.clone();
+            let opened = agent.app.act(move |service| service.open_image(&wanted.tenant, wanted.digest, holders)).await;
+            let mut inner = agent.lock();
+            inner.opening.remove(&key);
+            match opened {
+                Ok(_) => drop(inner.ordered.insert(key, sources)),
+                Err(error) => {
+                    tracing::warn!(image = %key, ?error, "not opened");
+                    inner.failed.insert((key, epoch));
+                }
+            }
+        });
+    }
+
+    /// Templates of the cluster that are in this node's store are loaded, and told of: after a start they are nowhere else, perhaps.
+    async fn load_stored(&self) {
+        let mut tried = BTreeSet::new();
+        loop {
+            tokio::time::sleep(LOOK_EVERY * 4).await;
+            let state = self.member.consensus.stale();
+            let incarnation = self.lock().incarnation;
+            if state.nodes.get(&self.member.node).is_none_or(|node| node.incarnation != incarnation) {
+                continue;
+            }
+            for ((tenant, name), digest) in &state.templates {
+                let key = ImageKey { tenant: tenant.clone(), digest: *digest };
+                let is_here = state.images.get(&key).is_some_and(|image| image.holders.contains_key(&self.member.node));
+                if is_here || !tried.insert((key.clone(), incarnation)) {
+                    continue;
+                }
+                let (wanted, named) = (key.clone(), name.clone());
+                let Ok(Some(image)) = self.app.act(move |service| service.stored_image(&named, &wanted)).await else {
+                    continue;
+                };
+                let facts = state.images.get(&key).map_or_else(|| facts_of(&image, &self.profile), |image| image.facts.clone());
+                let command = Command::AddImage { key, facts, node: self.member.node, incarnation };
+                match self.member.consensus.propose(None, command, PROPOSE_WITHIN).await {
+                    Ok(Answer::Refused(refusal)) => {
+                        tracing::warn!(%refusal, %name, remedy = refusal.remedy(), "the cluster does not take a template that is here");
+                    }
+                    Ok(_) => tracing::info!(%name, "a template of the cluster is here"),
+                    Err(error) => {
+                        tracing::debug!(%error, %name, "the cluster does not know yet that this template is here");
+                        tried.clear();
+                    }
+                }
+            }
+        }
+    }
+}

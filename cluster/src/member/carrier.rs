@@ -1,0 +1,89 @@
+//! Messages between members over QUIC, by a name of their own on the one port: one connection for what must not wait, one for the
+//! log, one for whole states.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use pages::client::Way;
+use pages::server::Answers;
+use pages::{Certificate, Client, Identity, LinkError, Role};
+use types::NodeId;
+
+use crate::raft::consensus::Peer;
+use crate::raft::wire::MESSAGE_BYTES_MAX;
+use crate::raft::{Carrier, CarryError, Consensus, Lane, Member};
+
+/// ALPN of messages between members.
+pub const ALPN_RAFT: &[u8] = b"farfork-raft/1";
+/// Ways that are kept: some to each member.
+const WAYS_MAX: usize = 4096;
+
+/// See the module.
+pub(super) struct Quic {
+    client: Client,
+    identity: Arc<Identity>,
+    ways: Mutex<HashMap<To, Way>>,
+}
+
+/// Where a way leads, who is expected there, and what it is for.
+type To = (SocketAddr, Option<NodeId>, Lane);
+
+impl Quic {
+    pub(super) fn new(client: Client, identity: Arc<Identity>) -> Self {
+        Self { client, identity, ways: Mutex::default() }
+    }
+
+    fn way(&self, address: SocketAddr, to: Option<NodeId>, lane: Lane) -> Result<Way, String> {
+        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        if ways.len() >= WAYS_MAX {
+            ways.clear();
+        }
+        if let Some(way) = ways.get(&(address, to, lane)) {
+            return Ok(way.clone());
+        }
+        let way = self.client.way(&self.identity, ALPN_RAFT, address, to, true).map_err(|error| error.to_string())?;
+        ways.insert((address, to, lane), way.clone());
+        Ok(way)
+    }
+}
+
+impl Carrier for Quic {
+    fn ask(
+        &self,
+        to: Option<Member>,
+        address: &str,
+        lane: Lane,
+        request: Vec<u8>,
+        within: Duration,
+    ) -> BoxFuture<'static, Result<Vec<u8>, CarryError>> {
+        let text = address.to_owned();
+        let way = address.parse::<SocketAddr>().map_err(|error| error.to_string());
+        let way = way.and_then(|address| self.way(address, to.map(|member| member.0), lane));
+        Box::pin(async move {
+            let way = way.map_err(|detail| CarryError::Unreachable { address: text.clone(), detail })?;
+            way.ask(Bytes::from(request), MESSAGE_BYTES_MAX, within).await.map(Vec::from).map_err(|error| {
+                let (address, detail) = (text, error.to_string());
+                match error {
+                    LinkError::Unreachable { .. } | LinkError::NotTrusted { .. } => CarryError::Unreachable { address, detail },
+                    _ => CarryError::NoAnswer { address, detail },
+                }
+            })
+        })
+    }
+}
+
+/// Answers other members.
+pub(super) struct ToMember(pub(super) Consensus);
+
+impl Answers for ToMember {
+    fn answer(&self, shown: Certificate, request: Bytes) -> BoxFuture<'static, Bytes> {
+        let consensus = self.0.clone();
+        let peer = shown.peer();
+        let peer = Peer { node: peer.node, is_voter: peer.role == Role::Voter, name: Some(peer.name.clone()) };
+        Box::pin(async move { consensus.answer(peer, &request).await.into() })
+    }
+}

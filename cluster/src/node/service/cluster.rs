@@ -1,0 +1,118 @@
+//! What a cluster has this node do, and asks of it.
+
+use std::net::SocketAddr;
+
+use control::state::ImageKey;
+use types::{CpuProfile, Digest, ImageId, Name, Tenant};
+
+use super::Service;
+use crate::node::engine::OpenOrder;
+use crate::node::error::NodeError;
+use crate::node::registry::Origin;
+
+/// What a machine without a limit is counted as: what it may write before it is looked at again.
+const UNLIMITED_BYTES: u64 = 64 << 20;
+
+/// An image in this node's memory, as a cluster knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldImage {
+    /// On this node.
+    pub id: ImageId,
+    /// Everywhere.
+    pub key: ImageKey,
+    /// How much of it is here.
+    pub percent: u8,
+    /// Its memory in bytes that is not zero.
+    pub data_bytes: u64,
+}
+
+impl Service {
+    /// Images in memory that have been hashed.
+    #[must_use]
+    pub fn held_images(&self) -> Vec<HeldImage> {
+        let images = self.registry.images().into_iter();
+        images.filter_map(|image| self.held(image.facts.id, &image.facts.tenant, image.facts.digest?)).collect()
+    }
+
+    fn held(&self, id: ImageId, tenant: &Tenant, digest: Digest) -> Option<HeldImage> {
+        let residency = self.residency(id)?;
+        let key = ImageKey { tenant: tenant.clone(), digest };
+        // One that has failed is as good as not there.
+        let is_good = residency.failed.is_none();
+        is_good.then(|| HeldImage { id, key, percent: residency.settled_percent(), data_bytes: residency.data_bytes })
+    }
+
+    /// An image in memory by its id, digest or name, with its digest.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none, or it cannot be hashed.
+    pub fn hashed_image(&self, given: &str) -> Result<HeldImage, NodeError> {
+        let facts = self.hashed(given)?.image.facts;
+        let digest = facts.digest.ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })?;
+        self.held(facts.id, &facts.tenant, digest).ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })
+    }
+
+    /// The image that a template points at, with its digest.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none, or it cannot be hashed.
+    pub fn template_held(&self, name: &Name) -> Result<HeldImage, NodeError> {
+        self.hashed_image(&self.template_image(name)?.facts.id.to_string())
+    }
+
+    /// The image of this name in the store, if it is that one: it is loaded if need be.
+    ///
+    /// # Errors
+    /// [`NodeError`] if the store cannot be read.
+    pub fn stored_image(&self, name: &Name, key: &ImageKey) -> Result<Option<HeldImage>, NodeError> {
+        if !self.engine.stored()?.iter().any(|(stored, _)| stored == name) {
+            return Ok(None);
+        }
+        let held = self.template_held(name)?;
+        Ok((held.key == *key).then_some(held))
+    }
+
+    /// Opens an image that others hold.
+    ///
+    /// # Errors
+    /// [`NodeError`]; nothing is left behind.
+    pub fn open_image(&self, tenant: &Tenant, image: Digest, holders: Vec<SocketAddr>) -> Result<ImageId, NodeError> {
+        let open = OpenOrder { image, tenant: tenant.clone(), holders };
+        Ok(self.note_image(self.engine.open(&open)?, Origin::Remote, None).facts.id)
+    }
+
+    /// Forgets an image, and its file if nothing refers to it any more. Its children go on.
+    ///
+    /// # Errors
+    /// [`NodeError`]; it is still there.
+    pub fn let_go(&self, id: ImageId, with_file: bool) -> Result<(), NodeError> {
+        let name = self.registry.image(&id.to_string())?.name;
+        self.forget_image(id)?;
+        match name.filter(|_| with_file) {
+            Some(name) => self.delete(&name),
+            None => Ok(()),
+        }
+    }
+
+    /// How many machines run, and how much memory of their own they may have.
+    #[must_use]
+    pub fn running_and_limits(&self) -> (u64, u64) {
+        self.registry
+            .running_limits()
+            .fold((0, 0), |(machines, bytes), limit| (machines + 1, bytes.saturating_add(limit.unwrap_or(UNLIMITED_BYTES))))
+    }
+
+    /// Ends every machine.
+    ///
+    /// # Errors
+    /// [`NodeError`] of the first one that could not be ended, if none could.
+    pub fn kill_all(&self) -> Result<(), NodeError> {
+        self.kill(&[], true).map(drop)
+    }
+
+    /// The CPU that guests see here.
+    #[must_use]
+    pub fn cpu(&self) -> CpuProfile {
+        self.engine.cpu()
+    }
+}

@@ -1,0 +1,168 @@
+//! What befalls a cluster, and what it promises all the same.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use vm::harness::{count, held, seed};
+
+use super::stage::Cluster;
+use crate::support::eventually;
+
+/// A minority says so within this; a test allows five times as much.
+const NO_QUORUM_WITHIN: Duration = Duration::from_secs(15);
+
+#[test]
+fn a_leader_that_is_killed_is_replaced_and_nothing_acknowledged_is_lost() {
+    let mut dice = fastrand::Rng::with_seed(seed());
+    let mut cluster = Cluster::new("killed", 3, 3);
+    cluster.template(0, "warm");
+    let rounds = count(2, 20);
+    for _ in 0..rounds {
+        let at = dice.usize(..3);
+        let Some(leader) = cluster.leader(at) else { continue };
+        let other = (leader + 1) % 3;
+        let cordoned = format!("node-{}", dice.usize(..3));
+        let verb = if dice.bool() { "cordon" } else { "uncordon" };
+        assert_eq!(cluster.node(other).cli(&["node", verb, &cordoned]).code, Some(0));
+        let killed = Instant::now();
+        cluster.crash(leader);
+        println!("a new leader answered after {:?}", cluster.time_to_answer(other, killed));
+        let number: usize = cordoned.strip_prefix("node-").unwrap().parse().unwrap();
+        assert_eq!(cluster.row(other, number)["is_cordoned"], verb == "cordon", "what was acknowledged is there");
+        cluster.start(leader);
+        cluster.settles(3, 3);
+    }
+    held("leaders killed, with what they had acknowledged there", rounds);
+}
+
+#[test]
+fn all_nodes_killed_at_once_come_back_with_everything() {
+    let mut cluster = Cluster::new("all", 3, 3);
+    cluster.template(1, "warm");
+    cluster.node(0).json(&["node", "cordon", "node-2"]);
+    for host in 0..3 {
+        cluster.crash(host);
+    }
+    let began = Instant::now();
+    for host in 0..3 {
+        cluster.start(host);
+    }
+    cluster.settles(3, 3);
+    println!("all were back after {:?}", began.elapsed());
+    assert_eq!(cluster.row(2, 2)["is_cordoned"], true);
+    eventually("its template can be forked", || cluster.node(2).cli(&["fork", "warm"]).code == Some(0));
+}
+
+/// Stopped for less than it takes to be suspected, for longer, and for longer than it takes to be given up.
+#[test]
+fn a_node_that_stands_still_comes_back() {
+    let cluster = Cluster::new("still", 3, 3);
+    let pauses: &[u64] = if count(0, 1) == 1 { &[2, 8, 20] } else { &[2, 20] };
+    for seconds in pauses {
+        let leader = cluster.leader(0).unwrap();
+        let other = (leader + 1) % 3;
+        let stopped = Instant::now();
+        cluster.signal(leader, Signal::STOP);
+        let answered = cluster.time_to_answer(other, stopped);
+        if *seconds == 20 {
+            eventually("it is given up", || cluster.row(other, leader)["life"] == "lost");
+            println!("given up after {:?}", stopped.elapsed());
+        }
+        std::thread::sleep(Duration::from_secs(*seconds).saturating_sub(stopped.elapsed()));
+        cluster.signal(leader, Signal::CONT);
+        let went_on = Instant::now();
+        cluster.settles(3, 3);
+        println!(
+            "{seconds} s: the others answered after {answered:?}, and it was back {:?} after it went on",
+            went_on.elapsed()
+        );
+        // It knows by itself that it does not lead any more.
+        assert_eq!(cluster.node(leader).cli(&["node", "ls"]).code, Some(0));
+    }
+}
+
+#[test]
+fn a_minority_says_so_and_the_majority_goes_on() {
+    let mut cluster = Cluster::new("parts", 3, 3);
+    if !cluster.is_isolated() {
+        return println!("skipped: networks are cut in namespaces, which takes root");
+    }
+    cluster.template(0, "warm");
+    for is_leader in [true, false] {
+        let leader = cluster.leader(0).unwrap();
+        let cut = if is_leader { leader } else { (leader + 1) % 3 };
+        let other = (0..3).find(|host| *host != cut).unwrap();
+        let began = Instant::now();
+        cluster.set_link(cut, false);
+        let refused = cluster.node(cut).cli(&["node", "cordon", "node-0", "--output", "json"]);
+        println!("the minority (leader: {is_leader}) refused after {:?}", began.elapsed());
+        assert_eq!(refused.code, Some(4), "{refused:?}");
+        assert!(["NO_QUORUM", "OUTCOME_UNKNOWN"].contains(&&*refused.error_code()), "{refused:?}");
+        let asked = Instant::now();
+        let read = cluster.node(cut).cli(&["node", "ls", "--output", "json"]);
+        assert_eq!((read.code, &*read.error_code()), (Some(4), "NO_QUORUM"));
+        assert!(asked.elapsed() < NO_QUORUM_WITHIN, "{:?}", asked.elapsed());
+        assert!(cluster.list(cut, true).is_some(), "what it has it shows");
+        // What is here can be forked, whoever leads: nothing of it needs the others.
+        if cut == 0 {
+            assert_eq!(cluster.node(0).cli(&["fork", "warm"]).code, Some(0));
+        }
+        println!("the majority answered after {:?}", cluster.time_to_answer(other, began));
+        assert_eq!(cluster.node(other).cli(&["node", "cordon", "node-1"]).code, Some(0));
+        cluster.set_link(cut, true);
+        let back = Instant::now();
+        cluster.settles(3, 3);
+        println!("whole again after {:?}", back.elapsed());
+        assert_eq!(cluster.row(cut, 1)["is_cordoned"], true);
+        cluster.node(other).json(&["node", "uncordon", "node-1"]);
+    }
+}
+
+/// Five nodes, of which two die: three are enough. The third leaves no majority, until one is back.
+#[test]
+fn five_nodes_bear_the_loss_of_two() {
+    let mut cluster = Cluster::new("five", 5, 5);
+    for host in [1, 2] {
+        cluster.crash(host);
+    }
+    let lost = Instant::now();
+    println!("three of five answered after {:?}", cluster.time_to_answer(0, lost));
+    assert_eq!(cluster.node(3).cli(&["node", "cordon", "node-4"]).code, Some(0));
+    cluster.crash(3);
+    eventually("two of five decide nothing", || {
+        let said = cluster.node(0).cli(&["node", "uncordon", "node-4", "--output", "json"]);
+        said.code == Some(4) && said.error_code() != "REFUSED"
+    });
+    cluster.start(1);
+    let back = Instant::now();
+    println!("three of five answered after {:?}", cluster.time_to_answer(4, back));
+}
+
+#[test]
+fn a_node_that_is_revoked_under_load_is_out_at_once() {
+    let cluster = Cluster::new("revoked", 3, 3);
+    cluster.template(2, "warm");
+    let (is_over, cluster) = (AtomicBool::new(false), &cluster);
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut forked = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                forked += u32::from(cluster.node(0).cli(&["fork", "warm", "-n", "2"]).code == Some(0));
+            }
+            forked
+        });
+        eventually("forks run", || !cluster.node(1).machines().is_empty());
+        let revoked = Instant::now();
+        cluster.node(1).json(&["node", "revoke", "node-2"]);
+        eventually("it is no member", || cluster.row(1, 2).is_null());
+        eventually("it cannot ask the others", || cluster.node(2).cli(&["node", "ls"]).code == Some(4));
+        println!("out after {:?}", revoked.elapsed());
+        is_over.store(true, Ordering::Relaxed);
+        assert!(load.join().unwrap() > 0);
+    });
+    // The others have a majority of two, and the name's image is nowhere any more.
+    cluster.settles(2, 2);
+    let gone = cluster.node(0).cli(&["fork", "warm", "--output", "json"]);
+    assert_eq!((gone.code, &*gone.error_code()), (Some(4), "NO_PLACE"), "{gone:?}");
+}
