@@ -134,6 +134,13 @@ async fn ask_voters(
     Err(last)
 }
 
+/// One, for the corpora.
+#[cfg(feature = "testing")]
+pub(crate) fn a_request() -> Vec<u8> {
+    let what = What::Join { name: Name::parse("node-2").expect("a name"), secret: [7; 32], key: Uuid::max() };
+    postcard::to_stdvec(&Request { version: VERSION, what }).expect("plain data")
+}
+
 /// Lets nodes in, as a voter.
 pub(super) struct Doorkeeper(pub(super) Arc<Membership>);
 

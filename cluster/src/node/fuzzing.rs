@@ -5,20 +5,33 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use agent::protocol::{Exit, Failed, FromAgent, Outcome, Phase, Step, encode, receive};
-use types::{Digest, MachineId, NodeId, Reason, Tenant};
+use control::command::{Command, Key};
+use control::state::ImageKey;
+use types::{Digest, MachineId, Name, NodeId, Reason, Tenant};
 use uuid::Uuid;
 
 use super::engine::{ForkStages, Forked};
 use super::error::NodeError;
 use super::offer::About;
+use crate::member::join;
+use crate::member::token::JoinToken;
+use crate::raft::wire;
+
 use super::peers::{Answer, ForkedChild, Order, PeerFailure, PeerForkOrder, PeerForkReport, PeerRefusal};
 
 /// A fuzz target: its name, which is also the name of its corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 4] =
-    [("order", order), ("order_answer", answer), ("about_image", about), ("from_agent", from_agent)];
+pub const TARGETS: [Target; 7] = [
+    ("order", order),
+    ("order_answer", answer),
+    ("about_image", about),
+    ("from_agent", from_agent),
+    ("join", join_request),
+    ("join_token", token),
+    ("raft_message", raft_message),
+];
 
 /// What a node takes from one that asks it to fork.
 pub fn order(bytes: &[u8]) {
@@ -48,6 +61,55 @@ pub fn from_agent(bytes: &[u8]) {
         let again = encode(&message).expect("what came in a frame fits into one");
         assert_eq!(receive::<FromAgent>(&mut &again[..]).expect("a whole frame"), message);
     }
+}
+
+/// What anybody may ask at a voter's door.
+pub fn join_request(bytes: &[u8]) {
+    if let Ok(request) = join::read(bytes) {
+        let again = postcard::to_stdvec(&request).expect("plain data");
+        assert_eq!(join::read(&again).ok(), Some(request));
+    }
+}
+
+/// What somebody gives as a join token.
+pub fn token(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(token) = text.parse::<JoinToken>() {
+        assert_eq!(token.to_string().parse(), Ok(token));
+    }
+}
+
+/// What a member takes from another.
+pub fn raft_message(bytes: &[u8]) {
+    if let Ok(request) = wire::decode::<wire::Request>(bytes) {
+        let once = wire::encode(&request);
+        let twice = wire::decode::<wire::Request>(&once).expect("it was read before");
+        assert_eq!(wire::encode(&twice), once);
+    }
+    if let Ok(response) = wire::decode::<wire::Response>(bytes) {
+        let once = wire::encode(&response);
+        let twice = wire::decode::<wire::Response>(&once).expect("it was read before");
+        assert_eq!(wire::encode(&twice), once);
+    }
+}
+
+fn a_token() -> JoinToken {
+    let (addresses, authority) = (vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 7117))], Digest::of(b"an authority"));
+    JoinToken { addresses, authority, name: Name::parse("node-2").expect("a name"), secret: [7; 32] }
+}
+
+fn a_proposal() -> wire::Request {
+    let key = ImageKey { tenant: Tenant::default_tenant(), digest: Digest::of(b"an image") };
+    let (node, epoch) = (NodeId::from_uuid(Uuid::max()), types::Epoch(9));
+    let command = Command::Report {
+        node,
+        incarnation: 3,
+        progress: vec![(key.clone(), epoch, 40)],
+        gone: vec![(key, epoch)],
+        ended: Vec::new(),
+        local: None,
+    };
+    wire::Request::Propose { key: Some(Key(Uuid::max())), command }
 }
 
 /// Messages for the corpora: a target, a name, and bytes that it accepts.
@@ -90,5 +152,11 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("about_image", "pattern", About { pattern_pages: Some(4096) }.encode()),
         ("about_image", "none", About::default().encode()),
         ("from_agent", "conversation", frames.concat()),
+        ("join", "join", join::a_request()),
+        ("join_token", "token", a_token().to_string().into_bytes()),
+        ("raft_message", "alive", wire::encode(&wire::Request::Alive { incarnation: 7 })),
+        ("raft_message", "propose", wire::encode(&a_proposal())),
+        ("raft_message", "answered", wire::encode(&wire::Response::Answered(control::Answer::Granted(types::Epoch(7))))),
+        ("raft_message", "heard", wire::encode(&wire::Response::Heard(wire::Standing::Unknown { above: 3 }))),
     ]
 }

@@ -22,6 +22,8 @@ use super::{Disk, Log, Machine, Member, Types};
 
 /// How long who leads tries to have something agreed on that another member asked for.
 pub const ASKED_WITHIN: Duration = Duration::from_secs(3);
+/// How long one member is waited for before another is asked: who led may be gone, and another lead by now.
+const ASK_EACH: Duration = Duration::from_secs(1);
 /// Between two tries to find who leads.
 const TRY_EVERY: Duration = Duration::from_millis(50);
 const HEARTBEAT_MS: u64 = 250;
@@ -333,7 +335,7 @@ impl Inner {
         request: &Request,
         within: Duration,
     ) -> Result<Response, CarryError> {
-        let within = within.min(ASKED_WITHIN);
+        let within = within.min(ASK_EACH);
         let bytes = self.carrier.ask(to, address, Lane::Log, wire::encode(request), within).await?;
         let detail =
             |error: wire::MessageError| CarryError::NoAnswer { address: address.to_owned(), detail: error.to_string() };
