@@ -1,5 +1,6 @@
-//! `bench cluster`: rows C3 and C5, of the control plane's own code. Nodes are entries of its state here: how long choosing takes, what
-//! is chosen, and how much is written into the log are measured; how long the chosen would take is reckoned by a model, and said so.
+//! `bench cluster`: rows C3 and C5, of the control plane's own code, and C4 ([`failover`]), of real nodes. Nodes of C3 and C5 are entries
+//! of its state: how long choosing takes, what is chosen, and how much is written into the log are measured; how long the chosen
+//! would take is reckoned by a model, and said so.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,8 +16,8 @@ use control::{Tick, apply};
 use types::{CpuProfile, Digest, Name, NodeId, Tenant};
 use uuid::Uuid;
 
-use crate::floor;
 use crate::report::{Report, Row, Samples, announce};
+use crate::{failover, floor};
 
 const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 4096 * MIB;
@@ -26,10 +27,12 @@ const TASK_SECONDS: f64 = 1.0;
 /// 10 Gbit/s, each way.
 const LINK_BYTES_A_SECOND: f64 = 1.25e9;
 
-pub(crate) fn run(json: Option<&Path>, quick: bool) -> Result<()> {
+pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>) -> Result<()> {
     let mut report = Report::new(&floor::open_host()?, quick);
     announce("C3: 10,000 children on 1,000 nodes");
     placement(&mut report, if quick { 20 } else { 200 })?;
+    announce("C4: nodes that are killed, half a minute each");
+    failover::run(&mut report, farfork, quick)?;
     announce("C5: entries and bytes of a job");
     for count in [10, 100, 1000, 10_000, 100_000] {
         log_of_a_job(&mut report, count)?;

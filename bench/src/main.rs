@@ -3,6 +3,7 @@
 
 mod cluster;
 mod daemon;
+mod failover;
 mod firecracker;
 mod floor;
 mod http;
@@ -61,10 +62,13 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
     },
-    /// The control plane (rows C3 and C5): placement, and what a job writes into the log
+    /// The control plane (rows C3 to C5): placement, leaders that are killed, and what a job writes into the log
     Cluster {
         #[command(flatten)]
         run: Run,
+        /// The farfork program [default: the one beside this program]
+        #[arg(long, value_name = "PATH")]
+        farfork: Option<PathBuf>,
     },
     /// Linux guests (rows G1 to G4), and templates by stage of building them
     Linux {
@@ -124,7 +128,7 @@ fn main() -> ExitCode {
             workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
         Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
-        Verb::Cluster { run } => cluster::run(run.json.as_deref(), run.quick),
+        Verb::Cluster { run, farfork } => cluster::run(run.json.as_deref(), run.quick, farfork.as_deref()),
         Verb::Linux { run, farfork, guests } => {
             linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
         }
