@@ -92,10 +92,17 @@ pub(crate) async fn import(
     let feeding = tokio::spawn(feed(request.into_body(), sender, app.limits().read_deadline));
     let named = name.clone();
     let mut archive = Pieces { receiver, piece: Bytes::new() };
-    let imported = app.act(move |service| service.import_template(&named, &mut archive, &Tenant::default_tenant())).await;
+    let imported = match app.check_name(&name).await {
+        Ok(()) => app.act(move |service| service.import_template(&named, &mut archive, &Tenant::default_tenant())).await,
+        Err(error) => {
+            drop(archive);
+            Err(error)
+        }
+    };
     // To its end, also of what is refused: a client that is still sending would not see the answer.
     feeding.await.unwrap_or_default();
     imported?;
+    app.publish(&name).await?;
     Ok(Json(template(&app.look(move |service| service.template(&name)).await?)))
 }
 

@@ -209,6 +209,11 @@ pub(crate) async fn explain(
 }
 
 async fn agreed(member: &Membership, command: Command) -> Result<(), ClusterError> {
+    if let Command::Revoke { node } | Command::Remove { node } = &command
+        && member.consensus.voters() == [*node]
+    {
+        return Err(ClusterError::LastVote(*node));
+    }
     tracing::info!(%command, "asked for");
     match member.propose(None, command).await? {
         Answer::Refused(refusal) => Err(refusal.into()),

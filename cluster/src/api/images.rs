@@ -67,6 +67,7 @@ pub(crate) async fn save(
     JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Json<Image>, ApiError> {
     let name = Name::parse(&request.name).map_err(NodeError::from)?;
+    app.check_name(&name).await?;
     let saved = name.clone();
     let view = app.act(move |service| service.save(&id, &saved)).await?;
     app.publish(&name).await?;

@@ -19,8 +19,8 @@ use super::wire::{
     Source, Stages, State, Usage,
 };
 use super::{cluster, images};
-use crate::member::Membership;
 use crate::member::forward::Forwarded;
+use crate::member::{ClusterError, Membership};
 use crate::node::engine::{self, ForkStages};
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
@@ -31,6 +31,8 @@ const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
 /// How long other nodes may take to list their machines.
 const OTHERS_WITHIN: Duration = Duration::from_secs(3);
+/// How long they may take to end machines.
+const KILL_WITHIN: Duration = Duration::from_secs(60);
 
 /// Forks children of a guest, an image or a running machine, here or on another node
 ///
@@ -229,15 +231,26 @@ pub(crate) async fn kill(
 async fn kill_everywhere(app: &App, member: &Membership, request: KillRequest) -> Result<Json<KillAnswer>, ApiError> {
     let others = member.others();
     let ask = |node, request: KillRequest| async move {
-        member.ask_json::<KillAnswer>(node, Method::POST, "/v1/machines/kill", Some(&request)).await
+        let asking = member.ask_json::<KillAnswer>(node, Method::POST, "/v1/machines/kill", Some(&request));
+        let late = || ClusterError::NoAnswer { node, detail: format!("not within {KILL_WITHIN:?}") };
+        tokio::time::timeout(KILL_WITHIN, asking).await.unwrap_or_else(|_| Err(late()))
     };
     if request.all {
         let mut answer = kill_these(app, request.clone()).await?.0;
-        let asked = others.into_iter().map(|node| ask(node, request.clone()));
-        for there in futures_util::future::join_all(asked).await {
-            let Ok(Ok(there)) = there else { continue };
-            answer.killed.extend(there.killed);
-            answer.failures.extend(there.failures);
+        let asked = others.into_iter().map(async |node| (node, ask(node, request.clone()).await));
+        for (node, there) in futures_util::future::join_all(asked).await {
+            match there {
+                Ok(Ok(there)) => {
+                    answer.killed.extend(there.killed);
+                    answer.failures.extend(there.failures);
+                }
+                // Its machines may run on.
+                Ok(Err((status, _))) => {
+                    let error = ClusterError::NoAnswer { node, detail: format!("it answered {status}") };
+                    answer.failures.push(ApiError::from(error).body().of(format!("machines of node {node}")));
+                }
+                Err(error) => answer.failures.push(ApiError::from(error).body().of(format!("machines of node {node}"))),
+            }
         }
         return Ok(Json(answer));
     }
@@ -250,7 +263,8 @@ async fn kill_everywhere(app: &App, member: &Membership, request: KillRequest) -
     let mut missed: Vec<String> = Vec::new();
     for id in away {
         match member.locate(&id).await {
-            Some(node) => match ask(node, KillRequest { ids: vec![id.clone()], all: false }).await {
+            Err(error) => answer.failures.push(ApiError::from(error).body().of(id)),
+            Ok(Some(node)) => match ask(node, KillRequest { ids: vec![id.clone()], all: false }).await {
                 Ok(Ok(there)) => {
                     answer.killed.extend(there.killed);
                     answer.failures.extend(there.failures);
@@ -259,7 +273,7 @@ async fn kill_everywhere(app: &App, member: &Membership, request: KillRequest) -
                 Err(error) => drop(first.get_or_insert(ApiError::from(error))),
             },
             // This node says that there is none.
-            None => missed.push(id),
+            Ok(None) => missed.push(id),
         }
     }
     let rest: Vec<String> = here.into_iter().chain(missed).collect();

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
+use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -53,6 +54,9 @@ struct Shared {
 
 /// How long a template that was built waits for the cluster to hear of it.
 const PUBLISH_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long other nodes may take to remove their file of a template.
+const REMOVE_WITHIN: Duration = Duration::from_secs(3);
 
 /// How much a node takes on.
 #[derive(Clone, Copy, Debug)]
@@ -122,6 +126,15 @@ impl App {
         self.shared.member.get().ok_or(ClusterError::Alone)
     }
 
+    /// In a cluster: refuses a name that points at something already.
+    pub(crate) async fn check_name(&self, name: &Name) -> Result<(), ApiError> {
+        let Ok(member) = self.member() else { return Ok(()) };
+        match Membership::template(&*member.read().await?, &Tenant::default_tenant(), name) {
+            Some(_) => Err(ClusterError::NameTaken(name.clone()).into()),
+            None => Ok(()),
+        }
+    }
+
     /// In a cluster: lets it know that a template is here. For a while also where no majority can be reached.
     pub(crate) async fn publish(&self, name: &Name) -> Result<(), ApiError> {
         let Ok(member) = self.member() else { return Ok(()) };
@@ -144,7 +157,14 @@ impl App {
         let Ok(member) = self.member() else { return Ok(false) };
         let command = Command::RemoveTemplate { tenant: Tenant::default_tenant(), name: name.clone() };
         match member.propose(None, command).await {
-            Ok(_) => Ok(true),
+            Ok(_) => {
+                // Files of it on other nodes; what does not answer keeps its own, which nothing refers to.
+                let path = format!("/v1/templates/{name}");
+                let asked = member.others().into_iter().map(|node| member.ask_node(node, Method::DELETE, &path, None));
+                let asked = tokio::time::timeout(REMOVE_WITHIN, futures_util::future::join_all(asked)).await;
+                tracing::info!(%name, all_answered = asked.is_ok(), "a template of the cluster is removed");
+                Ok(true)
+            }
             Err(ClusterError::Refused(Refusal::UnknownTemplate(_))) => Ok(false),
             Err(error) => Err(error.into()),
         }
@@ -238,6 +258,7 @@ pub fn router(app: App) -> Router {
         .fallback(|| async { ApiError::unknown_route() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(middleware::from_fn_with_state(app.clone(), elsewhere))
+        .layer(middleware::from_fn(only_own_users))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(enter))
         .with_state(app)
@@ -312,6 +333,15 @@ async fn enter(Extension(peer): Extension<Peer>, request: Request, next: Next) -
     .await
 }
 
+/// Whom a node trusts beside its cluster is for its own users to say.
+async fn only_own_users(request: Request, next: Next) -> Response {
+    let is_of_node = request.extensions().get::<Forwarded>().is_some();
+    if is_of_node && request.uri().path().starts_with("/v1/trust") {
+        return ApiError::forbidden(u32::MAX).into_response();
+    }
+    next.run(request).await
+}
+
 /// In a cluster: what is asked of a machine of another node, that node answers.
 async fn elsewhere(State(app): State<App>, request: Request, next: Next) -> Response {
     let machine = request.uri().path().strip_prefix("/v1/machines/").and_then(|rest| rest.split('/').next());
@@ -323,8 +353,9 @@ async fn elsewhere(State(app): State<App>, request: Request, next: Next) -> Resp
         return next.run(request).await;
     }
     match member.locate(&machine).await {
-        Some(node) => member.pass_on(node, request).await.unwrap_or_else(|error| ApiError::from(error).into_response()),
-        None => next.run(request).await,
+        Ok(Some(node)) => member.pass_on(node, request).await.unwrap_or_else(|error| ApiError::from(error).into_response()),
+        Ok(None) => next.run(request).await,
+        Err(error) => ApiError::from(error).into_response(),
     }
 }
 

@@ -21,6 +21,7 @@ use super::server::{Peer, Served};
 use super::wire::{
     BuildRequest, BuildingNow, ErrorAnswer, Ready, RemovedAnswer, StageTook, StepTook, Template, TemplatesAnswer,
 };
+use crate::member::forward::Forwarded;
 use crate::node::NodeError;
 use crate::node::guest::identity::Readiness;
 use crate::node::guest::template::{BuildOrder, WarmUp};
@@ -56,6 +57,7 @@ pub(crate) async fn build(
     let name = Name::parse(&request.name).map_err(NodeError::from)?;
     let tenant = request.tenant.as_deref().map(str::parse::<Tenant>).transpose().map_err(NodeError::from)?.unwrap_or_default();
     let order = order(request)?;
+    app.check_name(&name).await?;
     let built = name.clone();
     app.act(move |service| service.build_template(&built, &order, &tenant)).await?;
     app.publish(&name).await?;
@@ -108,9 +110,13 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> 
         (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn remove(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
+pub(crate) async fn remove(
+    Shared(app): Shared<App>,
+    forwarded: Option<Extension<Forwarded>>,
+    PathText(name): PathText,
+) -> Result<Json<RemovedAnswer>, ApiError> {
     let name = Name::parse(&name).map_err(NodeError::from)?;
-    let was_the_clusters = app.unpublish(&name).await?;
+    let was_the_clusters = forwarded.is_none() && app.unpublish(&name).await?;
     let removing = name.clone();
     match app.act(move |service| service.remove_template(&removing)).await {
         // It was on other nodes, which let go of it.

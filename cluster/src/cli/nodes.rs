@@ -27,10 +27,10 @@ pub(super) enum Verb {
     /// Stop draining it
     #[command(after_help = "Examples:\n  farfork node undrain node-2")]
     Undrain(Which),
-    /// Never let a node take part again: its certificate is worth nothing from now on
+    /// Never let a node take part again: its certificate is worth nothing as soon as it has lost its vote
     #[command(after_help = "Examples:\n  farfork node revoke node-2")]
     Revoke(Which),
-    /// Forget a node that is lost, or has been drained
+    /// Forget a node that is lost, or has been drained and has no machines left
     #[command(after_help = "Examples:\n  farfork node rm node-2")]
     Rm(Which),
 }

@@ -156,7 +156,7 @@ impl Agent {
         }
         let incarnation = self.lock().incarnation;
         let state = self.member.consensus.stale();
-        let held = self.held().await;
+        let Some(held) = self.held().await else { return };
         let is_known = |image: &&HeldImage| image.percent == 100 && state.images.contains_key(&image.key);
         let images = held.iter().filter(is_known).map(|image| (image.key.clone(), state.images[&image.key].facts.clone()));
         let facts = self.member.facts(self.profile.clone(), self.capacity);
@@ -172,20 +172,22 @@ impl Agent {
 
     /// The cluster has removed or revoked this node: what it ran for it ends.
     async fn leave(&self) {
-        if std::mem::replace(&mut self.lock().is_out, true) {
+        if self.lock().is_out {
             return;
         }
         tracing::error!(
-            remedy = "let it join anew, with an empty data directory and a new token",
-            "this node is out of its cluster"
+            remedy = "start it again if it was removed; let it join anew, with an empty data directory, if it was revoked",
+            "this node is out of its cluster: its machines are ended"
         );
-        if let Err(error) = self.app.act(|service| service.kill_all()).await {
-            tracing::warn!(?error, "some machines stay");
+        match self.app.act(|service| service.kill_all()).await {
+            Ok(()) => self.lock().is_out = true,
+            Err(error) => tracing::warn!(?error, "some machines stay, and are tried again"),
         }
     }
 
-    async fn held(&self) -> Vec<HeldImage> {
-        self.app.look(|service| Ok(service.held_images())).await.unwrap_or_default()
+    /// `None`: what is here cannot be told now, which is not that nothing is.
+    async fn held(&self) -> Option<Vec<HeldImage>> {
+        self.app.look(|service| service.held_images()).await.ok()
     }
 
     async fn look(self: &Arc<Self>) {
@@ -197,19 +199,24 @@ impl Agent {
         if known.is_none_or(|node| node.incarnation != incarnation || node.life == Life::Lost) {
             return;
         }
-        let held = self.held().await;
-        let local = self.app.look(|service| Ok(service.running_and_limits())).await.unwrap_or_default();
+        let (Some(held), Ok(local)) = (self.held().await, self.app.look(|service| Ok(service.running_and_limits())).await)
+        else {
+            return;
+        };
         let observed = self.observed(&state, &held, local);
         for action in reconcile(&state, self.member.node, &observed) {
             self.carry_out(action, &state, &held).await;
         }
     }
 
+    /// A revoked node is not talked to any more, once it has lost its vote: taking that away may need its own word.
     fn heed_revoked(&self, state: &State) {
+        let members = self.member.consensus.members();
+        let revoked: BTreeSet<NodeId> = state.revoked.iter().filter(|node| !members.contains(node)).copied().collect();
         let mut inner = self.lock();
-        if inner.revoked != state.revoked {
-            inner.revoked.clone_from(&state.revoked);
-            self.member.trust.set_revoked(state.revoked.clone());
+        if inner.revoked != revoked {
+            inner.revoked.clone_from(&revoked);
+            self.member.trust.set_revoked(revoked);
         }
     }
 
@@ -221,7 +228,8 @@ impl Agent {
             holder.is_some_and(|holder| holder.epoch == *epoch)
         };
         inner.failed.retain(is_in_force);
-        inner.ordered.retain(|key, _| held.iter().any(|image| image.key == *key));
+        // One that is being opened this moment is ours, and not among those yet.
+        inner.ordered.retain(|key, _| is_ours(key) || held.iter().any(|image| image.key == *key));
         // What was made here is the cluster's once it was told of it.
         let seen = held.iter().filter(|image| is_ours(&image.key) || inner.ordered.contains_key(&image.key));
         let images = seen.map(|image| {
@@ -244,9 +252,8 @@ impl Agent {
             Action::Open { key, epoch, sources } => self.open(key, epoch, sources, state),
             Action::Drop { key } => {
                 let Some(image) = held.iter().find(|image| image.key == key).map(|image| image.id) else { return };
-                let is_named =
-                    state.templates.iter().any(|((tenant, _), digest)| *tenant == key.tenant && *digest == key.digest);
-                let dropped = self.app.act(move |service| service.let_go(image, !is_named)).await;
+                // Its file stays: that goes by a user's word alone.
+                let dropped = self.app.act(move |service| service.let_go(image)).await;
                 tracing::info!(image = %key, is_done = dropped.is_ok(), "let go, as the cluster says");
             }
             Action::Report(report) => {
@@ -292,13 +299,13 @@ impl Agent {
             tokio::time::sleep(LOOK_EVERY * 4).await;
             let state = self.member.consensus.stale();
             let incarnation = self.lock().incarnation;
-            if state.nodes.get(&self.member.node).is_none_or(|node| node.incarnation != incarnation) {
+            if state.nodes.get(&self.member.node).is_none_or(|node| node.incarnation != incarnation || !node.is_open()) {
                 continue;
             }
             for ((tenant, name), digest) in &state.templates {
                 let key = ImageKey { tenant: tenant.clone(), digest: *digest };
-                let is_here = state.images.get(&key).is_some_and(|image| image.holders.contains_key(&self.member.node));
-                if is_here || !tried.insert((key.clone(), incarnation)) {
+                let is_there = state.images.get(&key).is_some_and(|image| image.settled().next().is_some());
+                if is_there || !tried.insert((key.clone(), incarnation)) {
                     continue;
                 }
                 let (wanted, named) = (key.clone(), name.clone());

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use pages::client::Way;
+use pages::client::{Unasked, Way};
 use pages::server::Answers;
-use pages::{Certificate, Client, Identity, LinkError, Role};
+use pages::{Certificate, Client, Identity, Role};
 use types::NodeId;
 
 use crate::raft::consensus::Peer;
@@ -68,8 +68,8 @@ impl Carrier for Quic {
             way.ask(Bytes::from(request), MESSAGE_BYTES_MAX, within).await.map(Vec::from).map_err(|error| {
                 let (address, detail) = (text, error.to_string());
                 match error {
-                    LinkError::Unreachable { .. } | LinkError::NotTrusted { .. } => CarryError::Unreachable { address, detail },
-                    _ => CarryError::NoAnswer { address, detail },
+                    Unasked::NotSent(_) => CarryError::Unreachable { address, detail },
+                    Unasked::NoAnswer(_) => CarryError::NoAnswer { address, detail },
                 }
             })
         })

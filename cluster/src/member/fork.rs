@@ -12,6 +12,7 @@ use std::time::Instant;
 use super::{ClusterError, EACH_CPU_MILLIS, Membership};
 use crate::api::wire::{ErrorAnswer, ErrorBody, Failure, ForkAnswer, ForkRequest, ForkSource, RemoteSource};
 use crate::api::{ApiError, App, machines};
+use crate::node::service::elsewhere_deadline;
 
 /// What a fork of the cluster's has done on one node.
 type Part = Result<ForkAnswer, ErrorBody>;
@@ -74,7 +75,10 @@ impl Membership {
         if node == self.node() {
             return machines::fork_here(app, request).await.map_err(|error| error.body());
         }
-        match self.ask_json::<ForkAnswer>(node, Method::POST, "/v1/forks", Some(&request)).await {
+        let within = elsewhere_deadline(request.count);
+        let asking = self.ask_json::<ForkAnswer>(node, Method::POST, "/v1/forks", Some(&request));
+        let late = || ClusterError::NoAnswer { node, detail: format!("not within {within:?}") };
+        match tokio::time::timeout(within, asking).await.unwrap_or_else(|_| Err(late())) {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err((status, bytes))) => {
                 let said = serde_json::from_slice::<ErrorAnswer>(&bytes).map(|answer| answer.error);

@@ -101,7 +101,8 @@ impl Membership {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(stream).await.map_err(|error| away(error.to_string()))?;
         tokio::spawn(connection.with_upgrades());
-        let mut response = sender.send_request(request).await.map_err(|error| away(error.to_string()))?;
+        let sent = sender.send_request(request).await;
+        let mut response = sent.map_err(|error| ClusterError::NoAnswer { node, detail: error.to_string() })?;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS
             && let Some(upgrade) = upgrade
         {
@@ -132,7 +133,7 @@ impl Membership {
         let response = self.pass_on(node, request.expect("paths are encoded")).await?;
         let status = response.status();
         let body = http_body_util::Limited::new(response.into_body(), ANSWER_BYTES_MAX);
-        let body = body.collect().await.map_err(|error| ClusterError::NodeAway { node, detail: error.to_string() })?;
+        let body = body.collect().await.map_err(|error| ClusterError::NoAnswer { node, detail: error.to_string() })?;
         Ok((status, body.to_bytes()))
     }
 
@@ -153,7 +154,7 @@ impl Membership {
             return Ok(Err((status, bytes)));
         }
         let value = serde_json::from_slice(&bytes);
-        value.map(Ok).map_err(|error| ClusterError::NodeAway { node, detail: format!("its answer is not understood: {error}") })
+        value.map(Ok).map_err(|error| ClusterError::NoAnswer { node, detail: format!("its answer is not understood: {error}") })
     }
 
     /// Other nodes that are thought to run.
@@ -165,7 +166,10 @@ impl Membership {
     }
 
     /// Which other node has this machine; `None`: none that answers.
-    pub async fn locate(&self, machine: &str) -> Option<NodeId> {
+    ///
+    /// # Errors
+    /// [`ClusterError::AmbiguousMachine`] if several do.
+    pub async fn locate(&self, machine: &str) -> Result<Option<NodeId>, ClusterError> {
         let path = format!("/v1/machines/{}", crate::cli::client::segment(machine));
         let looks = self.others().into_iter().map(|node| {
             let path = path.clone();
@@ -175,7 +179,12 @@ impl Membership {
                 has_it.then_some(node)
             }
         });
-        futures_util::future::join_all(looks).await.into_iter().flatten().next()
+        let found: Vec<NodeId> = futures_util::future::join_all(looks).await.into_iter().flatten().collect();
+        match found.as_slice() {
+            [] => Ok(None),
+            [node] => Ok(Some(*node)),
+            several => Err(ClusterError::AmbiguousMachine { given: machine.to_owned(), count: several.len() }),
+        }
     }
 
     fn api_of(&self, node: NodeId) -> Result<Way, ClusterError> {

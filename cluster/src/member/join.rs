@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use control::command::{Answer, Command, Key};
+use control::command::{Answer, Command, Refusal};
 use control::state::Role;
 use futures_util::future::BoxFuture;
 use pages::identity::Fingerprint;
@@ -13,8 +13,7 @@ use pages::server::Answers;
 use pages::{Certificate, Identity, LinkError, join};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::Name;
-use uuid::Uuid;
+use types::{Digest, Name};
 
 use super::seal::Sealed;
 use super::token::JoinToken;
@@ -35,7 +34,7 @@ pub struct Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum What {
     /// To be let in.
-    Join { name: Name, secret: [u8; 32], key: Uuid },
+    Join { name: Name, secret: [u8; 32] },
     /// Another certificate, of one that has a good one.
     Renew,
 }
@@ -101,7 +100,7 @@ impl JoinError {
 /// # Errors
 /// [`JoinError`].
 pub async fn ask(identity: &Identity, token: &JoinToken) -> Result<Admitted, JoinError> {
-    let what = What::Join { name: token.name.clone(), secret: token.secret, key: Uuid::now_v7() };
+    let what = What::Join { name: token.name.clone(), secret: token.secret };
     ask_voters(identity, &token.addresses, token.fingerprint(), what).await
 }
 
@@ -137,7 +136,7 @@ async fn ask_voters(
 /// One, for the corpora.
 #[cfg(feature = "testing")]
 pub(crate) fn a_request() -> Vec<u8> {
-    let what = What::Join { name: Name::parse("node-2").expect("a name"), secret: [7; 32], key: Uuid::max() };
+    let what = What::Join { name: Name::parse("node-2").expect("a name"), secret: [7; 32] };
     postcard::to_stdvec(&Request { version: VERSION, what }).expect("plain data")
 }
 
@@ -190,10 +189,14 @@ impl Membership {
                 Ok(known) => known,
                 Err(reply) => return reply,
             },
-            What::Join { name, secret, key } => {
-                let node = shown.peer().node;
-                let command = Command::UseToken { token: JoinToken::digest(&secret), node, name: name.clone() };
-                match self.consensus.propose(Some(Key(key)), command, REQUEST_WITHIN).await {
+            What::Join { name, secret } => {
+                let (node, token) = (shown.peer().node, JoinToken::digest(&secret));
+                // Strangers write nothing into the log: only a token does.
+                if let Err(reply) = self.knows(&token).await {
+                    return reply;
+                }
+                let command = Command::UseToken { token, node, proven: shown.key_digest(), name: name.clone() };
+                match self.consensus.propose(None, command, REQUEST_WITHIN).await {
                     Ok(Answer::Admitted(role)) => (name, role),
                     Ok(Answer::Refused(refusal)) => {
                         tracing::warn!(%node, %name, %refusal, "not let in");
@@ -217,6 +220,18 @@ impl Membership {
             }
             Err(error) => Reply::Refused { message: error.to_string(), remedy: error.remedy().to_owned() },
         }
+    }
+
+    /// Whether there is such a token.
+    async fn knows(&self, token: &Digest) -> Result<(), Reply> {
+        if !self.consensus.stale().tokens.contains_key(token) {
+            let state = self.read().await.map_err(|error| Reply::Elsewhere { message: error.to_string() })?;
+            if !state.tokens.contains_key(token) {
+                let refusal = Refusal::BadToken;
+                return Err(Reply::Refused { message: refusal.to_string(), remedy: refusal.remedy().to_owned() });
+            }
+        }
+        Ok(())
     }
 
     /// A node of this cluster, as it is now.

@@ -89,8 +89,16 @@ pub enum ClusterError {
     NoRandomness,
     #[error("{left} of {count} machines find no place: {why}")]
     NoPlace { count: u64, left: u64, why: String },
-    #[error("node {node} did not answer: {detail}")]
+    #[error("node {node} cannot be asked: {detail}")]
     NodeAway { node: NodeId, detail: String },
+    #[error("node {node} was asked, and did not answer: {detail}")]
+    NoAnswer { node: NodeId, detail: String },
+    #[error("machines on {count} nodes have an id that ends in {given}")]
+    AmbiguousMachine { given: String, count: usize },
+    #[error("node {0} has the only vote")]
+    LastVote(NodeId),
+    #[error("the cluster has a template called {0}")]
+    NameTaken(Name),
 }
 
 impl ClusterError {
@@ -110,6 +118,10 @@ impl ClusterError {
             Self::NoRandomness => "HOST",
             Self::NoPlace { .. } => "NO_PLACE",
             Self::NodeAway { .. } => "UNREACHABLE",
+            Self::NoAnswer { .. } => "NO_ANSWER",
+            Self::AmbiguousMachine { .. } => "AMBIGUOUS_ID",
+            Self::LastVote(_) => "REFUSED",
+            Self::NameTaken(_) => "NAME_TAKEN",
         }
     }
 
@@ -125,6 +137,10 @@ impl ClusterError {
             Self::Sealed => "start it with --ca-passphrase-file, or ask another voter",
             Self::NoRandomness => "look whether the system gives randomness (getrandom)",
             Self::NoPlace { .. } => "`farfork explain` says what each node lacks; ask for fewer, or add nodes",
+            Self::NoAnswer { .. } => "`farfork ls` says what it did; ask again once it is heard",
+            Self::AmbiguousMachine { .. } => "give more digits from the end of the id",
+            Self::LastVote(_) => "give another node a vote first: nobody could ever decide anything again",
+            Self::NameTaken(_) => "take another name, or remove that one (farfork template rm)",
             Self::NodeAway { .. } => "look at that node; `farfork node ls` says whether it is heard",
         };
         fixed.to_owned()

@@ -220,10 +220,22 @@ impl Consensus {
         self.inner.leader().map(|(member, _)| member.0)
     }
 
-    /// Those whose votes count.
+    /// Those whose votes count, as is agreed on: while members change, those that count before and after it.
     #[must_use]
     pub fn voters(&self) -> Vec<NodeId> {
-        self.inner.raft.voter_ids().map(|member| member.0).collect()
+        let metrics = self.inner.raft.metrics();
+        let agreed = std::sync::Arc::clone(&metrics.borrow_watched().committed_membership_config);
+        let configs = agreed.membership().get_joint_config();
+        let counts_in_all = |member: &Member| configs.iter().all(|config| config.contains(member));
+        agreed.membership().voter_ids().filter(counts_in_all).map(|member| member.0).collect()
+    }
+
+    /// Those that are told the log, or vote.
+    #[must_use]
+    pub fn members(&self) -> Vec<NodeId> {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().nodes().map(|(member, _)| member.0).collect()
     }
 
     /// Why this member does not take part any more, if that is so.

@@ -99,6 +99,8 @@ pub enum Command {
         token: Digest,
         /// Which node.
         node: NodeId,
+        /// The digest of the key that it has proven to have.
+        proven: Digest,
         /// Its name.
         name: Name,
     },
@@ -259,7 +261,7 @@ pub enum Refusal {
     GivenUp(NodeId),
     #[error("node {0} takes nothing new")]
     Closed(NodeId),
-    #[error("node {0} still has tasks or images")]
+    #[error("node {0} still has machines, tasks or images")]
     Busy(NodeId),
     #[error("node {node} does not have image {key}")]
     NotHeld { node: NodeId, key: ImageKey },
@@ -285,6 +287,8 @@ pub enum Refusal {
     JobRuns(JobId),
     #[error("the token is none of this cluster's, was used, or is out of date")]
     BadToken,
+    #[error("node {0} is of this cluster already")]
+    NodeExists(NodeId),
     #[error("the token is for a node named {0}")]
     OtherName(Name),
     #[error("another node is named {0}")]
@@ -340,7 +344,7 @@ impl Refusal {
             Self::OldStart { .. } => "none: the node's newer start answers",
             Self::GivenUp(_) => "none: the node comes back by itself when it reaches the others",
             Self::Closed(_) => "uncordon it, or name another node",
-            Self::Busy(_) => "drain it first (farfork node drain), or revoke it if it is gone for good",
+            Self::Busy(_) => "drain it first (farfork node drain), and end its machines; or revoke it if it is gone for good",
             Self::NotHeld { .. } => "`farfork image show` lists who has it",
             Self::HasReaders { .. } => "wait until they have all of it",
             Self::LastCopy { .. } => "remove its templates, or let another node have it first",
@@ -353,6 +357,7 @@ impl Refusal {
             Self::JobExists(_) => "draw another id",
             Self::JobRuns(_) => "cancel it first",
             Self::BadToken => "make a new one on a voter: farfork cluster token NAME",
+            Self::NodeExists(_) => "let it join with an empty data directory: that gives it an id of its own",
             Self::OtherName(_) => "join under that name, or make a token for this one",
             Self::NameTaken(_) => "choose another name, or remove the node that had it: farfork node rm",
             Self::KeyReused(_) => "draw a key for each request",

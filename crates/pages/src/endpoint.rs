@@ -65,7 +65,7 @@ impl Default for Tuning {
 pub struct Limits {
     /// Connections of all peers; 1,024. Each costs some 50 KiB, and what is queued on it.
     pub connections: u32,
-    /// Connections of one peer; 12: three are used, and one that has died may stand until its idle timeout.
+    /// Connections of one peer; 32: eight are used in a cluster, and those that have died may stand until their idle timeout.
     pub connections_per_peer: u32,
     /// Handshakes under way; 64. What comes beyond is not answered: who means it asks again.
     pub handshakes: u32,
@@ -93,7 +93,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1024,
-            connections_per_peer: 12,
+            connections_per_peer: 32,
             handshakes: 64,
             handshakes_unproven: 8,
             handshake_time: Duration::from_secs(3),

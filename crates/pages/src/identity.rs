@@ -126,6 +126,16 @@ impl Certificate {
     pub fn der(&self) -> &CertificateDer<'static> {
         &self.der
     }
+
+    /// The digest of its public key.
+    ///
+    /// # Panics
+    /// Never: it was parsed before.
+    #[must_use]
+    pub fn key_digest(&self) -> Digest {
+        let (_, parsed) = X509Certificate::from_der(&self.der).expect("it was parsed before");
+        Digest::of(parsed.public_key().raw)
+    }
 }
 
 /// A node's certificate and key.

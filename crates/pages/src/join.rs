@@ -14,7 +14,7 @@ use rustls::{DigitallySignedStruct, SignatureScheme};
 use crate::authority::Root;
 use crate::client::{self, LinkError};
 use crate::endpoint::{self, StartError, Tuning};
-use crate::identity::{Certificate, Fingerprint, Identity, provider};
+use crate::identity::{Certificate, Fingerprint, Identity, Role, provider};
 use crate::trust::{NotTrusted, no_tls12};
 
 /// ALPN of requests to be let in.
@@ -71,6 +71,10 @@ impl ServerCertVerifier for ByAuthority {
         let mut roots = roots.filter(|root| root.fingerprint() == self.authority);
         let root = roots.next().ok_or(NotTrusted::OtherCluster { node: certificate.peer().node, expected: self.authority })?;
         root.vouches_for(&certificate, now)?;
+        // What it is told lets a node in: no other node may hear it.
+        if certificate.peer().role != Role::Voter {
+            return Err(NotTrusted::NoVoter { node: certificate.peer().node }.into());
+        }
         certificate.peer().check_dates(now)?;
         Ok(ServerCertVerified::assertion())
     }

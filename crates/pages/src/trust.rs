@@ -119,6 +119,11 @@ impl Trust {
         cluster.as_ref().is_some_and(has_vouched)
     }
 
+    fn is_revoked(&self, node: NodeId) -> bool {
+        let cluster = self.inner.cluster.read().unwrap_or_else(PoisonError::into_inner);
+        cluster.as_ref().is_some_and(|cluster| cluster.revoked.contains(&node))
+    }
+
     /// Looks at a certificate that was shown.
     fn look_at(&self, certificate: &Certificate, now: SystemTime) -> Result<(), NotTrusted> {
         let peer = certificate.peer();
@@ -142,6 +147,9 @@ impl Trust {
     /// # Errors
     /// [`NotTrusted`] says why not.
     pub fn check(&self, peer: &Peer, now: SystemTime) -> Result<(), NotTrusted> {
+        if self.is_revoked(peer.node) {
+            return Err(NotTrusted::Revoked { node: peer.node });
+        }
         let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
         let is_listed = peers.get(&peer.node).is_some_and(|known| known.peer.fingerprint == peer.fingerprint);
         if !is_listed && !self.is_of_cluster(peer) {
@@ -314,6 +322,8 @@ pub enum NotTrusted {
     NotYetValid { node: NodeId },
     #[error("the certificate of node {node} has expired")]
     Expired { node: NodeId },
+    #[error("node {node} has no vote, and lets nobody in")]
+    NoVoter { node: NodeId },
     #[error("node {node} is not of the cluster whose authority is {expected}")]
     OtherCluster { node: NodeId, expected: Fingerprint },
     #[error("node {expected} was expected there, and node {actual} answered")]
@@ -333,6 +343,7 @@ impl NotTrusted {
                 "trust must be mutual: give each node what `farfork trust show` prints on the other, by `farfork trust add`"
             }
             Self::Revoked { .. } => "let it join anew, with an empty data directory and a new token",
+            Self::NoVoter { .. } => "make another token on a voter, and look who is at the address of the last one",
             Self::OtherCluster { .. } => "take a token of the cluster that this address belongs to, or correct the address",
             Self::NotYetValid { .. } => "set the clocks of both nodes",
             Self::Expired { .. } => "make a new certificate on that node, and trust it here",

@@ -28,18 +28,22 @@ pub struct HeldImage {
 
 impl Service {
     /// Images in memory that have been hashed.
-    #[must_use]
-    pub fn held_images(&self) -> Vec<HeldImage> {
+    ///
+    /// # Errors
+    /// [`NodeError`] if what of one is here cannot be told.
+    pub fn held_images(&self) -> Result<Vec<HeldImage>, NodeError> {
         let images = self.registry.images().into_iter();
-        images.filter_map(|image| self.held(image.facts.id, &image.facts.tenant, image.facts.digest?)).collect()
+        let hashed = images.filter_map(|image| Some((image.facts.id, image.facts.tenant, image.facts.digest?)));
+        let held = hashed.map(|(id, tenant, digest)| self.held(id, &tenant, digest));
+        Ok(held.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
     }
 
-    fn held(&self, id: ImageId, tenant: &Tenant, digest: Digest) -> Option<HeldImage> {
-        let residency = self.residency(id)?;
+    /// `None`: it has failed, and is as good as not there.
+    fn held(&self, id: ImageId, tenant: &Tenant, digest: Digest) -> Result<Option<HeldImage>, NodeError> {
+        let residency = self.engine.residency(id)?;
         let key = ImageKey { tenant: tenant.clone(), digest };
-        // One that has failed is as good as not there.
         let is_good = residency.failed.is_none();
-        is_good.then(|| HeldImage { id, key, percent: residency.settled_percent(), data_bytes: residency.data_bytes })
+        Ok(is_good.then(|| HeldImage { id, key, percent: residency.settled_percent(), data_bytes: residency.data_bytes }))
     }
 
     /// An image in memory by its id, digest or name, with its digest.
@@ -49,7 +53,7 @@ impl Service {
     pub fn hashed_image(&self, given: &str) -> Result<HeldImage, NodeError> {
         let facts = self.hashed(given)?.image.facts;
         let digest = facts.digest.ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })?;
-        self.held(facts.id, &facts.tenant, digest).ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })
+        self.held(facts.id, &facts.tenant, digest)?.ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })
     }
 
     /// The image that a template points at, with its digest.
@@ -81,17 +85,12 @@ impl Service {
         Ok(self.note_image(self.engine.open(&open)?, Origin::Remote, None).facts.id)
     }
 
-    /// Forgets an image, and its file if nothing refers to it any more. Its children go on.
+    /// Forgets an image. Its children go on, and a file of it stays.
     ///
     /// # Errors
     /// [`NodeError`]; it is still there.
-    pub fn let_go(&self, id: ImageId, with_file: bool) -> Result<(), NodeError> {
-        let name = self.registry.image(&id.to_string())?.name;
-        self.forget_image(id)?;
-        match name.filter(|_| with_file) {
-            Some(name) => self.delete(&name),
-            None => Ok(()),
-        }
+    pub fn let_go(&self, id: ImageId) -> Result<(), NodeError> {
+        self.forget_image(id)
     }
 
     /// How many machines run, and how much memory of their own they may have.

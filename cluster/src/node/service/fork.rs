@@ -88,7 +88,8 @@ pub struct OtherNode {
     pub address: SocketAddr,
 }
 
-fn elsewhere_deadline(children: u64) -> Duration {
+/// How long another node may take to fork so many.
+pub(crate) fn elsewhere_deadline(children: u64) -> Duration {
     ELSEWHERE_DEADLINE + ELSEWHERE_DEADLINE_EACH * u32::try_from(children).unwrap_or(u32::MAX)
 }
 

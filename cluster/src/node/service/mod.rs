@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime};
 use types::{Digest, ImageId, MachineId, Name, Reason};
 
 pub use cluster::HeldImage;
+pub(crate) use fork::elsewhere_deadline;
 pub use fork::{ForkFrom, ForkOrder, ForkReport};
 pub use template::{Building, TemplateView};
 

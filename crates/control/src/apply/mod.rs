@@ -80,7 +80,7 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::Cordon { node, is_cordoned } => nodes::change(state, *node, |node| node.is_cordoned = *is_cordoned),
         Command::Drain { node, is_draining } => nodes::change(state, *node, |node| node.is_draining = *is_draining),
         Command::AddToken { token, name, role } => nodes::add_token(state, *token, name, *role),
-        Command::UseToken { token, node, name } => nodes::use_token(state, *token, *node, name),
+        Command::UseToken { token, node, proven, name } => nodes::use_token(state, *token, (*node, *proven), name),
         Command::Revoke { node } => nodes::revoke(state, *node),
         Command::Remove { node } => nodes::remove(state, *node),
         Command::GrantCapacity { node, incarnation, resources, lasts_ms } => {

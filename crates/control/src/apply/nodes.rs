@@ -81,17 +81,21 @@ pub(super) fn add_token(state: &mut State, token: Digest, name: &Name, role: Rol
     Ok(Answer::Done)
 }
 
-pub(super) fn use_token(state: &mut State, token: Digest, id: NodeId, name: &Name) -> Outcomes {
+pub(super) fn use_token(state: &mut State, token: Digest, (id, proven): (NodeId, Digest), name: &Name) -> Outcomes {
+    // Ids are drawn by whoever asks: none gets another's.
+    if state.nodes.contains_key(&id) || state.removed.contains_key(&id) {
+        return Err(Refusal::NodeExists(id));
+    }
     if state.revoked.contains(&id) {
         return Err(Refusal::Revoked(id));
     }
     check_name(state, name, id)?;
-    let token = state.tokens.get_mut(&token).filter(|token| token.used_by.is_none_or(|by| by == id));
+    let token = state.tokens.get_mut(&token).filter(|token| token.used_by.is_none_or(|by| by == (id, proven)));
     let token = token.ok_or(Refusal::BadToken)?;
     if token.name != *name {
         return Err(Refusal::OtherName(token.name.clone()));
     }
-    token.used_by = Some(id);
+    token.used_by = Some((id, proven));
     Ok(Answer::Admitted(token.role))
 }
 
@@ -136,7 +140,8 @@ pub(super) fn remove(state: &mut State, id: NodeId) -> Outcomes {
     let node = state.nodes.get(&id).ok_or(Refusal::UnknownNode(id))?;
     let has_images = state.images.values().any(|image| image.holders.contains_key(&id));
     let has_tasks = state.jobs.values().any(|job| jobs::has_tasks_on(job, id));
-    if node.life != Life::Lost && (has_images || has_tasks || node.lease.is_some()) {
+    let has_machines = node.local.machines > 0;
+    if node.life != Life::Lost && (has_images || has_tasks || has_machines || node.lease.is_some()) {
         return Err(Refusal::Busy(id));
     }
     let last = node.incarnation;

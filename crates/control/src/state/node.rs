@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
-use types::{CpuProfile, Epoch, Name, NodeId};
+use types::{CpuProfile, Digest, Epoch, Name, NodeId};
 
 use crate::clock::Tick;
 
@@ -76,8 +76,8 @@ pub struct Token {
     pub role: Role,
     /// Until when.
     pub until: Tick,
-    /// Who has shown it. It may ask again.
-    pub used_by: Option<NodeId>,
+    /// Who has shown it, and the digest of its key. It may ask again.
+    pub used_by: Option<(NodeId, Digest)>,
 }
 
 /// A right to start machines without asking, until a time.

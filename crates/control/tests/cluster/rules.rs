@@ -349,7 +349,12 @@ fn a_token_lets_one_node_in_under_its_name_for_a_while() {
     let name = |text| Name::parse(text).unwrap();
     let token = |number: u8| Digest::of(&[number]);
     let add = |number, named| Command::AddToken { token: token(number), name: name(named), role: Role::Voter };
-    let show = |number, by, named| Command::UseToken { token: token(number), node: node(by), name: name(named) };
+    let show = |number, by, named| Command::UseToken {
+        token: token(number),
+        node: node(by),
+        proven: Digest::of(&[7]),
+        name: name(named),
+    };
     assert_eq!(cluster.run(add(1, "node-1")), Err(Refusal::NameTaken(name("node-1"))));
     cluster.run(add(1, "node-2")).unwrap();
     assert_eq!(cluster.run(show(9, 2, "node-2")), Err(Refusal::BadToken), "nobody made it");
@@ -357,6 +362,10 @@ fn a_token_lets_one_node_in_under_its_name_for_a_while() {
     assert_eq!(cluster.run(show(1, 2, "node-2")), Ok(Answer::Admitted(Role::Voter)));
     assert_eq!(cluster.run(show(1, 2, "node-2")), Ok(Answer::Admitted(Role::Voter)), "it did not hear the answer");
     assert_eq!(cluster.run(show(1, 3, "node-2")), Err(Refusal::BadToken), "used");
+    let other_key = Command::UseToken { token: token(1), node: node(2), proven: Digest::of(&[8]), name: name("node-2") };
+    assert_eq!(cluster.run(other_key), Err(Refusal::BadToken), "used, by another that claims the same id");
+    let taken = Command::UseToken { token: token(1), node: node(1), proven: Digest::of(&[7]), name: name("node-2") };
+    assert_eq!(cluster.run(taken), Err(Refusal::NodeExists(node(1))));
     cluster.register(2, 1, 10, &[]).unwrap();
     let facts = NodeFacts { name: name("node-2"), ..node_facts(3, 10) };
     let same_name = Command::Register { node: node(3), incarnation: 1, facts, images: vec![] };

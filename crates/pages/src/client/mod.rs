@@ -127,13 +127,14 @@ impl Way {
     /// Sends a message, and waits for the answer.
     ///
     /// # Errors
-    /// [`LinkError`].
-    pub async fn ask(&self, request: Bytes, answer_bytes_max: usize, within: Duration) -> Result<Bytes, LinkError> {
-        timed(within, async {
-            let connection = self.lane.connection().await?;
-            self.lane.watching(&connection, ask::message(&connection, request, answer_bytes_max)).await
-        })
-        .await
+    /// [`Unasked`]: which side of sending it failed on.
+    pub async fn ask(&self, request: Bytes, answer_bytes_max: usize, within: Duration) -> Result<Bytes, Unasked> {
+        let deadline = tokio::time::Instant::now() + within;
+        let connecting = tokio::time::timeout_at(deadline, self.lane.connection()).await;
+        let connection = connecting.unwrap_or(Err(LinkError::TimedOut { within })).map_err(Unasked::NotSent)?;
+        let asking = self.lane.watching(&connection, ask::message(&connection, request, answer_bytes_max));
+        let asked = tokio::time::timeout_at(deadline, asking).await;
+        asked.unwrap_or(Err(LinkError::TimedOut { within })).map_err(Unasked::NoAnswer)
     }
 
     /// Opens a stream.
@@ -147,6 +148,17 @@ impl Way {
         })
         .await
     }
+}
+
+/// Why a message has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Unasked {
+    /// It was not sent.
+    #[error(transparent)]
+    NotSent(LinkError),
+    /// It was, and may have been heard.
+    #[error(transparent)]
+    NoAnswer(LinkError),
 }
 
 /// The way to one node. Clones share its connections.

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::admission::Handshake;
 use super::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, CLOSE_SLOW, Shared, count, stream};
 use crate::identity::Certificate;
+use crate::trust::NotTrusted;
 use crate::wire::{ALPN_NODE, ALPN_PAGES};
 
 /// What a connection speaks.
@@ -72,15 +73,27 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
         return;
     };
     let peer = shown.peer().clone();
-    let is_open = matches!(protocol, Protocol::Service(index) if shared.services[index].admits_strangers);
-    if !is_open && let Err(refusal) = shared.trust.check(&peer, SystemTime::now()) {
+    let is_trusted = shared.trust.check(&peer, SystemTime::now());
+    let (is_open, is_of_service) = match protocol {
+        Protocol::Service(index) => (shared.services[index].admits_strangers, true),
+        Protocol::Pages | Protocol::Node => (false, false),
+    };
+    // What nodes of a cluster do for one another is not for those that a node trusts beside it.
+    let is_good = match is_trusted {
+        Ok(()) if is_of_service && !is_open && !shared.trust.is_of_cluster(&peer) => {
+            Err(NotTrusted::Unknown { node: peer.node, fingerprint: peer.fingerprint })
+        }
+        looked_at => looked_at,
+    };
+    let is_stranger = is_open && is_good.is_err();
+    if !is_stranger && let Err(refusal) = is_good {
         count(&shared.counters.handshakes_failed);
         debug!(%address, %refusal, "not trusted");
         connection.close(CLOSE_NOT_TRUSTED, b"not trusted");
         return;
     }
     // Strangers can claim to be anybody: they all count as one.
-    let counted = if is_open { NodeId::from_uuid(Uuid::nil()) } else { peer.node };
+    let counted = if is_stranger { NodeId::from_uuid(Uuid::nil()) } else { peer.node };
     let Some(_place) = shared.admission.connection(counted) else {
         count(&shared.counters.connections_refused);
         connection.close(CLOSE_BUSY, b"too many connections");
@@ -88,7 +101,7 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
     };
     count(&shared.counters.accepted);
     debug!(%address, node = %peer.node, ?protocol, "connected");
-    if is_open {
+    if is_stranger {
         let served = tokio::time::timeout(STRANGER_TIME, streams(&connection, shown, protocol, &shared)).await;
         if served.is_err() {
             connection.close(CLOSE_SLOW, b"too long for a stranger");

@@ -10,7 +10,7 @@ use tracing::debug;
 use super::admission::{Budget, Held};
 use super::connection::Protocol;
 use super::{CLOSE_SLOW, Extent, Handler, Shared, count};
-use crate::identity::{Certificate, Peer};
+use crate::identity::{Certificate, Peer, Role};
 use crate::wire::{
     self, Answer, BadFrame, EXTENT_BYTES, Encoding, ExtentHeader, ExtentsRequest, HEADER_SIZE, Header, Kind, Refusal,
     RefusalCode, Request, Urgency,
@@ -21,6 +21,8 @@ const STOP_BAD: VarInt = VarInt::from_u32(1);
 /// Why a stream is reset.
 const RESET_SLOW: VarInt = VarInt::from_u32(2);
 
+/// The most bytes of a message of a peer without a vote.
+const SHORT_MAX: usize = 1 << 20;
 /// What an answer without extents may hold: as much as the longest.
 const ANSWER_HOLD_BYTES: usize = Kind::Answer.body_max();
 
@@ -69,7 +71,11 @@ impl Exchange {
         let shared = Arc::clone(&self.shared);
         let (answers, bytes_max, time) = match &shared.services[index].handler {
             Handler::Stream(streams) => return streams.take((*self.peer).clone(), self.send, self.receive).await,
-            Handler::Ask { answers, request_bytes_max, request_time } => (answers, *request_bytes_max, *request_time),
+            Handler::Ask { answers, request_bytes_max, request_time } => {
+                // Only who decides has long messages.
+                let is_voter = self.peer.role == Role::Voter;
+                (answers, (*request_bytes_max).min(if is_voter { usize::MAX } else { SHORT_MAX }), *request_time)
+            }
         };
         match tokio::time::timeout(time, self.receive.read_to_end(bytes_max)).await {
             Ok(Ok(request)) => {

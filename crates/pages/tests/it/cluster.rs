@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use pages::client::Unasked;
 use pages::endpoint::{Limits, Tuning};
 use pages::fakes::{MemoryImage, MemoryStore, OpenGate};
 use pages::identity::Fingerprint;
@@ -39,7 +40,7 @@ struct Node {
 
 impl Node {
     fn of(authority: &Authority, name: &str, images: impl IntoIterator<Item = MemoryImage>) -> Self {
-        Self::with(certified(authority, &identity(), name), authority, images)
+        Self::with(certified(authority, &identity(), name, Role::Voter), authority, images)
     }
 
     fn with(identity: Identity, authority: &Authority, images: impl IntoIterator<Item = MemoryImage>) -> Self {
@@ -67,13 +68,17 @@ impl Node {
     async fn echo(&self, other: &Self, text: &'static str) -> Result<Bytes, LinkError> {
         let way =
             self.client.way(&self.identity, ALPN_ECHO, other.server.address(), Some(other.identity.node()), true).unwrap();
-        way.ask(Bytes::from_static(text.as_bytes()), 1 << 20, PATIENCE).await
+        asked(way.ask(Bytes::from_static(text.as_bytes()), 1 << 20, PATIENCE).await)
     }
 }
 
-fn certified(authority: &Authority, identity: &Identity, name: &str) -> Identity {
-    let pem = authority.issue(identity.certificate(), &Name::parse(name).unwrap(), Role::Learner).unwrap();
+fn certified(authority: &Authority, identity: &Identity, name: &str, role: Role) -> Identity {
+    let pem = authority.issue(identity.certificate(), &Name::parse(name).unwrap(), role).unwrap();
     Identity::from_pem(pem.as_bytes(), identity.key_pem().as_bytes()).unwrap()
+}
+
+fn asked(outcome: Result<Bytes, Unasked>) -> Result<Bytes, LinkError> {
+    outcome.map_err(|(Unasked::NotSent(error) | Unasked::NoAnswer(error))| error)
 }
 
 #[track_caller]
@@ -93,6 +98,12 @@ async fn nodes_of_a_cluster_trust_one_another_until_one_is_revoked() {
     assert_eq!(answer, format!("{} two hello", two.identity.node()).as_bytes());
     let link = two.client.link(one.server.address(), Some(one.identity.node()));
     link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+    // One that it trusts beside the cluster reads pages, and speaks nothing else.
+    let friend = Node::with(identity(), &authority, []);
+    one.trust.add(friend.identity.certificate(), [Tenant::default_tenant()]).unwrap();
+    let pages = friend.client.link(one.server.address(), Some(one.identity.node()));
+    pages.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+    not_trusted(friend.echo(&one, "hello").await);
     // Of another cluster, and of none.
     let other = Authority::generate().unwrap();
     not_trusted(Node::of(&other, "two", []).echo(&one, "hello").await);
@@ -133,10 +144,15 @@ async fn strangers_may_ask_to_be_let_in_and_nothing_else() {
     // A node that is not of the cluster that is meant learns nothing.
     let refused = not_trusted(ask(Fingerprint(Digest::of(b"another"))).await);
     assert!(matches!(refused, NotTrusted::Handshake { .. }), "{refused:?}");
+    // Nor does one that lets nobody in.
+    let learner = Node::with(certified(&authority, &identity(), "learner", Role::Learner), &authority, []);
+    let token = Bytes::from_static(b"a secret");
+    let refused = not_trusted(join::ask(&stranger, learner.server.address(), root, token, PATIENCE).await);
+    assert!(refused.to_string().contains("NoVoter"), "{refused:?}");
     // Any other protocol.
     let client = Client::new(&stranger, &one.trust, &Tuning::default()).unwrap();
     let way = client.way(&stranger, ALPN_ECHO, address, None, true).unwrap();
-    not_trusted(way.ask(Bytes::from_static(b"hello"), 1 << 20, PATIENCE).await);
+    not_trusted(asked(way.ask(Bytes::from_static(b"hello"), 1 << 20, PATIENCE).await));
     not_trusted(client.link(address, None).open(&Tenant::default_tenant(), Digest::of(b"image"), PATIENCE).await);
     // One that was revoked is a stranger.
     let two = Node::of(&authority, "two", []);
