@@ -52,6 +52,7 @@ struct Inner {
     opening: BTreeSet<ImageKey>,
     failed: BTreeSet<(ImageKey, Epoch)>,
     is_out: bool,
+    has_said_that_it_stopped: bool,
     revoked: BTreeSet<NodeId>,
 }
 
@@ -137,7 +138,21 @@ impl Agent {
         Ok(new.peer().not_after)
     }
 
+    /// Once: what a node does that cannot write its log any more.
+    fn say_stopped(&self) {
+        if let Some(why) = self.member.consensus.stopped()
+            && !std::mem::replace(&mut self.lock().has_said_that_it_stopped, true)
+        {
+            tracing::error!(
+                why,
+                remedy = "make room on the disk of its data directory, look at that disk, and start the node again",
+                "this node takes no part in its cluster any more; its machines run on"
+            );
+        }
+    }
+
     async fn say_alive(&self) {
+        self.say_stopped();
         let incarnation = self.lock().incarnation;
         match self.member.consensus.alive(incarnation, ALIVE_WITHIN).await {
             Ok(Standing::Known) => {}

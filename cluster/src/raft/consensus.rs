@@ -28,8 +28,8 @@ const ASK_EACH: Duration = Duration::from_secs(1);
 const TRY_EVERY: Duration = Duration::from_millis(50);
 const HEARTBEAT_MS: u64 = 250;
 /// A member that hears no leader waits for the longer of these (the leader's lease), and then for some time between the two: it
-/// stands for election after 2.25 to 3 s.
-const ELECTION_MS: std::ops::Range<u64> = 750..1500;
+/// stands for election after 1.8 to 2.4 s.
+const ELECTION_MS: std::ops::Range<u64> = 600..1200;
 /// Entries between two snapshots, and how many of those before one are kept for members that lag.
 const SNAPSHOT_EVERY: u64 = 5000;
 const KEPT_BEFORE_SNAPSHOT: u64 = 1000;
@@ -241,7 +241,7 @@ impl Consensus {
     /// Why this member does not take part any more, if that is so.
     #[must_use]
     pub fn stopped(&self) -> Option<String> {
-        self.inner.raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string)
+        self.inner.stopped()
     }
 
     /// The state as far as this member has it, and the index of the entry that made it.
@@ -299,6 +299,9 @@ impl Inner {
 
     /// Asks who leads, whoever that is by now, until it answers.
     async fn ask_leader(&self, request: &Request, within: Duration) -> Result<Response, ConsensusError> {
+        if let Some(why) = self.stopped() {
+            return Err(ConsensusError::Stopped { why });
+        }
         let deadline = Instant::now() + within;
         let own = Peer { node: self.me.0, is_voter: self.raft.voter_ids().any(|voter| voter == self.me), name: None };
         let (mut told, mut turn, mut may_be_done) = (None, 0, false);
@@ -319,7 +322,7 @@ impl Inner {
                 Err(CarryError::Unreachable { .. }) => {}
                 Ok(Response::Forbidden) => return Err(ConsensusError::Forbidden { what: what(request) }),
                 // This one's own; another's is passed over.
-                Ok(Response::Stopped(why)) if self.is_stopped() => return Err(ConsensusError::Stopped { why }),
+                Ok(Response::Stopped(why)) if self.stopped().is_some() => return Err(ConsensusError::Stopped { why }),
                 Ok(Response::Stopped(_)) => {}
                 Ok(response) => return Ok(response),
             }
@@ -331,8 +334,8 @@ impl Inner {
         }
     }
 
-    fn is_stopped(&self) -> bool {
-        self.raft.metrics().borrow_watched().running_state.is_err()
+    fn stopped(&self) -> Option<String> {
+        self.raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string)
     }
 
     fn seed(&self, turn: usize) -> Option<String> {

@@ -166,3 +166,62 @@ fn a_node_that_is_revoked_under_load_is_out_at_once() {
     let gone = cluster.node(0).cli(&["fork", "warm", "--output", "json"]);
     assert_eq!((gone.code, &*gone.error_code()), (Some(4), "NO_PLACE"), "{gone:?}");
 }
+
+/// A leader that cannot be heard, and hears; and a node that hears, and cannot be heard.
+#[test]
+fn who_is_heard_in_one_direction_alone_does_not_stop_the_others() {
+    let cluster = Cluster::new("oneway", 3, 3);
+    if !cluster.is_isolated() {
+        return println!("skipped: networks are cut in namespaces, which takes root");
+    }
+    let leader = cluster.leader(0).unwrap();
+    let others: Vec<usize> = (0..3).filter(|host| *host != leader).collect();
+    others.iter().for_each(|other| cluster.set_one_way(leader, *other, false));
+    let began = Instant::now();
+    println!("without its leader's word the others answered after {:?}", cluster.time_to_answer(others[0], began));
+    assert_eq!(cluster.node(others[1]).cli(&["node", "cordon", "node-0"]).code, Some(0));
+    others.iter().for_each(|other| cluster.set_one_way(leader, *other, true));
+    cluster.settles(3, 3);
+    assert_eq!(cluster.row(leader, 0)["is_cordoned"], true);
+    // One that hears all and is heard by nobody: the others go on, and it is given up.
+    let leader = cluster.leader(0).unwrap();
+    let mute = (leader + 1) % 3;
+    let others: Vec<usize> = (0..3).filter(|host| *host != mute).collect();
+    others.iter().for_each(|other| cluster.set_one_way(mute, *other, false));
+    assert_eq!(cluster.node(leader).cli(&["node", "uncordon", "node-0"]).code, Some(0));
+    eventually("it is given up", || cluster.row(leader, mute)["life"] == "lost");
+    let refused = cluster.node(mute).cli(&["node", "ls", "--output", "json"]);
+    assert_eq!((refused.code, &*refused.error_code()), (Some(4), "NO_QUORUM"));
+    others.iter().for_each(|other| cluster.set_one_way(mute, *other, true));
+    cluster.settles(3, 3);
+}
+
+#[test]
+fn a_node_whose_disk_is_full_says_so_and_comes_back_with_room() {
+    if !crate::support::is_root() {
+        return println!("skipped: a small disk is mounted, which takes root");
+    }
+    let mut cluster = Cluster::apart("full", 3);
+    let disk = cluster.on_small_disk(2, "16m");
+    cluster.begin(0);
+    cluster.admit(1, true);
+    cluster.admit(2, true);
+    cluster.settles(3, 3);
+    disk.fill();
+    // The others go on, whether that one leads or follows; what they acknowledge stays.
+    let mut turn = 0;
+    eventually("it cannot write its log", || {
+        turn += 1;
+        cluster.node(0).cli(&["node", ["uncordon", "cordon"][turn % 2], "node-1"]);
+        let said = cluster.node(2).cli(&["node", "ls", "--output", "json"]);
+        said.code == Some(4) && said.error_code() == "LOG_FAILED"
+    });
+    eventually("it says so", || cluster.node(2).log().contains("takes no part in its cluster"));
+    eventually("the others decide", || cluster.node(0).cli(&["node", "cordon", "node-1"]).code == Some(0));
+    // With room it goes on where it was.
+    cluster.crash(2);
+    disk.make_room();
+    cluster.start(2);
+    cluster.settles(3, 3);
+    assert_eq!(cluster.row(2, 1)["is_cordoned"], true);
+}

@@ -20,6 +20,28 @@ pub(super) struct Cluster {
     passphrase: TempDir,
 }
 
+/// A disk that is unmounted with the test.
+pub(super) struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    /// Takes all of its room.
+    pub(super) fn fill(&self) {
+        let mut file = std::fs::File::create(self.0.join("fill")).unwrap();
+        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    }
+
+    pub(super) fn make_room(&self) {
+        std::fs::remove_file(self.0.join("fill")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a node that was just killed may still have it open.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
 impl Cluster {
     /// Nodes that have all joined: `node-0` and so on, of which the first so many vote.
     pub(super) fn new(name: &str, nodes: usize, voters: usize) -> Self {
@@ -119,6 +141,27 @@ impl Cluster {
     /// Whether a host reaches the others.
     pub(super) fn set_link(&mut self, host: usize, is_up: bool) {
         self.network.set_link(host, is_up).unwrap();
+    }
+
+    /// From now on nothing that a host sends to another arrives, or again everything; what comes the other way does.
+    pub(super) fn set_one_way(&self, from: usize, to: usize, arrives: bool) {
+        let verb = if arrives { "del" } else { "add" };
+        let to = self.network.host(to).address().to_string();
+        let said = self.network.host(from).command("ip").args(["route", verb, "blackhole", &to]).output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+    }
+
+    /// Puts a host's data directory on a disk of its own with so many bytes, before it is used.
+    pub(super) fn on_small_disk(&self, host: usize, size: &str) -> SmallDisk {
+        let path = self.directory(host).join("data");
+        std::fs::create_dir(&path).unwrap();
+        let said = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size},mode=700"), "farfork-test"])
+            .arg(&path)
+            .output();
+        let said = said.unwrap();
+        assert!(said.status.success(), "{said:?}");
+        SmallDisk(path)
     }
 
     pub(super) fn list(&self, at: usize, stale: bool) -> Option<Value> {
