@@ -324,8 +324,15 @@ impl Agent {
                     continue;
                 }
                 let (wanted, named) = (key.clone(), name.clone());
-                let Ok(Some(image)) = self.app.act(move |service| service.stored_image(&named, &wanted)).await else {
-                    continue;
+                let image = match self.app.act(move |service| service.stored_image(&named, &wanted)).await {
+                    Ok(Some(image)) => image,
+                    // It is not in this store, or the name is another image's here.
+                    Ok(None) => continue,
+                    Err(error) => {
+                        tracing::warn!(%name, ?error, "a template of the cluster cannot be loaded yet");
+                        tried.remove(&(key, incarnation));
+                        continue;
+                    }
                 };
                 let facts = state.images.get(&key).map_or_else(|| facts_of(&image, &self.profile), |image| image.facts.clone());
                 let command = Command::AddImage { key, facts, node: self.member.node, incarnation };
