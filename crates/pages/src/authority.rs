@@ -10,20 +10,19 @@ use rcgen::{
 };
 use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use types::{Digest, Name};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::{
-    CLOCK_SLACK, Certificate, CertificateError, Fingerprint, IdentityError, PEM_SIZE_MAX, Role, name_of, provider,
+    CLOCK_SLACK, Certificate, CertificateError, Fingerprint, IdentityError, Role, first_of, name_of, provider,
 };
 use crate::trust::NotTrusted;
 
 /// How long an authority is good for.
 pub const VALIDITY: Duration = Duration::from_hours(10 * 365 * 24);
-/// How long the certificate of a node is.
+/// How long the certificate of a node is good for.
 pub const NODE_VALIDITY: Duration = Duration::from_hours(90 * 24);
 
 /// The certificate of an authority: what nodes are trusted by.
@@ -51,11 +50,7 @@ impl Root {
     /// # Errors
     /// [`CertificateError`].
     pub fn from_pem(pem: &[u8]) -> Result<Self, CertificateError> {
-        if pem.len() > PEM_SIZE_MAX {
-            return Err(CertificateError::TooLarge { bytes: pem.len(), most: PEM_SIZE_MAX });
-        }
-        let der = CertificateDer::from_pem_slice(pem).map_err(|error| CertificateError::NoPem { why: error.to_string() })?;
-        Self::from_der(&der)
+        Self::from_der(&first_of(pem)?)
     }
 
     /// Its bytes.
@@ -70,7 +65,7 @@ impl Root {
         self.fingerprint
     }
 
-    /// Whether it has signed this certificate, and its dates hold.
+    /// Whether it has signed this certificate. Whether its dates hold is for who asks to look at.
     ///
     /// # Errors
     /// [`NotTrusted`].
@@ -78,8 +73,9 @@ impl Root {
         let peer = certificate.peer();
         let unknown = NotTrusted::Unknown { node: peer.node, fingerprint: peer.fingerprint };
         let parsed = ParsedCertificate::try_from(certificate.der()).map_err(|_| unknown.clone())?;
-        // Dates are looked at by who asks, with errors of their own: here is asked for a time at which they hold.
-        let within = now.clamp(peer.not_before, peer.not_after - Duration::from_secs(1));
+        // Dates have errors of their own: here is asked for a time at which they hold. Strangers write dates as they like.
+        let last = peer.not_after.checked_sub(Duration::from_secs(1)).filter(|last| *last >= peer.not_before);
+        let within = now.clamp(peer.not_before, last.ok_or_else(|| unknown.clone())?);
         let since = within.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let algorithms = provider().signature_verification_algorithms.all;
         let now = UnixTime::since_unix_epoch(since);
@@ -252,6 +248,9 @@ mod tests {
         assert_eq!(ours.root().vouches_for(identity.certificate(), now), Ok(()));
         assert!(theirs.root().vouches_for(identity.certificate(), now).is_err(), "another cluster's");
         assert!(ours.root().vouches_for(shown.certificate(), now).is_err(), "one that it signed itself");
+        // Dates that end before they begin hold at no time, and panic nowhere: anybody can show them.
+        let backwards = Identity::generate_valid(node, Role::Voter, now + VALIDITY, now - VALIDITY).unwrap();
+        assert!(ours.root().vouches_for(backwards.certificate(), now).is_err());
         let renewed = ours.issue(identity.certificate(), &Name::parse("node-7").unwrap(), Role::Voter).unwrap();
         identity.renew(renewed.as_bytes()).unwrap();
         assert!(

@@ -108,11 +108,7 @@ impl Certificate {
     /// # Errors
     /// [`CertificateError`].
     pub fn from_pem(pem: &[u8]) -> Result<Self, CertificateError> {
-        if pem.len() > PEM_SIZE_MAX {
-            return Err(CertificateError::TooLarge { bytes: pem.len(), most: PEM_SIZE_MAX });
-        }
-        let der = CertificateDer::from_pem_slice(pem).map_err(|error| CertificateError::NoPem { why: error.to_string() })?;
-        Self::from_der(&der)
+        Self::from_der(&first_of(pem)?)
     }
 
     /// What it says.
@@ -274,6 +270,14 @@ impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Identity").field("peer", &self.certificate.peer).finish_non_exhaustive()
     }
+}
+
+/// The first certificate of a PEM file of anybody, as bytes.
+pub(crate) fn first_of(pem: &[u8]) -> Result<CertificateDer<'static>, CertificateError> {
+    if pem.len() > PEM_SIZE_MAX {
+        return Err(CertificateError::TooLarge { bytes: pem.len(), most: PEM_SIZE_MAX });
+    }
+    CertificateDer::from_pem_slice(pem).map_err(|error| CertificateError::NoPem { why: error.to_string() })
 }
 
 /// The first certificate of a PEM file, and all that are shown.
