@@ -4,6 +4,7 @@
 mod images;
 mod jobs;
 mod nodes;
+mod users;
 
 use std::time::Duration;
 
@@ -81,6 +82,8 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::Drain { node, is_draining } => nodes::change(state, *node, |node| node.is_draining = *is_draining),
         Command::AddToken { token, name, role } => nodes::add_token(state, *token, name, *role),
         Command::UseToken { token, node, proven, name } => nodes::use_token(state, *token, (*node, *proven), name),
+        Command::AddUser { name, credential, rights, lasts_ms } => users::add(state, name, *credential, rights, *lasts_ms),
+        Command::RemoveUser { name } => users::remove(state, name),
         Command::Revoke { node } => nodes::revoke(state, *node),
         Command::Remove { node } => nodes::remove(state, *node),
         Command::GrantCapacity { node, incarnation, resources, lasts_ms } => {
@@ -141,6 +144,7 @@ fn advance(state: &mut State, at: Tick) {
         }
     }
     state.tokens.retain(|_, token| token.until > now);
+    state.users.retain(|_, user| user.until.is_none_or(|until| until > now));
     state.keys.retain(|_, remembered| now - remembered.at < REMEMBERED);
     state.jobs.retain(|_, job| job.ended.is_none_or(|ended| now - ended < REMEMBERED));
 }

@@ -36,6 +36,11 @@ impl fmt::Display for Command {
             }
             Self::AddToken { name, role, .. } => write!(f, "a token lets node {name} in as {role:?}"),
             Self::UseToken { node, name, .. } => write!(f, "node {node} shows a token for {name}"),
+            Self::AddUser { name, rights, .. } => {
+                let tenant = rights.tenant.as_ref().map_or("all tenants", |tenant| tenant.as_str());
+                write!(f, "user {name} may {:?} of {tenant}", rights.level)
+            }
+            Self::RemoveUser { name } => write!(f, "user {name} is removed"),
             Self::Revoke { node } => write!(f, "node {node} is revoked"),
             Self::Remove { node } => write!(f, "node {node} is forgotten"),
             Self::AddImage { key, node, .. } => write!(f, "node {node} has made image {key}"),

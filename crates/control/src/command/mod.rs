@@ -12,7 +12,7 @@ use uuid::Uuid;
 pub use refusal::Refusal;
 
 use crate::clock::Tick;
-use crate::state::{ImageFacts, ImageKey, JobId, JobSpec, NodeFacts, Outcome, Resources, Role};
+use crate::state::{ImageFacts, ImageKey, JobId, JobSpec, NodeFacts, Outcome, Resources, Rights, Role};
 
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +105,22 @@ pub enum Command {
         /// The digest of the key that it has proven to have.
         proven: Digest,
         /// Its name.
+        name: Name,
+    },
+    /// Somebody may ask over HTTPS.
+    AddUser {
+        /// Who.
+        name: Name,
+        /// Of what shows who it is.
+        credential: Digest,
+        /// What it may ask for.
+        rights: Rights,
+        /// For how long, in milliseconds; `None`: until it is removed.
+        lasts_ms: Option<u64>,
+    },
+    /// Somebody may ask no more.
+    RemoveUser {
+        /// Who.
         name: Name,
     },
     /// A node may never take part again.
@@ -267,6 +283,8 @@ impl Command {
             | Self::Revoke { .. }
             | Self::Remove { .. }
             | Self::AddToken { .. }
+            | Self::AddUser { .. }
+            | Self::RemoveUser { .. }
             | Self::UseToken { .. } => is_voter,
             Self::PutTemplate { .. }
             | Self::RemoveTemplate { .. }

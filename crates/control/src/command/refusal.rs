@@ -59,6 +59,12 @@ pub enum Refusal {
     OtherName(Name),
     #[error("another node is named {0}")]
     NameTaken(Name),
+    #[error("there is a user {0} already, with this name or this credential")]
+    UserExists(Name),
+    #[error("no user {0}")]
+    UnknownUser(Name),
+    #[error("only an admin is of all tenants")]
+    NoTenant,
     #[error("key {0} came with another request before")]
     KeyReused(Key),
 }
@@ -92,6 +98,9 @@ impl Refusal {
             Self::NodeExists(_) => "let it join with an empty data directory: that gives it an id of its own",
             Self::OtherName(_) => "join under that name, or make a token for this one",
             Self::NameTaken(_) => "choose another name, or remove the node that had it: farfork node rm",
+            Self::UserExists(_) => "remove that one first: farfork user rm",
+            Self::UnknownUser(_) => "`farfork user ls` lists them",
+            Self::NoTenant => "name a tenant: farfork user add NAME --tenant default",
             Self::KeyReused(_) => "draw a key for each request",
         }
     }

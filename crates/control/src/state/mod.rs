@@ -4,6 +4,7 @@ pub mod image;
 pub mod job;
 pub mod node;
 pub mod tasks;
+pub mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +17,7 @@ pub use image::{Hold, Holder, Image, ImageFacts, ImageKey};
 pub use job::{Job, JobId, JobSpec, Spread};
 pub use node::{CapacityLease, Life, Node, NodeFacts, Resources, Role, Token};
 pub use tasks::{Outcome, Task, Tasks};
+pub use user::{Level, Rights, User};
 
 /// See the module.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,8 @@ pub struct State {
     pub revoked: BTreeSet<NodeId>,
     /// What lets a node in, by the digest of its secret, until it is out of date.
     pub tokens: BTreeMap<Digest, Token>,
+    /// Who may ask over HTTPS.
+    pub users: BTreeMap<Name, User>,
     /// Images that somebody holds, or that a template or job refers to.
     pub images: BTreeMap<ImageKey, Image>,
     /// Names that point at images.

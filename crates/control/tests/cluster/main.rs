@@ -3,6 +3,7 @@
 mod places;
 mod rules;
 mod tasks;
+mod users;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
