@@ -10,15 +10,13 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use tokio::sync::mpsc;
-use types::{Name, Tenant};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::PathText;
 use super::routes::App;
-use super::server::Peer;
 use super::templates::template;
 use super::wire::{ErrorAnswer, Template};
-use crate::node::NodeError;
 
 /// Bytes read at a time, and pieces that are ahead of who takes them.
 const PIECE: usize = 256 << 10;
@@ -37,8 +35,12 @@ const AHEAD: usize = 4;
         (status = "4XX", description = "Refused", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn export(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Response, ApiError> {
-    let name = Name::parse(&name).map_err(NodeError::from)?;
+pub(crate) async fn export(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    PathText(name): PathText,
+) -> Result<Response, ApiError> {
+    let name = caller.name(&name)?;
     let mut file = app.look(move |service| service.export_template(&name)).await?;
     let length = file.metadata().map_or(0, |metadata| metadata.len());
     let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(AHEAD);
@@ -79,21 +81,19 @@ pub(crate) async fn export(Shared(app): Shared<App>, PathText(name): PathText) -
 )]
 pub(crate) async fn import(
     Shared(app): Shared<App>,
-    Extension(peer): Extension<Peer>,
+    Extension(caller): Extension<Caller>,
     PathText(name): PathText,
     request: Request,
 ) -> Result<Json<Template>, ApiError> {
     // Its size has no bound but the disk.
-    if !peer.is_owner {
-        return Err(NodeError::NotOwner { uid: peer.uid }.into());
-    }
-    let name = Name::parse(&name).map_err(NodeError::from)?;
+    caller.check_import()?;
+    let name = caller.name(&name)?;
     let (sender, receiver) = mpsc::channel(AHEAD);
     let feeding = tokio::spawn(feed(request.into_body(), sender, app.limits().read_deadline));
     let named = name.clone();
     let mut archive = Pieces { receiver, piece: Bytes::new() };
     let imported = match app.check_name(&name).await {
-        Ok(()) => app.act(move |service| service.import_template(&named, &mut archive, &Tenant::default_tenant())).await,
+        Ok(()) => app.act(move |service| service.import_template(&named, &mut archive)).await,
         Err(error) => {
             drop(archive);
             Err(error)

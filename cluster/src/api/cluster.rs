@@ -11,6 +11,7 @@ use serde::Deserialize;
 use types::{Name, Tenant};
 use utoipa::IntoParams;
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText, QueryOf};
 use super::routes::App;
@@ -180,16 +181,16 @@ pub(crate) async fn remove(
 )]
 pub(crate) async fn explain(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
     PathText(name): PathText,
     QueryOf(query): QueryOf<ExplainQuery>,
 ) -> Result<Json<ExplainAnswer>, ApiError> {
     let member = app.member()?;
-    let name = Name::parse(&name).map_err(NodeError::from)?;
+    let name = caller.name(&name)?;
     let state = member.read().await?;
-    let tenant = Tenant::default_tenant();
     let unknown = || NodeError::UnknownTemplate { name: name.to_string() };
-    let digest = Membership::template(&state, &tenant, &name).ok_or_else(unknown)?;
-    let image = ImageKey { tenant, digest };
+    let digest = Membership::template(&state, &name).ok_or_else(unknown)?;
+    let image = ImageKey { tenant: name.tenant, digest };
     let plan = Membership::place(&state, &image, query.count, query.limit_bytes);
     let named = |id: &types::NodeId| fork::name_of(&state, *id);
     let nodes = plan.verdicts.iter().map(|(id, verdict)| {
@@ -222,7 +223,7 @@ async fn agreed(member: &Membership, command: Command) -> Result<(), ClusterErro
 }
 
 /// Members come and go by word of those that have a vote: a node without one passes nobody's word on.
-fn only_from_voters(forwarded: Option<Extension<Forwarded>>) -> Result<(), ClusterError> {
+pub(super) fn only_from_voters(forwarded: Option<Extension<Forwarded>>) -> Result<(), ClusterError> {
     match forwarded {
         Some(Extension(Forwarded { is_voter: false, node })) => {
             Err(ConsensusError::Forbidden { what: format!("asked by node {node}") }.into())
@@ -245,13 +246,19 @@ fn life(life: Life) -> &'static str {
 }
 
 /// The image of the cluster that a fork is of, if it is one of the cluster's.
-pub(super) fn image_of(state: &State, from: &super::wire::ForkSource, tenant: &Tenant) -> Option<ImageKey> {
+pub(super) fn image_of(state: &State, request: &super::wire::ForkRequest, caller: &Caller) -> Option<ImageKey> {
     use super::wire::ForkSource;
-    let digest = match from {
-        ForkSource::Template(name) => Membership::template(state, tenant, &Name::parse(name).ok()?)?,
-        ForkSource::Image(given) => given.parse().ok()?,
+    let key = match &request.from {
+        ForkSource::Template(name) => {
+            let name = caller.name(name).ok()?;
+            let digest = Membership::template(state, &name)?;
+            ImageKey { tenant: name.tenant, digest }
+        }
+        ForkSource::Image(given) => {
+            let tenant = request.tenant.as_deref().map(str::parse::<Tenant>).transpose().ok()?;
+            ImageKey { tenant: tenant.unwrap_or_default(), digest: given.parse().ok()? }
+        }
         ForkSource::Guest(_) | ForkSource::Machine(_) | ForkSource::Remote(_) => return None,
     };
-    let key = ImageKey { tenant: tenant.clone(), digest };
     state.images.contains_key(&key).then_some(key)
 }

@@ -3,7 +3,8 @@
 //! | status | codes | whose |
 //! |---|---|---|
 //! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID`, `BAD_DIGEST`, `BAD_TENANT`, `BAD_ADDRESS`, `BAD_HOLDERS`, `BAD_CERTIFICATE`, `UNFIT` | the request is wrong, whatever the node's state |
-//! | 403 | `FORBIDDEN`, `NOT_TRUSTED`, `NOT_A_VOTER` | this user may not use this node; two nodes do not trust each other; only a voter may |
+//! | 401 | `UNAUTHORIZED` | over HTTPS: no user of the cluster is known by what was shown |
+//! | 403 | `FORBIDDEN`, `NOT_TRUSTED`, `NOT_A_VOTER` | this user may not use this node, or not for this; two nodes do not trust each other; only a voter may |
 //! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE`, `UNKNOWN_NODE` | there is none |
 //! | 405 | `METHOD_NOT_ALLOWED` | the route exists, for other methods |
 //! | 408 | `SLOW_REQUEST` | the body did not come within the deadline |
@@ -13,7 +14,7 @@
 //! | 429 | `BUSY` | too many calls wait; `Retry-After` |
 //! | 500 | `INTERNAL`, `STORE` | something of ours failed |
 //! | 502 | `UNREACHABLE`, `SOURCE_LOST` | another node cannot be reached, or none is left that has what is missing |
-//! | 503 | `EXHAUSTED`, `HOST`, `STOPPING`, `NO_QUORUM`, `NO_PLACE`, `LOG_FAILED` | the node, or the cluster, is short of something, or going; `Retry-After` |
+//! | 503 | `EXHAUSTED`, `HOST`, `STOPPING`, `NO_QUORUM`, `NO_PLACE`, `LOG_FAILED`, `AUDIT_FAILED` | the node, or the cluster, is short of something, or going; `Retry-After` |
 //! | 504 | `NO_ANSWER`, `OUTCOME_UNKNOWN` | another node was asked and did not answer in time: it may have done it |
 //! | 507 | `STORE_FULL` | the store's file system is full |
 
@@ -22,8 +23,10 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use types::Reason;
 
+use super::caller::Who;
 use super::wire::{ErrorAnswer, ErrorBody, Failure};
 use crate::member::ClusterError;
+use crate::node::audit::AuditError;
 use crate::node::{NodeError, metrics};
 
 /// What a client is told when it does not get what it asked for.
@@ -50,12 +53,37 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "BAD_REQUEST", message, "GET /v1/openapi.json says what each route takes")
     }
 
-    /// 403.
+    /// 403: a user of the host.
     #[must_use]
-    pub fn forbidden(uid: u32) -> Self {
-        let message = format!("user {uid} may not use this node");
+    pub fn forbidden_uid(who: &Who) -> Self {
+        let message = format!("{who} may not use this node");
         Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", message, "start the node with --allow-uid, or ask as its own user")
             .closing()
+    }
+
+    /// 403: it is known who asks, and that is not for that one.
+    #[must_use]
+    pub fn forbidden(who: &Who, why: &str) -> Self {
+        let message = format!("{who} may not do this: {why}");
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "FORBIDDEN",
+            message,
+            "ask an admin of the cluster: `farfork user ls` lists who may what",
+        )
+    }
+
+    /// 503: it cannot be written down who asks for what.
+    #[must_use]
+    pub fn audit(error: &AuditError) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "AUDIT_FAILED", error.to_string(), error.remedy())
+    }
+
+    /// 401: nobody knows the token or the certificate, or none was shown.
+    #[must_use]
+    pub fn unknown_user() -> Self {
+        let remedy = "show a token (authorization: Bearer ...) or a certificate that `farfork user add` was given, and that is not out of date";
+        Self::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "it is not known who asks", remedy)
     }
 
     /// 404: no such route.

@@ -1,10 +1,11 @@
 //! Handlers of images. In paths an image in memory goes by its id or the end of it; `name:` and a name stands for a saved one,
 //! so that nothing can be both.
 
-use axum::Json;
 use axum::extract::State as Shared;
-use types::Name;
+use axum::{Extension, Json};
+use types::{FullName, Name, Tenant};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
 use super::machines::{residency, unix_ms};
@@ -27,10 +28,16 @@ pub const NAME_PREFIX: &str = "name:";
         (status = "5XX", description = "The store cannot be read", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<ImagesAnswer>, ApiError> {
+pub(crate) async fn list(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<ImagesAnswer>, ApiError> {
     let (images, stored) = app.look(|service| service.images()).await?;
-    let stored = stored.into_iter().map(|(name, file_bytes)| Stored { name: name.into(), file_bytes }).collect();
-    Ok(Json(ImagesAnswer { images: images.iter().map(image).collect(), stored }))
+    let is_callers = |tenant: &Tenant| caller.tenant().is_none_or(|own| own == tenant);
+    let images = images.iter().filter(|view| is_callers(&view.image.facts.tenant)).map(image).collect();
+    let stored = stored.into_iter().filter(|(name, _)| is_callers(&name.tenant));
+    let stored = stored.map(|(name, file_bytes)| Stored { name: name.to_string(), file_bytes }).collect();
+    Ok(Json(ImagesAnswer { images, stored }))
 }
 
 /// Shows an image in memory
@@ -44,7 +51,12 @@ pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<ImagesAnswer>,
         (status = "4XX", description = "Refused", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<Image>, ApiError> {
+pub(crate) async fn show(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    PathText(id): PathText,
+) -> Result<Json<Image>, ApiError> {
+    let id = app.image_of(&caller, id).await?;
     Ok(Json(image(&app.look(move |service| service.image(&id)).await?)))
 }
 
@@ -63,14 +75,19 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Re
 )]
 pub(crate) async fn save(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
     PathText(id): PathText,
     JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Json<Image>, ApiError> {
+    // Of whichever tenant the image is.
     let name = Name::parse(&request.name).map_err(NodeError::from)?;
-    app.check_name(&name).await?;
-    let saved = name.clone();
+    let id = app.image_of(&caller, id).await?;
+    let (looked_at, saved) = (id.clone(), name.clone());
+    let tenant = app.look(move |service| Ok(service.image(&looked_at)?.image.facts.tenant)).await?;
+    let full = FullName { tenant, name };
+    app.check_name(&full).await?;
     let view = app.act(move |service| service.save(&id, &saved)).await?;
-    app.publish(&name).await?;
+    app.publish(&full).await?;
     Ok(Json(image(&view)))
 }
 
@@ -86,7 +103,12 @@ pub(crate) async fn save(
         (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn digest(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<Image>, ApiError> {
+pub(crate) async fn digest(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    PathText(id): PathText,
+) -> Result<Json<Image>, ApiError> {
+    let id = app.image_of(&caller, id).await?;
     Ok(Json(image(&app.act(move |service| service.hashed(&id)).await?)))
 }
 
@@ -102,8 +124,12 @@ pub(crate) async fn digest(Shared(app): Shared<App>, PathText(id): PathText) -> 
         (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn load(Shared(app): Shared<App>, JsonBody(request): JsonBody<NameRequest>) -> Result<Json<Image>, ApiError> {
-    let name = Name::parse(&request.name).map_err(NodeError::from)?;
+pub(crate) async fn load(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    JsonBody(request): JsonBody<NameRequest>,
+) -> Result<Json<Image>, ApiError> {
+    let name = caller.name(&request.name)?;
     Ok(Json(image(&app.act(move |service| service.load(&name)).await?)))
 }
 
@@ -121,13 +147,20 @@ pub(crate) async fn load(Shared(app): Shared<App>, JsonBody(request): JsonBody<N
         (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn remove(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<RemovedAnswer>, ApiError> {
+pub(crate) async fn remove(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    PathText(id): PathText,
+) -> Result<Json<RemovedAnswer>, ApiError> {
     let removed = match id.strip_prefix(NAME_PREFIX) {
         Some(name) => {
-            let name = Name::parse(name).map_err(NodeError::from)?;
+            let name = caller.name(name)?;
             app.act(move |service| service.delete(&name).map(|()| format!("{NAME_PREFIX}{name}"))).await?
         }
-        None => app.act(move |service| service.forget(&id).map(|id| id.to_string())).await?,
+        None => {
+            let id = app.image_of(&caller, id).await?;
+            app.act(move |service| service.forget(&id).map(|id| id.to_string())).await?
+        }
     };
     Ok(Json(RemovedAnswer { removed }))
 }

@@ -6,21 +6,24 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::extract::State as Shared;
 use axum::http::Method;
 use axum::{Extension, Json};
-use types::{Digest, ImageId, MemorySize, Name, NodeId, Tenant};
+use control::state::Resources;
+use types::{Digest, FullName, ImageId, MemorySize, NodeId, Tenant};
 use vm::Class;
 
+use super::audit::About;
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText, QueryOf};
 use super::routes::App;
 use super::templates;
 use super::wire::{
     BranchRequest, Child, Console, EndedBecause, ErrorAnswer, Failed, Failure, ForkAnswer, ForkRequest, ForkSource, Freeze,
-    KillAnswer, KillRequest, Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, OtherNode, RemoteSource, Residency,
-    Source, Stages, State, Usage,
+    Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, OtherNode, RemoteSource, Residency, Source, Stages, State,
+    Usage,
 };
 use super::{cluster, images};
+use crate::member::EACH_CPU_MILLIS;
 use crate::member::forward::Forwarded;
-use crate::member::{ClusterError, Membership};
 use crate::node::engine::{self, ForkStages};
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
@@ -31,8 +34,6 @@ const DEFAULT_MEMORY_BYTES: u64 = 64 << 20;
 const DEFAULT_VCPUS: u64 = 1;
 /// How long other nodes may take to list their machines.
 const OTHERS_WITHIN: Duration = Duration::from_secs(3);
-/// How long they may take to end machines.
-const KILL_WITHIN: Duration = Duration::from_secs(60);
 
 /// Forks children of a guest, an image or a running machine, here or on another node
 ///
@@ -50,13 +51,20 @@ const KILL_WITHIN: Duration = Duration::from_secs(60);
 )]
 pub(crate) async fn fork(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    Extension(about): Extension<About>,
     forwarded: Option<Extension<Forwarded>>,
-    JsonBody(request): JsonBody<ForkRequest>,
+    JsonBody(mut request): JsonBody<ForkRequest>,
 ) -> Result<Json<ForkAnswer>, ApiError> {
+    about.say(|| format!("{} of {:?}", request.count, request.from));
+    request.tenant = caller.tenant_for(request.tenant.as_deref())?.map(String::from);
+    if request.on.is_some() || matches!(request.from, ForkSource::Remote(_)) {
+        caller.may_name_nodes()?;
+    }
     if forwarded.is_none()
         && request.on.is_none()
         && let Ok(member) = app.member()
-        && let Some(image) = cluster::image_of(&member.consensus.stale(), &request.from, &tenant_of(&request)?)
+        && let Some(image) = cluster::image_of(&member.consensus.stale(), &request, &caller)
     {
         match member.fork(&app, image, request.clone()).await {
             // What is here can be forked here, whoever leads.
@@ -66,17 +74,33 @@ pub(crate) async fn fork(
             answered => return Ok(Json(answered?)),
         }
     }
-    Ok(Json(fork_here(&app, request).await?))
+    let of_caller = match request.from {
+        ForkSource::Image(id) => ForkSource::Image(app.image_of(&caller, id).await?),
+        ForkSource::Machine(id) => ForkSource::Machine(app.machine_of(&caller, id).await?),
+        ForkSource::Template(name) => ForkSource::Template(caller.name(&name)?.to_string()),
+        other => other,
+    };
+    Ok(Json(fork_here(&app, ForkRequest { from: of_caller, ..request }).await?))
 }
 
 /// Forks on this node, whatever a cluster thinks of it.
 pub(crate) async fn fork_here(app: &App, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
-    let order = order(request)?;
-    Ok(fork_answer(&app.act(move |service| service.fork(&order)).await?))
+    forked(app, order(request)?).await
 }
 
-fn tenant_of(request: &ForkRequest) -> Result<Tenant, NodeError> {
-    Ok(request.tenant.as_deref().map(str::parse).transpose()?.unwrap_or_default())
+/// Forks, where there is room for that: in a cluster others may have been promised it.
+async fn forked(app: &App, order: ForkOrder) -> Result<ForkAnswer, ApiError> {
+    let _room = match app.member() {
+        Ok(member) if order.on.is_none() => {
+            let asked = order.clone();
+            let (each_bytes, (machines, memory_bytes)) =
+                app.look(move |service| Ok((service.claim_of(&asked), service.taken()))).await?;
+            let taken = Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines };
+            Some(member.room_here(order.count, each_bytes, taken).await?)
+        }
+        _ => None,
+    };
+    Ok(fork_answer(&app.act(move |service| service.fork(&order)).await?))
 }
 
 /// Freezes a running machine, which goes on, and forks children of that instant
@@ -94,12 +118,14 @@ fn tenant_of(request: &ForkRequest) -> Result<Tenant, NodeError> {
 )]
 pub(crate) async fn branch(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
     PathText(id): PathText,
     JsonBody(request): JsonBody<BranchRequest>,
 ) -> Result<Json<ForkAnswer>, ApiError> {
+    let id = app.machine_of(&caller, id).await?;
     let BranchRequest { count, limit_bytes, network } = request;
     let order = ForkOrder { from: ForkFrom::Machine(id), count, limit_bytes, verify: false, network, tenant: None, on: None };
-    Ok(Json(fork_answer(&app.act(move |service| service.fork(&order)).await?)))
+    Ok(Json(forked(&app, order).await?))
 }
 
 /// Lists machines, oldest first
@@ -115,6 +141,7 @@ pub(crate) async fn branch(
 )]
 pub(crate) async fn list(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
     forwarded: Option<Extension<Forwarded>>,
     QueryOf(query): QueryOf<MachinesQuery>,
 ) -> Result<Json<MachinesAnswer>, ApiError> {
@@ -123,12 +150,16 @@ pub(crate) async fn list(
         Listed::Running => machine.state == State::Running,
         Listed::Ended => machine.state == State::Ended,
     };
+    let tenant = caller.tenant().cloned();
     let list = move |service: &Service| {
         // Thousands of machines have one image.
         let mut percents: HashMap<ImageId, Option<u8>> = HashMap::new();
         let mut percent = |image| *percents.entry(image).or_insert_with(|| Some(service.residency(image)?.settled_percent()));
         let listed = service.machines();
-        let listed = listed.iter().map(|facts| machine(facts, &mut percent)).filter(wanted);
+        let of_caller = listed.iter().filter(|facts| tenant.as_ref().is_none_or(|tenant| facts.tenant == *tenant));
+        let digests = service.digests();
+        let digest = |facts: &registry::Machine| digests.get(&facts.image).copied();
+        let listed = of_caller.map(|facts| machine(facts, digest(facts), &mut percent)).filter(wanted);
         Ok(listed.collect())
     };
     let here: Vec<Machine> = app.look(list).await?;
@@ -146,9 +177,9 @@ pub(crate) async fn list(
     };
     let path = format!("/v1/machines?state={state}");
     let asked = member.others().into_iter().map(|node| {
-        let path = path.clone();
+        let (path, caller) = (path.clone(), &caller);
         async move {
-            let asking = member.ask_json::<MachinesAnswer>(node, Method::GET, &path, None::<&()>);
+            let asking = member.ask_json::<MachinesAnswer>(node, Some(caller), Method::GET, &path, None::<&()>);
             (node, tokio::time::timeout(OTHERS_WITHIN, asking).await)
         }
     });
@@ -173,8 +204,13 @@ pub(crate) async fn list(
         (status = "4XX", description = "Refused", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<MachineAnswer>, ApiError> {
-    let view = app.look(move |service| service.machine(&id)).await?;
+pub(crate) async fn show(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    PathText(id): PathText,
+) -> Result<Json<MachineAnswer>, ApiError> {
+    let id = app.machine_of(&caller, id).await?;
+    let (view, digests) = app.look(move |service| Ok((service.machine(&id)?, service.digests()))).await?;
     let MachineView { machine: facts, usage, console, console_dropped_bytes, residency: here } = view;
     let usage = usage.map(|usage| Usage {
         pss_bytes: usage.pss_bytes,
@@ -184,113 +220,9 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(id): PathText) -> Re
         faults: usage.faults,
     });
     let console = Console { tail: String::from_utf8_lossy(&console).into_owned(), dropped_bytes: console_dropped_bytes };
-    let machine = machine(&facts, |_| here.as_ref().map(engine::Residency::settled_percent));
+    let machine =
+        machine(&facts, digests.get(&facts.image).copied(), |_| here.as_ref().map(engine::Residency::settled_percent));
     Ok(Json(MachineAnswer { machine, usage, residency: here.as_ref().map(residency), console }))
-}
-
-/// Ends a machine
-#[utoipa::path(
-    delete,
-    path = "/v1/machines/{id}",
-    tag = "machines",
-    params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
-    responses(
-        (status = 200, description = "It is gone", body = KillAnswer),
-        (status = "4XX", description = "Refused; 409 ENDED if it has ended already", body = ErrorAnswer),
-        (status = "5XX", description = "Failed", body = ErrorAnswer)
-    )
-)]
-pub(crate) async fn kill_one(Shared(app): Shared<App>, PathText(id): PathText) -> Result<Json<KillAnswer>, ApiError> {
-    kill_these(&app, KillRequest { ids: vec![id], all: false }).await
-}
-
-/// Ends many machines, or all
-#[utoipa::path(
-    post,
-    path = "/v1/machines/kill",
-    tag = "machines",
-    request_body = KillRequest,
-    responses(
-        (status = 200, description = "Some or all are gone", body = KillAnswer),
-        (status = "4XX", description = "Refused", body = ErrorAnswer),
-        (status = "5XX", description = "Failed", body = ErrorAnswer)
-    )
-)]
-pub(crate) async fn kill(
-    Shared(app): Shared<App>,
-    forwarded: Option<Extension<Forwarded>>,
-    JsonBody(request): JsonBody<KillRequest>,
-) -> Result<Json<KillAnswer>, ApiError> {
-    match app.member().ok().filter(|_| forwarded.is_none()) {
-        Some(member) => kill_everywhere(&app, member, request).await,
-        None => kill_these(&app, request).await,
-    }
-}
-
-/// On whichever nodes they are.
-async fn kill_everywhere(app: &App, member: &Membership, request: KillRequest) -> Result<Json<KillAnswer>, ApiError> {
-    let others = member.others();
-    let ask = |node, request: KillRequest| async move {
-        let asking = member.ask_json::<KillAnswer>(node, Method::POST, "/v1/machines/kill", Some(&request));
-        let late = || ClusterError::NoAnswer { node, detail: format!("not within {KILL_WITHIN:?}") };
-        tokio::time::timeout(KILL_WITHIN, asking).await.unwrap_or_else(|_| Err(late()))
-    };
-    if request.all {
-        let mut answer = kill_these(app, request.clone()).await?.0;
-        let asked = others.into_iter().map(async |node| (node, ask(node, request.clone()).await));
-        for (node, there) in futures_util::future::join_all(asked).await {
-            match there {
-                Ok(Ok(there)) => {
-                    answer.killed.extend(there.killed);
-                    answer.failures.extend(there.failures);
-                }
-                // Its machines may run on.
-                Ok(Err((status, _))) => {
-                    let error = ClusterError::NoAnswer { node, detail: format!("it answered {status}") };
-                    answer.failures.push(ApiError::from(error).body().of(format!("machines of node {node}")));
-                }
-                Err(error) => answer.failures.push(ApiError::from(error).body().of(format!("machines of node {node}"))),
-            }
-        }
-        return Ok(Json(answer));
-    }
-    let mut answer = KillAnswer { killed: Vec::new(), failures: Vec::new() };
-    let ids = request.ids.clone();
-    let away: Vec<String> =
-        app.look(move |service| Ok(ids.into_iter().filter(|id| service.machine(id).is_err()).collect())).await?;
-    let here: Vec<String> = request.ids.iter().filter(|id| !away.contains(id)).cloned().collect();
-    let mut first = None;
-    let mut missed: Vec<String> = Vec::new();
-    for id in away {
-        match member.locate(&id).await {
-            Err(error) => answer.failures.push(ApiError::from(error).body().of(id)),
-            Ok(Some(node)) => match ask(node, KillRequest { ids: vec![id.clone()], all: false }).await {
-                Ok(Ok(there)) => {
-                    answer.killed.extend(there.killed);
-                    answer.failures.extend(there.failures);
-                }
-                Ok(Err(_)) => missed.push(id),
-                Err(error) => drop(first.get_or_insert(ApiError::from(error))),
-            },
-            // This node says that there is none.
-            Ok(None) => missed.push(id),
-        }
-    }
-    let rest: Vec<String> = here.into_iter().chain(missed).collect();
-    if !rest.is_empty() || request.ids.is_empty() {
-        match kill_these(app, KillRequest { ids: rest, all: false }).await {
-            Ok(Json(there)) => {
-                answer.killed.extend(there.killed);
-                answer.failures.extend(there.failures);
-            }
-            Err(error) if answer.killed.is_empty() => return Err(error),
-            Err(error) => answer.failures.push(error.body().of("the others".to_owned())),
-        }
-    }
-    match first {
-        Some(error) if answer.killed.is_empty() => Err(error),
-        _ => Ok(Json(answer)),
-    }
 }
 
 /// Has a machine's probe carry out commands. Only in builds for benchmarks, so not in the API's description.
@@ -344,12 +276,6 @@ pub(super) fn residency(of: &engine::Residency) -> Residency {
     }
 }
 
-async fn kill_these(app: &App, request: KillRequest) -> Result<Json<KillAnswer>, ApiError> {
-    let (killed, failures) = app.act(move |service| service.kill(&request.ids, request.all)).await?;
-    let failures = failures.into_iter().map(|(id, error)| failure(id, &error)).collect();
-    Ok(Json(KillAnswer { killed, failures }))
-}
-
 fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
     let ForkRequest { from, count, memory_bytes, vcpus, limit_bytes, verify, network, tenant, on } = request;
     let class_is_given = memory_bytes.is_some() || vcpus.is_some();
@@ -362,7 +288,7 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
         }
         _ if class_is_given => return Err(NodeError::ClassIsGiven),
         ForkSource::Image(id) => ForkFrom::Image(id),
-        ForkSource::Template(name) => ForkFrom::Template(Name::parse(&name)?),
+        ForkSource::Template(name) => ForkFrom::Template(FullName::parse(&name)?),
         ForkSource::Machine(id) => ForkFrom::Machine(id),
         ForkSource::Remote(RemoteSource { image, holders }) => {
             let holders = holders.iter().map(|holder| holder.parse::<NodeAddress>()).collect::<Result<_, _>>()?;
@@ -404,7 +330,11 @@ fn child(child: &ForkedChild) -> Child {
     }
 }
 
-fn machine(machine: &registry::Machine, settled_percent: impl FnOnce(ImageId) -> Option<u8>) -> Machine {
+fn machine(
+    machine: &registry::Machine,
+    digest: Option<Digest>,
+    settled_percent: impl FnOnce(ImageId) -> Option<u8>,
+) -> Machine {
     let ended = match &machine.state {
         MachineState::Ended { ended, at, .. } => {
             Some(EndedBecause { reason: ended.reason.code().to_owned(), detail: ended.detail.clone(), unix_ms: unix_ms(*at) })
@@ -414,6 +344,8 @@ fn machine(machine: &registry::Machine, settled_percent: impl FnOnce(ImageId) ->
     Machine {
         id: machine.forked.id,
         image: machine.image,
+        image_digest: digest.map(|digest| digest.to_string()),
+        tenant: machine.tenant.to_string(),
         parent: machine.parent,
         state: if ended.is_some() { State::Ended } else { State::Running },
         settled_percent: if ended.is_some() { None } else { settled_percent(machine.image) },
@@ -439,7 +371,7 @@ fn stages(stages: &ForkStages) -> Stages {
     }
 }
 
-fn failure(id: String, error: &NodeError) -> Failure {
+pub(super) fn failure(id: String, error: &NodeError) -> Failure {
     let reason = error.reason().map(|reason| reason.code().to_owned());
     Failure { id, code: error.code().to_owned(), message: error.to_string(), remedy: error.remedy(), reason }
 }

@@ -1,26 +1,31 @@
-//! HTTP/1.1 with JSON over a Unix socket.
+//! HTTP/1.1 with JSON: over a Unix socket for users of the host, over TLS for users of the cluster.
 //!
 //! ```text
-//!  server ──▶ peer check ──▶ count ──▶ routes ──▶ handlers ──▶ node::calls ──▶ node::service
-//!  slots,      403             metrics   404, 405   extract: 400, 408, 413
-//!  deadlines                                        error: everything else
+//!  server ──▶ count ──▶ audit ──▶ caller ───▶ routes ──▶ handlers ──▶ node::calls ──▶ node::service
+//!  slots,     metrics             401, 403    404, 405   extract: 400, 408, 413
+//!  deadlines                                             error: everything else
 //! ```
 //!
 //! | file | holds |
 //! |---|---|
 //! | [`socket`] | where the node listens, and that it alone does |
 //! | [`server`] | connections: who is let in, how many, for how long; stopping |
+//! | [`caller`] | who asks, and what that one may |
+//! | [`audit`] | writes down who asked for what |
 //! | [`routes`] | every path, with what each route shares |
-//! | [`cluster`], [`machines`], [`images`], [`templates`], [`archive`], [`trust`], [`node`] | handlers |
+//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`node`] | handlers |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
 //! | [`error`] | refusals and failures as status and body |
 //! | [`extract`] | what a request holds, read within limits |
 
 pub mod archive;
+pub mod audit;
+pub mod caller;
 pub mod cluster;
 pub mod error;
 pub mod extract;
 pub mod images;
+pub mod kill;
 pub mod machines;
 pub mod node;
 pub mod routes;
@@ -28,10 +33,12 @@ pub mod server;
 pub mod socket;
 pub mod templates;
 pub mod trust;
+pub mod users;
 pub mod wire;
 mod write_deadline;
 
+pub use caller::Caller;
 pub use error::ApiError;
 pub use routes::{App, Limits, openapi_json, router};
-pub use server::{Access, Peer, serve};
+pub use server::{Access, Https, serve};
 pub use socket::{Socket, SocketError};

@@ -5,10 +5,10 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::routes::{App, openapi_json};
-use super::server::Peer;
-use super::wire::{CountsAnswer, ErrorAnswer, Memory, NetworkAnswer, NodeAnswer, PeerAnswer, Pool};
+use super::wire::{CountsAnswer, ErrorAnswer, Memory, NetworkAnswer, NodeAnswer, Pool};
 use crate::node::{Network, Service, metrics as counted};
 
 /// Shows the node
@@ -21,7 +21,7 @@ use crate::node::{Network, Service, metrics as counted};
         (status = "4XX", description = "Refused", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn show(Shared(app): Shared<App>, Extension(peer): Extension<Peer>) -> Result<Json<NodeAnswer>, ApiError> {
+pub(crate) async fn show(Shared(app): Shared<App>, Extension(caller): Extension<Caller>) -> Result<Json<NodeAnswer>, ApiError> {
     let facts = |service: &Service| Ok((service.pool(), service.counts(), memory(), service.network().ok().map(network)));
     let (pool, counts, memory, network) = app.look(facts).await?;
     Ok(Json(NodeAnswer {
@@ -29,7 +29,7 @@ pub(crate) async fn show(Shared(app): Shared<App>, Extension(peer): Extension<Pe
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         uptime_ms: u64::try_from(app.uptime().as_millis()).unwrap_or(u64::MAX),
-        peer: PeerAnswer { uid: peer.uid, gid: peer.gid, pid: peer.pid },
+        caller: caller.who.to_string(),
         network,
         memory,
         pool: pool

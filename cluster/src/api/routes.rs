@@ -1,10 +1,11 @@
 //! Every path, with what each route shares: who asks is checked, each answer is counted, a panic becomes a 500.
 
 use std::any::Any;
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{MatchedPath, Request};
 use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -14,16 +15,17 @@ use control::command::{Command, Refusal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
-use types::{Name, NodeId, Tenant};
+use types::{Digest, FullName, NodeId};
 use utoipa::OpenApi;
 use uuid::Uuid;
 
+use super::caller::{self, Caller, Who};
 use super::error::ApiError;
-use super::server::Peer;
-use super::{archive, cluster, images, machines, node, templates, trust};
+use super::{archive, audit, cluster, images, kill, machines, node, templates, trust, users};
+use crate::cli::client::segment;
 use crate::member::agent::facts_of;
-use crate::member::forward::Forwarded;
 use crate::member::{ClusterError, Membership};
+use crate::node::audit::Audit;
 use crate::node::calls::Calls;
 use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
@@ -50,6 +52,10 @@ struct Shared {
     started: Instant,
     /// This node's part in a cluster, if it has one.
     member: OnceLock<Arc<Membership>>,
+    /// Where it is written down who asked for what.
+    audit: OnceLock<Audit>,
+    /// Where it answers users of its cluster.
+    https: OnceLock<SocketAddr>,
 }
 
 /// How long a template that was built waits for the cluster to hear of it.
@@ -109,6 +115,8 @@ impl App {
             node,
             started: Instant::now(),
             member: OnceLock::new(),
+            audit: OnceLock::new(),
+            https: OnceLock::new(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -116,6 +124,38 @@ impl App {
     /// From now on this node is of a cluster.
     pub fn join(&self, member: Arc<Membership>) {
         self.shared.member.get_or_init(|| member);
+    }
+
+    /// From now on it is written down there who asks for what.
+    pub fn write_down(&self, audit: Audit) {
+        self.shared.audit.get_or_init(|| audit);
+    }
+
+    /// Users of the cluster are answered there.
+    pub fn answers_users_at(&self, address: SocketAddr) {
+        self.shared.https.get_or_init(|| address);
+    }
+
+    pub(crate) fn https(&self) -> Option<SocketAddr> {
+        self.shared.https.get().copied()
+    }
+
+    pub(crate) fn audit(&self) -> Option<&Audit> {
+        self.shared.audit.get()
+    }
+
+    /// The user of the cluster that this is the credential of.
+    #[must_use]
+    pub fn user(&self, credential: Option<Digest>) -> Caller {
+        let stranger = Caller { who: Who::Stranger, rights: None, is_owner: false };
+        let (Some(credential), Ok(member)) = (credential, self.member()) else { return stranger };
+        let state = member.consensus.stale();
+        let known = state.users.iter().find(|(_, user)| user.credential == credential);
+        known.map_or(stranger, |(name, user)| Caller {
+            who: Who::User(name.clone()),
+            rights: Some(user.rights.clone()),
+            is_owner: false,
+        })
     }
 
     /// This node's part in a cluster.
@@ -127,23 +167,23 @@ impl App {
     }
 
     /// In a cluster: refuses a name that points at something already.
-    pub(crate) async fn check_name(&self, name: &Name) -> Result<(), ApiError> {
+    pub(crate) async fn check_name(&self, name: &FullName) -> Result<(), ApiError> {
         let Ok(member) = self.member() else { return Ok(()) };
-        match Membership::template(&*member.read().await?, &Tenant::default_tenant(), name) {
+        match Membership::template(&*member.read().await?, name) {
             Some(_) => Err(ClusterError::NameTaken(name.clone()).into()),
             None => Ok(()),
         }
     }
 
     /// In a cluster: lets it know that a template is here. For a while also where no majority can be reached.
-    pub(crate) async fn publish(&self, name: &Name) -> Result<(), ApiError> {
+    pub(crate) async fn publish(&self, name: &FullName) -> Result<(), ApiError> {
         let Ok(member) = self.member() else { return Ok(()) };
         let named = name.clone();
         let (image, profile) = self.act(move |service| Ok((service.template_held(&named)?, service.cpu()))).await?;
         let facts = facts_of(&image, &profile);
         let deadline = Instant::now() + PUBLISH_WITHIN;
         loop {
-            match member.publish(&image.key.tenant, name, image.key.digest, facts.clone()).await {
+            match member.publish(name, image.key.digest, facts.clone()).await {
                 Err(ClusterError::Consensus(error)) if Instant::now() < deadline => {
                     tracing::warn!(%name, %error, "the cluster does not know of this template yet");
                 }
@@ -153,14 +193,14 @@ impl App {
     }
 
     /// In a cluster: takes a name away. Whether it had one.
-    pub(crate) async fn unpublish(&self, name: &Name) -> Result<bool, ApiError> {
+    pub(crate) async fn unpublish(&self, name: &FullName) -> Result<bool, ApiError> {
         let Ok(member) = self.member() else { return Ok(false) };
-        let command = Command::RemoveTemplate { tenant: Tenant::default_tenant(), name: name.clone() };
+        let command = Command::RemoveTemplate { tenant: name.tenant.clone(), name: name.name.clone() };
         match member.propose(None, command).await {
             Ok(_) => {
                 // Files of it on other nodes; what does not answer keeps its own, which nothing refers to.
-                let path = format!("/v1/templates/{name}");
-                let asked = member.others().into_iter().map(|node| member.ask_node(node, Method::DELETE, &path, None));
+                let path = format!("/v1/templates/{}", segment(&name.to_string()));
+                let asked = member.others().into_iter().map(|node| member.ask_node(node, None, Method::DELETE, &path, None));
                 let asked = tokio::time::timeout(REMOVE_WITHIN, futures_util::future::join_all(asked)).await;
                 tracing::info!(%name, all_answered = asked.is_ok(), "a template of the cluster is removed");
                 Ok(true)
@@ -223,7 +263,7 @@ impl App {
     }
 }
 
-/// The routes. Each connection adds its [`Peer`] to its requests.
+/// The routes. Each connection adds the [`Caller`] to its requests.
 pub fn router(app: App) -> Router {
     let router = Router::new();
     #[cfg(feature = "bench")]
@@ -231,8 +271,8 @@ pub fn router(app: App) -> Router {
     router
         .route("/v1/forks", post(machines::fork))
         .route("/v1/machines", get(machines::list))
-        .route("/v1/machines/kill", post(machines::kill))
-        .route("/v1/machines/{id}", get(machines::show).delete(machines::kill_one))
+        .route("/v1/machines/kill", post(kill::kill))
+        .route("/v1/machines/{id}", get(machines::show).delete(kill::kill_one))
         .route("/v1/machines/{id}/branch", post(machines::branch))
         .route("/v1/machines/{id}/agent", post(templates::connect))
         .route("/v1/templates", get(templates::list).post(templates::build))
@@ -249,6 +289,10 @@ pub fn router(app: App) -> Router {
         .route("/v1/trust/{id}", delete(trust::remove))
         .route("/v1/cluster", get(cluster::show))
         .route("/v1/cluster/tokens", post(cluster::token))
+        .route("/v1/users", get(users::list).post(users::add))
+        .route("/v1/users/{name}", delete(users::remove))
+        .route("/v1/whoami", get(users::whoami))
+        .route("/v1/audit", get(audit::list))
         .route("/v1/nodes/{id}/{verb}", post(cluster::change))
         .route("/v1/nodes/{id}", delete(cluster::remove))
         .route("/v1/explain/{name}", get(cluster::explain))
@@ -257,9 +301,10 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(node::metrics))
         .fallback(|| async { ApiError::unknown_route() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
-        .layer(middleware::from_fn_with_state(app.clone(), elsewhere))
-        .layer(middleware::from_fn(only_own_users))
+        .layer(middleware::from_fn_with_state(app.clone(), caller::elsewhere))
+        .layer(middleware::from_fn(caller::admit))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(app.clone(), audit::note))
         .layer(middleware::from_fn(enter))
         .with_state(app)
 }
@@ -284,8 +329,8 @@ pub fn openapi_json() -> String {
         machines::branch,
         machines::list,
         machines::show,
-        machines::kill_one,
-        machines::kill,
+        kill::kill_one,
+        kill::kill,
         images::list,
         images::show,
         images::save,
@@ -308,6 +353,11 @@ pub fn openapi_json() -> String {
         cluster::change,
         cluster::remove,
         cluster::explain,
+        users::list,
+        users::add,
+        users::remove,
+        users::whoami,
+        audit::list,
         node::show,
         node::openapi,
         node::metrics
@@ -315,14 +365,14 @@ pub fn openapi_json() -> String {
 )]
 struct Description;
 
-/// Lets in who may, gives the request its span, and counts its answer.
-async fn enter(Extension(peer): Extension<Peer>, request: Request, next: Next) -> Response {
+/// Gives the request its span, and counts its answer.
+async fn enter(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     // Never what the client wrote: that would be a label per client.
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
-    let span = tracing::info_span!("request", method = %request.method(), route, uid = peer.uid);
+    let span = tracing::info_span!("request", method = %request.method(), route, caller = %caller.who);
     async move {
         let began = Instant::now();
-        let response = if peer.allowed { next.run(request).await } else { ApiError::forbidden(peer.uid).into_response() };
+        let response = next.run(request).await;
         let status = response.status().as_u16();
         metrics::request(route, status);
         let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -331,32 +381,6 @@ async fn enter(Extension(peer): Extension<Peer>, request: Request, next: Next) -
     }
     .instrument(span)
     .await
-}
-
-/// Whom a node trusts beside its cluster is for its own users to say.
-async fn only_own_users(request: Request, next: Next) -> Response {
-    let is_of_node = request.extensions().get::<Forwarded>().is_some();
-    if is_of_node && request.uri().path().starts_with("/v1/trust") {
-        return ApiError::forbidden(u32::MAX).into_response();
-    }
-    next.run(request).await
-}
-
-/// In a cluster: what is asked of a machine of another node, that node answers.
-async fn elsewhere(State(app): State<App>, request: Request, next: Next) -> Response {
-    let machine = request.uri().path().strip_prefix("/v1/machines/").and_then(|rest| rest.split('/').next());
-    let machine = machine.filter(|id| *id != "kill" && request.extensions().get::<Forwarded>().is_none());
-    let (Some(machine), Ok(member)) = (machine.map(str::to_owned), app.member()) else { return next.run(request).await };
-    let looked_for = machine.clone();
-    let is_here = app.look(move |service| Ok(!matches!(service.machine(&looked_for), Err(NodeError::UnknownMachine { .. }))));
-    if is_here.await.unwrap_or(true) {
-        return next.run(request).await;
-    }
-    match member.locate(&machine).await {
-        Ok(Some(node)) => member.pass_on(node, request).await.unwrap_or_else(|error| ApiError::from(error).into_response()),
-        Ok(None) => next.run(request).await,
-        Err(error) => ApiError::from(error).into_response(),
-    }
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {

@@ -10,14 +10,16 @@ use axum::response::{IntoResponse, Response};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use types::{MemorySize, Name, Tenant};
+use types::{FullName, MemorySize};
 
+use super::audit::About;
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
 use super::images::image;
 use super::machines::us;
 use super::routes::App;
-use super::server::{Peer, Served};
+use super::server::Served;
 use super::wire::{
     BuildRequest, BuildingNow, ErrorAnswer, Ready, RemovedAnswer, StageTook, StepTook, Template, TemplatesAnswer,
 };
@@ -48,18 +50,18 @@ const DEADLINE: Duration = Duration::from_secs(600);
 )]
 pub(crate) async fn build(
     Shared(app): Shared<App>,
-    Extension(peer): Extension<Peer>,
+    Extension(caller): Extension<Caller>,
+    Extension(about): Extension<About>,
     JsonBody(request): JsonBody<BuildRequest>,
 ) -> Result<Json<Template>, ApiError> {
-    if !peer.is_owner {
-        return Err(NodeError::NotOwner { uid: peer.uid }.into());
-    }
-    let name = Name::parse(&request.name).map_err(NodeError::from)?;
-    let tenant = request.tenant.as_deref().map(str::parse::<Tenant>).transpose().map_err(NodeError::from)?.unwrap_or_default();
+    about.say(|| request.name.clone());
+    caller.check_owner()?;
+    let tenant = caller.tenant_for(request.tenant.as_deref())?.unwrap_or_default();
+    let name = FullName::parse_of(&request.name, &tenant).map_err(NodeError::from)?;
     let order = order(request)?;
     app.check_name(&name).await?;
     let built = name.clone();
-    app.act(move |service| service.build_template(&built, &order, &tenant)).await?;
+    app.act(move |service| service.build_template(&built, &order)).await?;
     app.publish(&name).await?;
     let view = app.look(move |service| service.template(&name)).await?;
     Ok(Json(template(&view)))
@@ -75,8 +77,12 @@ pub(crate) async fn build(
         (status = "5XX", description = "The store cannot be read", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<TemplatesAnswer>, ApiError> {
-    let views = app.look(|service| service.templates()).await?;
+pub(crate) async fn list(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<TemplatesAnswer>, ApiError> {
+    let mut views = app.look(|service| service.templates()).await?;
+    views.retain(|view| caller.tenant().is_none_or(|own| *own == view.name.tenant));
     Ok(Json(TemplatesAnswer { templates: views.iter().map(template).collect() }))
 }
 
@@ -91,8 +97,12 @@ pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<TemplatesAnswe
         (status = "4XX", description = "Refused", body = ErrorAnswer)
     )
 )]
-pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> Result<Json<Template>, ApiError> {
-    let name = Name::parse(&name).map_err(NodeError::from)?;
+pub(crate) async fn show(
+    Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
+    PathText(name): PathText,
+) -> Result<Json<Template>, ApiError> {
+    let name = caller.name(&name)?;
     Ok(Json(template(&app.look(move |service| service.template(&name)).await?)))
 }
 
@@ -112,10 +122,11 @@ pub(crate) async fn show(Shared(app): Shared<App>, PathText(name): PathText) -> 
 )]
 pub(crate) async fn remove(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
     forwarded: Option<Extension<Forwarded>>,
     PathText(name): PathText,
 ) -> Result<Json<RemovedAnswer>, ApiError> {
-    let name = Name::parse(&name).map_err(NodeError::from)?;
+    let name = caller.name(&name)?;
     let was_the_clusters = forwarded.is_none() && app.unpublish(&name).await?;
     let removing = name.clone();
     match app.act(move |service| service.remove_template(&removing)).await {
@@ -144,6 +155,7 @@ pub(crate) async fn remove(
 )]
 pub(crate) async fn connect(
     Shared(app): Shared<App>,
+    Extension(caller): Extension<Caller>,
     PathText(id): PathText,
     mut request: Request,
 ) -> Result<Response, ApiError> {
@@ -152,6 +164,7 @@ pub(crate) async fn connect(
     let Some(upgrade) = upgrade else {
         return Err(ApiError::bad_request(format!("the request does not ask for an upgrade to {AGENT_PROTOCOL}")));
     };
+    let id = app.machine_of(&caller, id).await?;
     let permit = app.hand_over()?;
     let guest = app.act(move |service| service.connect(&id)).await?;
     let failed = |error: std::io::Error| {

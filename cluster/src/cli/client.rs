@@ -1,9 +1,12 @@
-//! HTTP/1.1 over the node's Unix socket.
+//! HTTP/1.1 over the node's Unix socket, or over TLS with a node of a cluster.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-use axum::http::{Method, Request, Response, StatusCode, header};
+use axum::http::{Method, Request, Response, StatusCode, header, request};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::client::conn::http1::{Connection, SendRequest};
@@ -12,18 +15,73 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::{TlsConnector, rustls};
 use types::{Digest, ExitCode};
 
 use crate::api::templates::AGENT_PROTOCOL;
 use crate::api::wire::{ErrorAnswer, ErrorBody, Image, MachineAnswer};
 
-/// Asks the node on one socket. A connection per request: verbs ask once or twice.
+/// How long a node may take to answer the phone before the next one is tried.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+
+/// Asks a node. A connection per request: verbs ask once or twice.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
+    target: Target,
 }
+
+/// Where a node is.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// On this host.
+    Socket(PathBuf),
+    /// One of a cluster, over HTTPS.
+    Users(Arc<Remote>),
+}
+
+/// A cluster, as a user asks it.
+pub struct Remote {
+    /// What the user calls it.
+    pub name: String,
+    /// Its nodes: the first that answers is asked.
+    pub urls: Vec<Url>,
+    /// How they are known, and what they are shown.
+    pub tls: Arc<rustls::ClientConfig>,
+    /// Says who asks.
+    pub token: Option<String>,
+}
+
+/// `https://HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Url {
+    /// A name or an address.
+    pub host: String,
+    /// Of TCP.
+    pub port: u16,
+}
+
+/// Without the token.
+impl fmt::Debug for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Remote").field("name", &self.name).field("urls", &self.urls).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "https://{}:{}", self.host, self.port)
+    }
+}
+
+/// A connection of whichever kind.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// An answer, as it came and as it is understood.
 #[derive(Clone, Debug)]
@@ -44,10 +102,22 @@ pub enum Found {
 }
 
 impl Client {
-    /// For the node on this socket.
+    /// For a node there.
     #[must_use]
-    pub fn new(socket: PathBuf) -> Self {
-        Self { socket }
+    pub fn new(target: Target) -> Self {
+        Self { target }
+    }
+
+    /// What every request has.
+    fn request(&self, method: Method, path: &str) -> request::Builder {
+        let request = Request::builder().method(method).uri(path).header(header::HOST, "farfork");
+        match &self.target {
+            Target::Users(remote) => match &remote.token {
+                Some(token) => request.header(header::AUTHORIZATION, format!("Bearer {token}")),
+                None => request,
+            },
+            Target::Socket(_) => request,
+        }
     }
 
     /// GET.
@@ -121,8 +191,8 @@ impl Client {
     ) -> Result<(), E> {
         let (mut sender, connection) = self.connect().await?;
         tokio::spawn(connection);
-        let request = Request::builder().uri(path).header(header::HOST, "farfork").body(Full::new(Bytes::new()));
-        let response = sender.send_request(request.expect("paths are encoded")).await.map_err(ClientError::from)?;
+        let request = self.request(Method::GET, path).body(Full::new(Bytes::new()));
+        let response = sender.send_request(request.map_err(|_| ClientError::Request)?).await.map_err(ClientError::from)?;
         let status = response.status();
         let mut body = response.into_body();
         if !status.is_success() {
@@ -152,9 +222,9 @@ impl Client {
             let piece = pieces.recv().await?;
             Some((piece.map(Frame::data), pieces))
         });
-        let request = Request::builder().method(Method::PUT).uri(path).header(header::HOST, "farfork");
         let body = StreamBody::new(Box::pin(frames));
-        understood(sender.send_request(request.body(body).expect("paths are encoded")).await?).await
+        let request = self.request(Method::PUT, path).body(body).map_err(|_| ClientError::Request)?;
+        understood(sender.send_request(request).await?).await
     }
 
     /// Connects with the agent of a machine.
@@ -164,14 +234,12 @@ impl Client {
     pub async fn agent(&self, id: &str) -> Result<TokioIo<Upgraded>, ClientError> {
         let (mut sender, connection) = self.connect().await?;
         tokio::spawn(connection.with_upgrades());
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(format!("/v1/machines/{}/agent", segment(id)))
-            .header(header::HOST, "farfork")
+        let request = self
+            .request(Method::POST, &format!("/v1/machines/{}/agent", segment(id)))
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, AGENT_PROTOCOL)
             .body(Full::new(Bytes::new()))
-            .expect("paths are encoded");
+            .map_err(|_| ClientError::Request)?;
         let response = sender.send_request(request).await?;
         let status = response.status();
         if status != StatusCode::SWITCHING_PROTOCOLS {
@@ -180,26 +248,53 @@ impl Client {
         Ok(TokioIo::new(hyper::upgrade::on(response).await?))
     }
 
-    async fn connect<B>(&self) -> Result<(SendRequest<B>, Connection<TokioIo<UnixStream>, B>), ClientError>
+    async fn connect<B>(&self) -> Result<(SendRequest<B>, Connection<TokioIo<Box<dyn Stream>>, B>), ClientError>
     where
         B: Body + 'static,
         B::Data: Send,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let no_node = |source| ClientError::NoNode { socket: self.socket.clone(), source };
-        let stream = UnixStream::connect(&self.socket).await.map_err(no_node)?;
+        let stream: Box<dyn Stream> = match &self.target {
+            Target::Socket(socket) => {
+                let no_node = |source| ClientError::NoNode { socket: socket.clone(), source };
+                Box::new(UnixStream::connect(socket).await.map_err(no_node)?)
+            }
+            Target::Users(remote) => Box::new(remote.connect().await?),
+        };
         Ok(hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?)
     }
 
     async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<Answer<T>, ClientError> {
         let (mut sender, connection) = self.connect().await?;
         tokio::spawn(connection);
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, "farfork");
+        let mut request = self.request(method, path);
         if !body.is_empty() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
-        let request = request.body(Full::new(body)).expect("paths are encoded");
+        let request = request.body(Full::new(body)).map_err(|_| ClientError::Request)?;
         understood(sender.send_request(request).await?).await
+    }
+}
+
+impl Remote {
+    /// Connects with the first node that answers.
+    async fn connect(&self) -> Result<TlsStream<TcpStream>, ClientError> {
+        let mut tried = Vec::new();
+        for url in &self.urls {
+            let connecting = tokio::time::timeout(CONNECT_WITHIN, self.connect_with(url)).await;
+            match connecting.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                Ok(stream) => return Ok(stream),
+                Err(error) => tried.push(format!("{url}: {error}")),
+            }
+        }
+        Err(ClientError::NoCluster { context: self.name.clone(), tried: tried.join("; ") })
+    }
+
+    async fn connect_with(&self, url: &Url) -> io::Result<TlsStream<TcpStream>> {
+        let stream = TcpStream::connect((url.host.as_str(), url.port)).await?;
+        stream.set_nodelay(true)?;
+        let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
+        TlsConnector::from(Arc::clone(&self.tls)).connect(name, stream).await
     }
 }
 
@@ -238,6 +333,10 @@ pub(crate) fn segment(text: &str) -> String {
 pub enum ClientError {
     #[error("no node answers on {}: {source}", socket.display())]
     NoNode { socket: PathBuf, source: io::Error },
+    #[error("no node of context {context} answers: {tried}")]
+    NoCluster { context: String, tried: String },
+    #[error("the request cannot be written: its token has characters that none has")]
+    Request,
     #[error("the node broke off: {0}")]
     Lost(#[from] hyper::Error),
     #[error("the node's answer ({status}) is not understood: {source}")]
@@ -251,7 +350,8 @@ impl ClientError {
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::NoNode { .. } | Self::Lost(_) => ExitCode::Unreachable,
+            Self::NoNode { .. } | Self::NoCluster { .. } | Self::Lost(_) => ExitCode::Unreachable,
+            Self::Request => ExitCode::Usage,
             Self::Refused { status: StatusCode::BAD_REQUEST, .. } => ExitCode::Usage,
             // Another node is it that cannot be reached.
             Self::Refused { body, .. } if matches!(body.code.as_str(), "UNREACHABLE" | "NO_ANSWER") => ExitCode::Unreachable,
@@ -266,6 +366,12 @@ impl ClientError {
             |code: &str, remedy: String| ErrorBody { code: code.to_owned(), message: self.to_string(), remedy, reason: None };
         match self {
             Self::NoNode { socket, source } => body("NO_NODE", no_node_remedy(socket, source)),
+            Self::NoCluster { .. } => {
+                let remedy =
+                    "look whether its nodes run with --https, and at the context's urls and authority: `farfork context ls`";
+                body("NO_NODE", remedy.to_owned())
+            }
+            Self::Request => body("USAGE", "give the token that `farfork user add` printed".to_owned()),
             Self::Lost(_) => body("NODE_LOST", "look into the node's log; `farfork ls` shows what it did".to_owned()),
             Self::Answer { .. } => body("BAD_ANSWER", "use the same version of farfork as the node".to_owned()),
             Self::Refused { body, .. } => (**body).clone(),

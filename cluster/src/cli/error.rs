@@ -9,6 +9,7 @@ use thiserror::Error;
 use types::ExitCode as Code;
 
 use super::client::ClientError;
+use super::contexts::ContextError;
 use super::guest::{GuestError, OWN_FAILURE};
 use super::output::{Output, printable};
 use super::paths::PathError;
@@ -17,6 +18,7 @@ use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
 use crate::member;
 use crate::member::files::PlaceError;
+use crate::node::audit::AuditError;
 use crate::node::engine::{EngineError, ErrorKind};
 use crate::node::quic::JoinError;
 use crate::node::{DataError, NodeError, TrustError};
@@ -51,6 +53,12 @@ pub enum CliError {
     /// The node's place among others.
     #[error(transparent)]
     Node(#[from] NodeError),
+    /// Where to ask.
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    /// Who asked a node for what.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// Arguments that make no sense together.
     #[error("{message}")]
     Usage {
@@ -152,13 +160,14 @@ impl CliError {
             Self::NotLetIn(_) => Code::Unreachable,
             Self::Engine(EngineError { kind: ErrorKind::Host, .. }) => Code::Unreachable,
             Self::Closed => Code::Ok,
-            Self::Input { .. } | Self::Usage { .. } | Self::Rootfs(_) => Code::Usage,
+            Self::Input { .. } | Self::Usage { .. } | Self::Rootfs(_) | Self::Context(_) => Code::Usage,
             Self::Data(_)
             | Self::Socket(_)
             | Self::Engine(_)
             | Self::Join(_)
             | Self::Place(_)
             | Self::Node(_)
+            | Self::Audit(_)
             | Self::Runtime(_)
             | Self::Print(_) => Code::Refused,
             Self::Guest(_) | Self::Lost { .. } | Self::Gone { .. } | Self::Late { .. } => Code::Refused,
@@ -178,6 +187,8 @@ impl CliError {
             Self::Place(error) => ("CLUSTER", error.remedy().to_owned()),
             Self::NotLetIn(error) => ("NOT_LET_IN", error.remedy()),
             Self::Node(error) => (error.code(), error.remedy()),
+            Self::Context(error) => ("CONTEXT", error.remedy()),
+            Self::Audit(error) => ("AUDIT", error.remedy().to_owned()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),
             Self::Rootfs(error) => ("ROOTFS", error.remedy().to_owned()),

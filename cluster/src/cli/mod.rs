@@ -4,10 +4,13 @@
 //! Exit codes: 0 all was done; 2 the command line is wrong; 3 no node, or another node, can be reached; 4 refused or failed; 5 some of it was
 //! done; 130 interrupted. `exec` and `eval` exit with the guest's code, and with 125 where farfork itself failed.
 
+pub mod audit;
 pub mod branch;
 pub mod client;
 pub mod cluster;
 pub mod completions;
+pub mod context;
+pub mod contexts;
 pub mod cp;
 pub mod doctor;
 pub mod error;
@@ -29,15 +32,19 @@ pub mod rootfs;
 pub mod show;
 pub mod size;
 pub mod template;
+pub mod tree;
 pub mod trust;
+pub mod user;
 pub mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use client::Client;
+use client::{Client, Target};
+use contexts::{ContextError, Contexts};
 use error::CliError;
 use output::Output;
 
@@ -73,6 +80,16 @@ pub struct Global {
     /// The node's socket [default: $XDG_RUNTIME_DIR/farfork/farfork.sock; of root: /run/farfork/farfork.sock]
     #[arg(long, global = true, env = "FARFORK_SOCKET", value_name = "PATH", help_heading = "Options of every verb")]
     socket: Option<PathBuf>,
+    /// Ask what this name stands for (see `farfork context`) [default: the current context, if there is one]
+    #[arg(
+        long,
+        global = true,
+        env = "FARFORK_CONTEXT",
+        value_name = "NAME",
+        help_heading = "Options of every verb",
+        conflicts_with = "socket"
+    )]
+    context: Option<String>,
     /// How to print answers
     #[arg(long, global = true, value_enum, default_value_t = Output::Table, help_heading = "Options of every verb")]
     output: Output,
@@ -88,6 +105,7 @@ enum Verb {
     Cp(cp::Arguments),
     Logs(logs::Arguments),
     Ls(ls::Arguments),
+    Tree(tree::Arguments),
     Show(show::Arguments),
     Watch(watch::Arguments),
     Kill(kill::Arguments),
@@ -96,6 +114,10 @@ enum Verb {
     Cluster(cluster::Arguments),
     Explain(nodes::ExplainArguments),
     Trust(trust::Arguments),
+    User(user::Arguments),
+    Whoami(user::WhoArguments),
+    Audit(audit::Arguments),
+    Context(context::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     /// What a node starts this program as, to fork its workers from
@@ -112,12 +134,22 @@ pub(crate) struct Context {
 /// Reads the command line, does what it says, and says how that went.
 #[must_use]
 pub fn main() -> ExitCode {
-    let Arguments { global, verb } = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let Arguments { mut global, verb } = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    // What was typed counts for more than what is in the environment.
+    let is_typed = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    match (is_typed("socket"), is_typed("context")) {
+        (false, true) => global.socket = None,
+        (true, false) => global.context = None,
+        _ => {}
+    }
     let output = global.output;
     let outcome = match verb {
         Verb::Node(arguments) if arguments.verb.is_none() => node::run(&arguments, global.socket),
         Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Init(arguments) }) => cluster::init(&arguments, output),
         Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Join(arguments) }) => cluster::join(&arguments, output),
+        Verb::Context(arguments) => context::run(arguments, global.socket, output),
+        Verb::Audit(audit::Arguments { verb: audit::Verb::Verify { data } }) => audit::verify(data, output),
         Verb::Doctor(arguments) => doctor::run(&arguments, output),
         Verb::Completions(arguments) => completions::run(&arguments),
         Verb::Zygote => return vm::worker::zygote::main(),
@@ -131,8 +163,7 @@ pub fn main() -> ExitCode {
 
 /// Runs a verb that asks a node, until it is done or interrupted. What the node has begun by then it finishes.
 fn ask(verb: Verb, global: Global) -> Result<ExitCode, CliError> {
-    let socket = global.socket.map_or_else(paths::socket, Ok)?;
-    let context = Context { client: Client::new(socket), output: global.output };
+    let context = Context { client: Client::new(target(&global)?), output: global.output };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
     let verb = match verb {
         // Its signals are for the program in the guest, and its exit code is that program's.
@@ -152,11 +183,38 @@ fn ask(verb: Verb, global: Global) -> Result<ExitCode, CliError> {
     })
 }
 
+/// Whom a verb asks: what the command line names, the current context, the node of this host.
+fn target(global: &Global) -> Result<Target, CliError> {
+    if let (Some(_), Some(_)) = (&global.socket, &global.context) {
+        return Err(CliError::Usage {
+            message: "a socket and a context".to_owned(),
+            remedy: "give one of --socket and --context, or unset FARFORK_SOCKET or FARFORK_CONTEXT".to_owned(),
+        });
+    }
+    if let Some(socket) = &global.socket {
+        return Ok(Target::Socket(socket.clone()));
+    }
+    let named = match &global.context {
+        Some(name) => Some((Contexts::read()?, name.clone())),
+        // Without a place for configuration there is none.
+        None => match Contexts::read() {
+            Ok(contexts) => contexts.current.clone().map(|name| (contexts, name)),
+            Err(ContextError::Path(_)) => None,
+            Err(error) => return Err(error.into()),
+        },
+    };
+    match named {
+        Some((contexts, name)) => Ok(contexts.target(&name)?),
+        None => Ok(Target::Socket(paths::socket()?)),
+    }
+}
+
 async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
     match verb {
         Verb::Fork(arguments) => fork::run(arguments, context).await,
         Verb::Branch(arguments) => branch::run(arguments, context).await,
         Verb::Ls(arguments) => ls::run(&arguments, context).await,
+        Verb::Tree(arguments) => tree::run(&arguments, context).await,
         Verb::Show(arguments) => show::run(&arguments, context).await,
         Verb::Watch(arguments) => watch::run(arguments, context).await,
         Verb::Kill(arguments) => kill::run(arguments, context).await,
@@ -169,11 +227,21 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Image(arguments) => image::run(arguments, context).await,
         Verb::Trust(arguments) => trust::run(arguments, context).await,
         Verb::Node(node::Arguments { verb: Some(verb), .. }) => nodes::run(verb, context).await,
+        Verb::User(arguments) => user::run(arguments, context).await,
+        Verb::Whoami(_) => user::whoami(context).await,
+        Verb::Audit(audit::Arguments { verb: audit::Verb::Ls { count } }) => audit::list(count, context).await,
         Verb::Explain(arguments) => nodes::explain(&arguments, context).await,
         Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Token(arguments) }) => {
             cluster::token(&arguments, context).await
         }
-        Verb::Node(_) | Verb::Cluster(_) | Verb::Exec(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => {
+        Verb::Node(_)
+        | Verb::Cluster(_)
+        | Verb::Exec(_)
+        | Verb::Audit(_)
+        | Verb::Context(_)
+        | Verb::Doctor(_)
+        | Verb::Completions(_)
+        | Verb::Zygote => {
             unreachable!("these ask no node")
         }
     }
@@ -181,8 +249,6 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -98,6 +98,11 @@ fn open_real(arguments: &Arguments, data: &DataDirectory) -> Result<Parts, CliEr
 }
 
 impl Cluster {
+    /// What the node shows.
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     /// Takes part, from now on. Within the node's runtime.
     pub(super) async fn join(self, data: &Arc<DataDirectory>, app: &App, capacity: Resources) -> Result<(), CliError> {
         let Self { member, doors, identity, trust, client, offers, settings } = self;

@@ -15,7 +15,8 @@ use tracing_subscriber::EnvFilter;
 use super::error::CliError;
 use super::network::{self, Parts};
 use super::{nodes, paths, size};
-use crate::api::{Access, App, Limits, Socket, serve};
+use crate::api::{Access, App, Https, Limits, Socket, serve};
+use crate::node::audit::Audit;
 use crate::node::guest::network::{GuestNetwork, GuestNetworkError};
 use crate::node::{DataDirectory, NetworkSettings, NodeAddress, Service};
 
@@ -73,6 +74,15 @@ pub struct Arguments {
     /// Where a voter finds the passphrase of its cluster's authority [default: ~/.config/farfork/ca-passphrase; of root: /etc/farfork/ca-passphrase]
     #[arg(long, env = "FARFORK_CA_PASSPHRASE_FILE", value_name = "PATH", help_heading = "Cluster")]
     pub(super) ca_passphrase_file: Option<PathBuf>,
+    /// Answer users of the cluster there, over HTTPS (TCP): see `farfork user`
+    #[arg(long, value_name = "ADDRESS:PORT", help_heading = "Cluster")]
+    https: Option<SocketAddr>,
+    /// A certificate to show there instead of the node's own, which only farfork's clients know how to check (PEM, whole chain)
+    #[arg(long, value_name = "PATH", requires_all = ["https", "https_key"], help_heading = "Cluster")]
+    https_certificate: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "PATH", requires = "https_certificate", help_heading = "Cluster")]
+    https_key: Option<PathBuf>,
     /// Fetch only what children touch: images never settle
     #[arg(long, hide = true)]
     no_stream: bool,
@@ -123,20 +133,34 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
     let listening = network.as_ref().and_then(|network| network.listening);
     let service = Service::start(engine, network);
     let app = App::new(Arc::clone(&service), data.node(), Limits::default());
+    app.write_down(Audit::open(data.path())?);
+    if arguments.https.is_some() && cluster.is_none() {
+        return Err(CliError::Usage {
+            message: "only a node of a cluster answers over HTTPS: users are its cluster's".to_owned(),
+            remedy: "begin a cluster first: farfork cluster init".to_owned(),
+        });
+    }
     let access = Access::of_this_process(arguments.allow_uid.iter().copied());
     let served = runtime.block_on(async {
         let stop = Stop::listen().map_err(CliError::Runtime)?;
         #[cfg(feature = "testing")]
         testing::listen().map_err(CliError::Runtime)?;
         let others = let_others_in(app.clone()).map_err(CliError::Runtime)?;
+        let mut https = None;
         if let Some(cluster) = cluster {
+            https = arguments.https.map(|address| arguments.https(address, cluster.identity())).transpose()?;
             cluster.join(&data, &app, network::capacity(arguments.machine_memory)).await?;
+        }
+        if let Some(https) = &https {
+            let address = https.address().map_err(CliError::Runtime)?;
+            tracing::info!(%address, "answering users over HTTPS");
+            app.answers_users_at(address);
         }
         if let Some(listening) = listening {
             tracing::info!(%listening, "listening for other nodes");
         }
         tracing::info!(socket = %socket.path().display(), data = %data.path().display(), node = %data.node(), "ready");
-        let served = serve(socket, service, app, access, stop.first()).await;
+        let served = serve(socket, https, service, app, access, stop.first()).await;
         others.stop().await;
         served.map_err(CliError::Runtime)
     });
@@ -148,6 +172,21 @@ pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<Exit
 }
 
 impl Arguments {
+    fn https(&self, address: SocketAddr, identity: &pages::Identity) -> Result<Https, CliError> {
+        let shown = match (&self.https_certificate, &self.https_key) {
+            (Some(certificate), Some(key)) => Some(super::contexts::shown(certificate, key)?),
+            _ => None,
+        };
+        let tls = pages::https::server(identity, shown.as_ref()).map_err(|error| CliError::Usage {
+            message: error.to_string(),
+            remedy: "give PEM files of a certificate and its own key".to_owned(),
+        })?;
+        Https::bind(address, tls).map_err(|error| CliError::Usage {
+            message: format!("{address} cannot be listened on: {error}"),
+            remedy: "give another address or port with --https".to_owned(),
+        })
+    }
+
     pub(super) fn network_settings(&self) -> NetworkSettings {
         NetworkSettings {
             listen: self.listen,

@@ -48,6 +48,18 @@ pub fn configuration() -> Result<PathBuf, PathError> {
     Ok(directory.ok_or(PathError::NoConfiguration)?.join("farfork"))
 }
 
+/// Where a user's contexts are.
+///
+/// # Errors
+/// [`PathError::NoConfiguration`] for a user without a place for them.
+pub fn contexts() -> Result<PathBuf, PathError> {
+    if let Some(named) = variable("FARFORK_CONFIG") {
+        return Ok(named);
+    }
+    let directory = variable("XDG_CONFIG_HOME").or_else(|| Some(variable("HOME")?.join(".config")));
+    Ok(directory.ok_or(PathError::NoConfiguration)?.join("farfork/config.toml"))
+}
+
 /// Where `make guest` leaves what Linux guests are made of.
 ///
 /// # Errors

@@ -64,6 +64,21 @@ pub fn duration(text: &str) -> Result<Duration, DurationError> {
     duration.filter(|duration| !duration.is_zero() && *duration <= MAX).ok_or_else(error)
 }
 
+/// Reads `12h`, `30d` too, up to ten years.
+///
+/// # Errors
+/// [`DurationError`].
+pub fn long_duration(text: &str) -> Result<Duration, DurationError> {
+    const HOURS_MAX: u64 = 10 * 365 * 24;
+    let hours = match (text.strip_suffix('h'), text.strip_suffix('d')) {
+        (Some(hours), _) => hours.parse().ok(),
+        (_, Some(days)) => days.parse::<u64>().ok().and_then(|days| days.checked_mul(24)),
+        _ => return duration(text),
+    };
+    let hours = hours.filter(|hours| (1..=HOURS_MAX).contains(hours));
+    hours.map(Duration::from_hours).ok_or_else(|| DurationError { given: shortened(text) })
+}
+
 /// How long ago that was: `3s`, `12m`, `5h`, `9d`.
 #[must_use]
 pub fn age(unix_ms: u64, now: SystemTime) -> String {
@@ -147,6 +162,16 @@ mod tests {
         for bad in ["", "s", "30", "0s", "-1s", "1.5s", "30 s", "1441m", "1h", "99999999999999999999s", "18446744073709551615m"]
         {
             assert!(duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn long_durations_have_hours_and_days() {
+        assert_eq!(long_duration("30d"), Ok(Duration::from_secs(30 * 86_400)));
+        assert_eq!(long_duration("12h"), Ok(Duration::from_secs(12 * 3_600)));
+        assert_eq!(long_duration("30s"), Ok(Duration::from_secs(30)));
+        for bad in ["0d", "h", "-1h", "3651d", "99999999999999999999d", "1w"] {
+            assert!(long_duration(bad).is_err(), "{bad:?}");
         }
     }
 

@@ -10,13 +10,13 @@ use control::State;
 use control::command::{Answer, Command};
 use control::reconcile::{Action, Observed, Seen, reconcile};
 use control::state::{ImageFacts, ImageKey, Life, Resources};
-use types::{CpuProfile, Epoch, NodeId};
+use types::{CpuProfile, Epoch, FullName, NodeId};
 
 use super::{EACH_CPU_MILLIS, Membership, join};
 use crate::api::App;
 use crate::node::DataDirectory;
 use crate::node::quic::CERTIFICATE;
-use crate::node::service::HeldImage;
+use crate::node::service::{HeldImage, expected_dirty};
 use crate::raft::{DiskError, Standing};
 
 /// How often a node looks, if nothing happens.
@@ -30,9 +30,6 @@ const RENEW_BEFORE: Duration = Duration::from_hours(30 * 24);
 const RENEW_TRY_EVERY: Duration = Duration::from_mins(10);
 /// The record of the last start.
 const INCARNATION: &str = "incarnation";
-/// A machine is expected to write so much of its image's size, and no less than the least.
-const DIRTY_SHARE: u64 = 4;
-const DIRTY_LEAST: u64 = 1 << 20;
 
 /// What a node knows besides what the state says.
 pub struct Agent {
@@ -62,8 +59,8 @@ pub fn facts_of(image: &HeldImage, profile: &CpuProfile) -> ImageFacts {
     ImageFacts {
         profile: profile.clone(),
         data_bytes: image.data_bytes,
-        working_set_bytes: image.data_bytes / DIRTY_SHARE,
-        dirty_bytes: (image.data_bytes / DIRTY_SHARE).max(DIRTY_LEAST),
+        working_set_bytes: expected_dirty(image.data_bytes),
+        dirty_bytes: expected_dirty(image.data_bytes),
     }
 }
 
@@ -214,10 +211,12 @@ impl Agent {
         if known.is_none_or(|node| node.incarnation != incarnation || node.life == Life::Lost) {
             return;
         }
-        let (Some(held), Ok(local)) = (self.held().await, self.app.look(|service| Ok(service.running_and_limits())).await)
-        else {
+        let (Some(held), Ok(local)) = (self.held().await, self.app.look(|service| Ok(service.taken())).await) else {
             return;
         };
+        let (machines, memory_bytes) = local;
+        let local = Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines };
+        self.member.tend_lease(&state, local).await;
         let observed = self.observed(&state, &held, local);
         for action in reconcile(&state, self.member.node, &observed) {
             self.carry_out(action, &state, &held).await;
@@ -235,7 +234,7 @@ impl Agent {
         }
     }
 
-    fn observed(&self, state: &State, held: &[HeldImage], (machines, memory_bytes): (u64, u64)) -> Observed {
+    fn observed(&self, state: &State, held: &[HeldImage], local: Resources) -> Observed {
         let mut inner = self.lock();
         let is_ours = |key: &ImageKey| state.images.get(key).is_some_and(|image| image.holders.contains_key(&self.member.node));
         let is_in_force = |(key, epoch): &(ImageKey, Epoch)| {
@@ -256,7 +255,7 @@ impl Agent {
             images: images.collect(),
             failed: inner.failed.clone(),
             tasks: BTreeMap::new(),
-            local: Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines },
+            local,
         }
     }
 
@@ -323,7 +322,7 @@ impl Agent {
                 if is_there || !tried.insert((key.clone(), incarnation)) {
                     continue;
                 }
-                let (wanted, named) = (key.clone(), name.clone());
+                let (wanted, named) = (key.clone(), FullName { tenant: tenant.clone(), name: name.clone() });
                 let image = match self.app.act(move |service| service.stored_image(&named, &wanted)).await {
                     Ok(Some(image)) => image,
                     // It is not in this store, or the name is another image's here.

@@ -4,7 +4,7 @@ use axum::http::Method;
 use control::command::Command;
 use control::place::{Plan, Verdict, Wanted, plan};
 use control::state::{Holder, ImageKey, Resources, Spread, State};
-use types::{Digest, Name, NodeId, Tenant};
+use types::{Digest, FullName, NodeId};
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -20,8 +20,8 @@ type Part = Result<ForkAnswer, ErrorBody>;
 impl Membership {
     /// The image that a template of the cluster points at.
     #[must_use]
-    pub fn template(state: &State, tenant: &Tenant, name: &Name) -> Option<Digest> {
-        state.templates.get(&(tenant.clone(), name.clone())).copied()
+    pub fn template(state: &State, name: &FullName) -> Option<Digest> {
+        state.templates.get(&(name.tenant.clone(), name.name.clone())).copied()
     }
 
     /// Where so many machines of an image would run, and why.
@@ -76,7 +76,7 @@ impl Membership {
             return machines::fork_here(app, request).await.map_err(|error| error.body());
         }
         let within = elsewhere_deadline(request.count);
-        let asking = self.ask_json::<ForkAnswer>(node, Method::POST, "/v1/forks", Some(&request));
+        let asking = self.ask_json::<ForkAnswer>(node, None, Method::POST, "/v1/forks", Some(&request));
         let late = || ClusterError::NoAnswer { node, detail: format!("not within {within:?}") };
         match tokio::time::timeout(within, asking).await.unwrap_or_else(|_| Err(late())) {
             Ok(Ok(answer)) => Ok(answer),

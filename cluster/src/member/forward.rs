@@ -25,6 +25,7 @@ use tower::ServiceExt;
 use types::NodeId;
 
 use super::{ClusterError, Membership};
+use crate::api::caller::{CALLER, Caller};
 use control::state::Life;
 
 /// ALPN of requests between nodes.
@@ -67,8 +68,8 @@ impl Streams for LateApi {
         Box::pin(async move {
             let Some((runtime, router)) = api else { return };
             let forwarded = Forwarded { node: peer.node, is_voter: peer.role == Role::Voter };
-            let caller = crate::api::Peer::of_node();
             let handler = service_fn(move |mut request: Request<Incoming>| {
+                let caller = Caller::of_node(forwarded.node, request.headers().get(CALLER));
                 request.extensions_mut().insert(forwarded);
                 request.extensions_mut().insert(caller);
                 router.clone().oneshot(request)
@@ -87,11 +88,23 @@ impl Streams for LateApi {
 }
 
 impl Membership {
-    /// Passes a request on to a node. An upgrade that it asks for goes through.
+    /// Passes a caller's request on to a node. An upgrade that it asks for goes through.
     ///
     /// # Errors
     /// [`ClusterError`] if that node cannot be asked.
-    pub async fn pass_on(&self, node: NodeId, mut request: Request<Body>) -> Result<Response<Body>, ClusterError> {
+    pub async fn pass_on(
+        &self,
+        node: NodeId,
+        caller: &Caller,
+        mut request: Request<Body>,
+    ) -> Result<Response<Body>, ClusterError> {
+        request.headers_mut().insert(CALLER, caller.header());
+        // What shows who it is is for this node alone.
+        request.headers_mut().remove(header::AUTHORIZATION);
+        self.send(node, request).await
+    }
+
+    async fn send(&self, node: NodeId, mut request: Request<Body>) -> Result<Response<Body>, ClusterError> {
         let away = |detail: String| ClusterError::NodeAway { node, detail };
         let upgrade = request.extensions_mut().remove::<OnUpgrade>();
         request.headers_mut().insert(header::HOST, header::HeaderValue::from_static("farfork"));
@@ -118,19 +131,24 @@ impl Membership {
         Ok(response.map(Body::new))
     }
 
-    /// Asks a node, and reads its answer.
+    /// Asks a node, for a caller or for this node itself, and reads its answer.
     ///
     /// # Errors
     /// [`ClusterError`] if there is none.
     pub async fn ask_node(
         &self,
         node: NodeId,
+        caller: Option<&Caller>,
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<(StatusCode, Bytes), ClusterError> {
-        let request = Request::builder().method(method).uri(path).body(Body::from(body.unwrap_or_default()));
-        let response = self.pass_on(node, request.expect("paths are encoded")).await?;
+        let mut request = Request::builder().method(method).uri(path);
+        if let Some(caller) = caller {
+            request = request.header(CALLER, caller.header());
+        }
+        let request = request.body(Body::from(body.unwrap_or_default())).expect("paths are encoded");
+        let response = self.send(node, request).await?;
         let status = response.status();
         let body = http_body_util::Limited::new(response.into_body(), ANSWER_BYTES_MAX);
         let body = body.collect().await.map_err(|error| ClusterError::NoAnswer { node, detail: error.to_string() })?;
@@ -144,12 +162,13 @@ impl Membership {
     pub async fn ask_json<T: DeserializeOwned>(
         &self,
         node: NodeId,
+        caller: Option<&Caller>,
         method: Method,
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Result<T, (StatusCode, Bytes)>, ClusterError> {
         let body = body.map(|body| serde_json::to_vec(body).expect("requests are maps with text keys"));
-        let (status, bytes) = self.ask_node(node, method, path, body).await?;
+        let (status, bytes) = self.ask_node(node, caller, method, path, body).await?;
         if !status.is_success() {
             return Ok(Err((status, bytes)));
         }
@@ -165,16 +184,17 @@ impl Membership {
         others.map(|(id, _)| *id).collect()
     }
 
-    /// Which other node has this machine; `None`: none that answers.
+    /// Which other node has this machine of a caller's; `None`: none that answers.
     ///
     /// # Errors
     /// [`ClusterError::AmbiguousMachine`] if several do.
-    pub async fn locate(&self, machine: &str) -> Result<Option<NodeId>, ClusterError> {
+    pub async fn locate(&self, machine: &str, caller: &Caller) -> Result<Option<NodeId>, ClusterError> {
         let path = format!("/v1/machines/{}", crate::cli::client::segment(machine));
         let looks = self.others().into_iter().map(|node| {
             let path = path.clone();
             async move {
-                let asked = tokio::time::timeout(LOCATE_WITHIN, self.ask_node(node, Method::GET, &path, None)).await;
+                let asked =
+                    tokio::time::timeout(LOCATE_WITHIN, self.ask_node(node, Some(caller), Method::GET, &path, None)).await;
                 let has_it = matches!(asked, Ok(Ok((status, _))) if status.is_success() || status == StatusCode::CONFLICT);
                 has_it.then_some(node)
             }

@@ -8,9 +8,11 @@
 //! | [`carrier`] | messages between members of the consensus |
 //! | [`agent`] | has this node become what the state says |
 //! | [`fork`] | forks that the cluster places |
+//! | [`capacity`] | what this node may start without asking |
 //! | [`forward`] | requests that another node answers |
 
 pub mod agent;
+mod capacity;
 pub mod carrier;
 pub mod files;
 pub mod fork;
@@ -31,7 +33,7 @@ use pages::server::{Handler, Service as Served};
 use pages::{Authority, Client, Identity, Trust, join as door};
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
-use types::{Digest, Name, NodeId, Tenant};
+use types::{Digest, FullName, Name, NodeId, Tenant};
 use uuid::Uuid;
 
 use crate::node::quic::Late;
@@ -67,6 +69,7 @@ pub struct Membership {
     disk: Disk,
     labels: BTreeMap<String, String>,
     ways: forward::Ways,
+    purse: capacity::Purse,
 }
 
 /// Why the cluster does not do what it was asked.
@@ -98,7 +101,7 @@ pub enum ClusterError {
     #[error("node {0} has the only vote")]
     LastVote(NodeId),
     #[error("the cluster has a template called {0}")]
-    NameTaken(Name),
+    NameTaken(FullName),
 }
 
 impl ClusterError {
@@ -234,6 +237,7 @@ impl Membership {
             disk,
             labels,
             ways: forward::Ways::default(),
+            purse: capacity::Purse::default(),
         });
         doors.raft.set(Arc::new(carrier::ToMember(consensus)));
         doors.join.set(Arc::new(join::Doorkeeper(Arc::clone(&membership))));
@@ -262,6 +266,12 @@ impl Membership {
     #[must_use]
     pub fn name(&self) -> &Name {
         &self.name
+    }
+
+    /// The digest of its cluster's authority.
+    #[must_use]
+    pub fn authority_digest(&self) -> Digest {
+        self.root.fingerprint().0
     }
 
     /// The state, linearizable.
@@ -335,7 +345,8 @@ impl Membership {
     ///
     /// # Errors
     /// [`ClusterError`].
-    pub async fn publish(&self, tenant: &Tenant, name: &Name, digest: Digest, facts: ImageFacts) -> Result<(), ClusterError> {
+    pub async fn publish(&self, name: &FullName, digest: Digest, facts: ImageFacts) -> Result<(), ClusterError> {
+        let FullName { tenant, name } = name;
         let key = ImageKey { tenant: tenant.clone(), digest };
         let incarnation = self.consensus.stale().nodes.get(&self.node).map_or(0, |node| node.incarnation);
         self.propose(None, Command::AddImage { key, facts, node: self.node, incarnation }).await?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::{CpuProfile, Digest, ImageId, MachineId, Name, NodeId, Reason, Tenant};
+use types::{CpuProfile, Digest, FullName, ImageId, MachineId, NodeId, Reason, Tenant};
 use vm::Class;
 
 use super::guest::network::Link;
@@ -137,27 +137,27 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`]; the store is as it was.
-    fn save(&self, image: ImageId, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+    fn save(&self, image: ImageId, name: &FullName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
 
-    /// Loads a saved image, verified, for the default tenant.
+    /// Loads a saved image, verified, for the tenant of the name.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is loaded.
-    fn load(&self, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
+    fn load(&self, name: &FullName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError>;
 
     /// The file of a saved image, to read: all that it takes to import it elsewhere, verified there.
     ///
     /// # Errors
     /// [`EngineError`].
-    fn export(&self, _name: &Name) -> Result<File, EngineError> {
+    fn export(&self, _name: &FullName) -> Result<File, EngineError> {
         Err(no_guests())
     }
 
-    /// Saves what `export` gave elsewhere under a name, and loads it, verified, for this tenant.
+    /// Saves what `export` gave elsewhere under a name, and loads it, verified, for the tenant of the name.
     ///
     /// # Errors
     /// [`EngineError`], of kind [`ErrorKind::BadImage`] if it is damaged or cannot run here; the store is as it was.
-    fn import(&self, _name: &Name, _archive: &mut dyn Read, _tenant: &Tenant) -> Result<ImageFacts, EngineError> {
+    fn import(&self, _name: &FullName, _archive: &mut dyn Read) -> Result<ImageFacts, EngineError> {
         Err(no_guests())
     }
 
@@ -165,7 +165,7 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`] of kind [`ErrorKind::Store`].
-    fn stored(&self) -> Result<Vec<(Name, u64)>, EngineError>;
+    fn stored(&self) -> Result<Vec<(FullName, u64)>, EngineError>;
 
     /// Forgets an image. Machines that were forked from it go on; its memory is given back with the last of them.
     ///
@@ -177,7 +177,7 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError`].
-    fn delete(&self, name: &Name) -> Result<(), EngineError>;
+    fn delete(&self, name: &FullName) -> Result<(), EngineError>;
 
     /// The CPU as guests see it here: what images can run.
     fn cpu(&self) -> CpuProfile;

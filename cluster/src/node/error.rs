@@ -50,8 +50,8 @@ pub enum NodeError {
     UnknownTemplate { name: String },
     #[error("machine {id} has not been told who it is yet, or has no agent")]
     NotReady { id: String },
-    #[error("user {uid} may not have the node read or keep files")]
-    NotOwner { uid: u32 },
+    #[error("{who} may not have the node read or keep files")]
+    NotOwner { who: String },
     #[error("{given} could be {}", candidates.join(", "))]
     Ambiguous { given: String, candidates: Vec<String> },
     #[error("machine {id} has ended: {reason} ({detail})")]

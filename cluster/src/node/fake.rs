@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use types::{CpuProfile, Digest, ImageId, MachineId, Name, Reason, Tenant};
+use types::{CpuProfile, Digest, FullName, ImageId, MachineId, Reason, Tenant};
 use uuid::Uuid;
 use vm::Class;
 
@@ -58,7 +58,7 @@ struct State {
     machines: HashMap<MachineId, (ImageId, Option<Ended>)>,
     images: HashMap<ImageId, ImageFacts>,
     opened: HashMap<ImageId, Opened>,
-    store: BTreeMap<Name, ImageFacts>,
+    store: BTreeMap<FullName, ImageFacts>,
     say: Sender<(MachineId, Ended)>,
     stopped: bool,
 }
@@ -320,7 +320,7 @@ impl Engine for FakeEngine {
         self.lock().images.get(&image).cloned().ok_or_else(|| unknown_image(&image))
     }
 
-    fn save(&self, image: ImageId, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+    fn save(&self, image: ImageId, name: &FullName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let mut state = self.lock();
         if self.options.store_full {
             return Err(error(ErrorKind::StoreFull, "the store has no room"));
@@ -336,7 +336,7 @@ impl Engine for FakeEngine {
         Ok(facts)
     }
 
-    fn load(&self, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+    fn load(&self, name: &FullName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let mut state = self.lock();
         let saved = state.store.get(name).cloned().ok_or_else(|| unknown_image(name))?;
         progress(saved.stored_bytes, saved.stored_bytes);
@@ -345,7 +345,7 @@ impl Engine for FakeEngine {
         Ok(facts)
     }
 
-    fn stored(&self) -> Result<Vec<(Name, u64)>, EngineError> {
+    fn stored(&self) -> Result<Vec<(FullName, u64)>, EngineError> {
         Ok(self.lock().store.iter().map(|(name, facts)| (name.clone(), facts.stored_bytes)).collect())
     }
 
@@ -353,7 +353,7 @@ impl Engine for FakeEngine {
         self.lock().images.remove(&image).map(|_| ()).ok_or_else(|| unknown_image(&image))
     }
 
-    fn delete(&self, name: &Name) -> Result<(), EngineError> {
+    fn delete(&self, name: &FullName) -> Result<(), EngineError> {
         self.lock().store.remove(name).map(|_| ()).ok_or_else(|| unknown_image(name))
     }
 

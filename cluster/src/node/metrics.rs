@@ -24,6 +24,7 @@ const ENDS: &str = "farfork_ends_total";
 const REQUESTS: &str = "farfork_api_requests_total";
 const REFUSED_PEERS: &str = "farfork_api_refused_peers_total";
 const CONNECTIONS: &str = "farfork_api_connections";
+const USER_CONNECTIONS: &str = "farfork_api_user_connections";
 const MACHINES: &str = "farfork_machines";
 const IMAGES: &str = "farfork_images";
 const SHELLS: &str = "farfork_shells";
@@ -118,9 +119,14 @@ pub(crate) fn refused_peer() {
     counter!(REFUSED_PEERS).increment(1);
 }
 
-/// A connection was opened or closed.
+/// A connection to the socket was opened or closed.
 pub(crate) fn connections(now: usize) {
     gauge!(CONNECTIONS).set(as_f64(now));
+}
+
+/// A connection over HTTPS was opened or closed.
+pub(crate) fn user_connections(now: usize) {
+    gauge!(USER_CONNECTIONS).set(as_f64(now));
 }
 
 /// How the time of one fault on memory that another node has was spent, in this order.
@@ -280,7 +286,8 @@ fn describe() {
     describe_counter!(ENDS, "Machines that ended, by reason");
     describe_counter!(REQUESTS, "Requests answered, by the route that they matched and the status");
     describe_counter!(REFUSED_PEERS, "Connections of users who may not use this node");
-    describe_gauge!(CONNECTIONS, "Connections being served");
+    describe_gauge!(CONNECTIONS, "Connections to the socket being served");
+    describe_gauge!(USER_CONNECTIONS, "Connections over HTTPS being served");
     describe_gauge!(MACHINES, "Machines that run, and that ended and are remembered");
     describe_gauge!(IMAGES, "Images in memory");
     describe_gauge!(SHELLS, "Shells of all classes: ready, being built, wanted");

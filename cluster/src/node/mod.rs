@@ -6,10 +6,11 @@
 //!          so many                  ▲
 //!                     reaper ───────┘          hears from the engine which machines ended by themselves
 //!                   service ──▶ network      trust: which nodes are let in; peers: a seam, to ask them
-//!  data: the directory that is this node's alone
+//!  data: the directory that is this node's alone; audit: who asked for what
 //! ```
 
 pub mod address;
+pub mod audit;
 pub mod calls;
 pub mod data;
 pub mod engine;

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use types::{Digest, ImageId, MachineId, Name, Reason};
+use types::{Digest, FullName, ImageId, MachineId, Reason, Tenant};
 use uuid::Uuid;
 
 use super::engine::{Ended, Forked, Guest, ImageFacts};
@@ -47,12 +47,16 @@ pub struct Machine {
     pub forked: Forked,
     /// What it was forked from.
     pub image: ImageId,
+    /// Whose it is: its image's.
+    pub tenant: Tenant,
     /// The machine that the image was frozen from, if it was one of this node's.
     pub parent: Option<MachineId>,
     /// When it was forked.
     pub created: SystemTime,
     /// The most memory of its own in bytes.
     pub limit_bytes: Option<u64>,
+    /// How much of its own it is counted as, in bytes.
+    pub claim_bytes: u64,
     /// Pages that it has proved to be its image's.
     pub verified_pages: Option<u64>,
     /// What it reported when it was told who it is: a Linux guest.
@@ -87,7 +91,7 @@ pub struct Image {
     /// Where it comes from.
     pub origin: Origin,
     /// Its name in the store, if it was saved or loaded.
-    pub name: Option<Name>,
+    pub name: Option<FullName>,
     /// When it was made or loaded.
     pub created: SystemTime,
     /// How long the stages of building it took, if it was built here as a template.
@@ -164,11 +168,12 @@ impl Registry {
         inner.claim(id).ok_or_else(|| inner.has_ended(id))
     }
 
-    /// As [`Registry::claim`], of all machines that run.
+    /// As [`Registry::claim`], of all machines that run: of one tenant, or of all.
     #[must_use]
-    pub fn claim_all(&self) -> Vec<MachineId> {
+    pub fn claim_all(&self, tenant: Option<&Tenant>) -> Vec<MachineId> {
         let mut inner = self.lock();
-        let ids: Vec<MachineId> = inner.machines.keys().copied().collect();
+        let of = inner.machines.values().filter(|machine| tenant.is_none_or(|tenant| machine.tenant == *tenant));
+        let ids: Vec<MachineId> = of.map(|machine| machine.forked.id).collect();
         ids.into_iter().filter_map(|id| inner.claim(id)).collect()
     }
 
@@ -208,6 +213,14 @@ impl Registry {
         if let Some(machine) = self.lock().machines.get_mut(&id) {
             machine.verified_pages = Some(pages);
         }
+    }
+
+    /// Which machine is meant: of one tenant's, or of all.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn machine_id(&self, given: &str, tenant: Option<&Tenant>) -> Result<MachineId, NodeError> {
+        self.lock().machine_of(given, tenant)
     }
 
     /// One machine by its id or the end of it.
@@ -252,7 +265,7 @@ impl Registry {
     }
 
     /// An image has been saved.
-    pub fn saved_image(&self, facts: ImageFacts, name: Name) {
+    pub fn saved_image(&self, facts: ImageFacts, name: FullName) {
         if let Some(image) = self.lock().images.get_mut(&facts.id) {
             image.facts = facts;
             image.name = Some(name);
@@ -265,7 +278,7 @@ impl Registry {
     }
 
     /// A name is gone from the store.
-    pub fn remove_name(&self, name: &Name) {
+    pub fn remove_name(&self, name: &FullName) {
         for image in self.lock().images.values_mut().filter(|image| image.name.as_ref() == Some(name)) {
             image.name = None;
         }
@@ -281,9 +294,26 @@ impl Registry {
             let image = inner.images.values().find(|image| image.facts.digest == Some(digest));
             return image.cloned().ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() });
         }
-        let id = resolve(given, &inner.images, ImageId::as_uuid, ImageId::from_uuid)?;
+        let id = resolve(given, &inner.images, |_| true, ImageId::as_uuid, ImageId::from_uuid)?;
         let image = id.and_then(|id| inner.images.get(&id));
         image.cloned().ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })
+    }
+
+    /// Which image is meant: of one tenant's, or of all.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn image_id(&self, given: &str, tenant: Option<&Tenant>) -> Result<ImageId, NodeError> {
+        let inner = self.lock();
+        let is_of = |image: &Image| tenant.is_none_or(|tenant| image.facts.tenant == *tenant);
+        let id = match given.parse::<Digest>() {
+            Ok(digest) => {
+                let mut images = inner.images.values().filter(|image| is_of(image));
+                images.find(|image| image.facts.digest == Some(digest)).map(|image| image.facts.id)
+            }
+            Err(_) => resolve(given, &inner.images, is_of, ImageId::as_uuid, ImageId::from_uuid)?,
+        };
+        id.ok_or_else(|| NodeError::UnknownImage { id: given.to_owned() })
     }
 
     /// All images, oldest first.
@@ -292,11 +322,12 @@ impl Registry {
         self.lock().images.values().cloned().collect()
     }
 
-    /// The limit of each machine that runs.
-    pub fn running_limits(&self) -> impl Iterator<Item = Option<u64>> {
+    /// How many machines run, and what they are counted as together, in bytes.
+    #[must_use]
+    pub fn taken(&self) -> (u64, u64) {
         let inner = self.lock();
         let running = inner.machines.values().filter(|machine| !matches!(machine.state, MachineState::Ended { .. }));
-        running.map(|machine| machine.limit_bytes).collect::<Vec<_>>().into_iter()
+        running.fold((0, 0), |(machines, bytes), machine| (machines + 1, bytes + machine.claim_bytes))
     }
 
     /// How many there are.
@@ -314,7 +345,12 @@ impl Registry {
 
 impl Inner {
     fn machine_id(&self, given: &str) -> Result<MachineId, NodeError> {
-        let id = resolve(given, &self.machines, MachineId::as_uuid, MachineId::from_uuid)?;
+        self.machine_of(given, None)
+    }
+
+    fn machine_of(&self, given: &str, tenant: Option<&Tenant>) -> Result<MachineId, NodeError> {
+        let is_of = |machine: &Machine| tenant.is_none_or(|tenant| machine.tenant == *tenant);
+        let id = resolve(given, &self.machines, is_of, MachineId::as_uuid, MachineId::from_uuid)?;
         id.ok_or_else(|| NodeError::UnknownMachine { id: given.to_owned() })
     }
 
@@ -336,10 +372,11 @@ impl Inner {
     }
 }
 
-/// Which key of `map` is meant, if there is one. An id that is given in full is looked up, an end is searched for.
+/// Which key of `map` is meant, if there is one among those that are the caller's. An id that is given in full is looked up, an end is searched for.
 fn resolve<K: Copy + Ord, V>(
     given: &str,
     map: &BTreeMap<K, V>,
+    is_callers: impl Fn(&V) -> bool,
     uuid: fn(&K) -> &Uuid,
     key: fn(Uuid) -> K,
 ) -> Result<Option<K>, NodeError> {
@@ -347,9 +384,10 @@ fn resolve<K: Copy + Ord, V>(
     const LISTED_MAX: usize = 8;
     let short = ShortId::parse(given)?;
     if let Some(full) = short.full() {
-        return Ok(Some(key(full)).filter(|key| map.contains_key(key)));
+        return Ok(Some(key(full)).filter(|key| map.get(key).is_some_and(&is_callers)));
     }
-    let candidates: Vec<K> = map.keys().filter(|key| short.matches(uuid(key))).take(LISTED_MAX).copied().collect();
+    let callers = map.iter().filter(|(key, value)| short.matches(uuid(key)) && is_callers(value));
+    let candidates: Vec<K> = callers.map(|(key, _)| *key).take(LISTED_MAX).collect();
     match candidates.as_slice() {
         [] => Ok(None),
         [key] => Ok(Some(*key)),
@@ -372,9 +410,11 @@ mod tests {
         Machine {
             forked: Forked { id, first: Default::default(), stages: Default::default(), had_shell: true },
             image: ImageId::from_uuid(Uuid::nil()),
+            tenant: Tenant::default_tenant(),
             parent: None,
             created: SystemTime::now(),
             limit_bytes: None,
+            claim_bytes: 1 << 20,
             verified_pages: None,
             readiness: None,
             state: MachineState::Running,
@@ -405,7 +445,7 @@ mod tests {
         assert!(matches!(registry.claim(&full), Err(NodeError::Ended { reason: Reason::Killed, .. })));
         assert!(!registry.says_ended(id(0xABCD_1234), &by_itself()));
         registry.give_back(id(0xABCD_1234));
-        assert_eq!(registry.claim_all(), [id(0xABCD_1234)]);
+        assert_eq!(registry.claim_all(None), [id(0xABCD_1234)]);
         registry.ended(id(0xABCD_1234), by_itself(), Arc::from([]));
         assert!(matches!(registry.running_machine(&full), Err(NodeError::Ended { reason: Reason::GuestShutdown, .. })));
         assert_eq!(registry.counts(), Counts { running: 0, ended: 1, images: 0 });

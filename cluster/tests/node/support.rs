@@ -182,7 +182,7 @@ impl InProcess {
         let service = Service::start(engine, None);
         let app = App::new(Arc::clone(&service), uuid::Uuid::nil(), limits);
         let bound = Socket::bind(&socket).unwrap();
-        runtime.spawn(serve(bound, service, app, Access::of_this_process([]), std::future::pending()));
+        runtime.spawn(serve(bound, None, service, app, Access::of_this_process([]), std::future::pending()));
         Self { socket, _directory: directory, _runtime: runtime }
     }
 }

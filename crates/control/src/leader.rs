@@ -55,7 +55,8 @@ pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
     }
     let running = state.jobs.iter().filter(|(_, job)| job.ended.is_none());
     commands.extend(running.filter_map(|(id, job)| place(state, *id, job).or_else(|| make_room(state, job))));
-    if commands.is_empty() && now - state.time >= NOTE_EVERY && waits_for_time(state) {
+    let is_over = state.users.values().any(|user| user.until.is_some_and(|until| until <= now));
+    if commands.is_empty() && (is_over || now - state.time >= NOTE_EVERY && waits_for_time(state)) {
         commands.push(Command::Note);
     }
     commands

@@ -139,7 +139,7 @@ pub(crate) fn server_config(
 ) -> Result<quinn::ServerConfig, StartError> {
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Pinned::new(trust.clone(), provider(), admits_strangers))
+        .with_client_cert_verifier(Pinned::verifier(trust.clone(), admits_strangers))
         .with_cert_resolver(identity.shown());
     tls.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     // A resumed session would not be verified again, whoever is trusted by then.
@@ -167,7 +167,7 @@ pub(crate) fn client_config(
     alpn: &[u8],
     tuning: &Tuning,
 ) -> Result<quinn::ClientConfig, StartError> {
-    client_config_with(identity, Pinned::new(trust.clone(), provider(), false), alpn, tuning)
+    client_config_with(identity, Pinned::verifier(trust.clone(), false), alpn, tuning)
 }
 
 /// The same, with something else that says which servers are good.

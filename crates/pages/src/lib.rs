@@ -17,6 +17,7 @@
 //! | [`server`] | serves the images of an [`server::ImageStore`], and takes orders |
 //! | [`client`] | asks another node |
 //! | [`join`] | asks to be let into a cluster |
+//! | [`https`] | TLS of the API for users |
 //! | [`transfer`] | which extent is asked for next, of whom, and who is woken: pure |
 #![forbid(unsafe_code)]
 
@@ -26,11 +27,13 @@ pub mod endpoint;
 #[cfg(feature = "testing")]
 pub mod fakes;
 pub mod fuzzing;
+pub mod https;
 pub mod identity;
 pub mod join;
 pub mod server;
 pub mod transfer;
 pub mod trust;
+mod verify;
 pub mod wire;
 
 pub use authority::{Authority, Root};

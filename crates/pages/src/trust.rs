@@ -6,19 +6,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{DigitallySignedStruct, DistinguishedName, PeerIncompatible, SignatureScheme};
+use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use tokio::sync::watch;
 use types::{NodeId, Tenant};
 
 use crate::authority::Root;
 use crate::identity::{Certificate, CertificateError, Fingerprint, Peer};
+use crate::verify::{Check, Verifier};
 
 /// The most peers that a node trusts.
 pub const PEERS_MAX: usize = 4096;
@@ -198,115 +195,28 @@ impl Peer {
     }
 }
 
-/// The verifier of both sides.
+/// Lets those pass that are trusted, whichever side they are.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     trust: Trust,
-    provider: Arc<CryptoProvider>,
-    /// Whether clients that nobody trusts get as far as asking to be let in.
+    /// Whether clients that nobody trusts get as far as asking to be let in. What they may do is looked at again when it is known
+    /// what they want.
     admits_strangers: bool,
 }
 
 impl Pinned {
-    pub(crate) fn new(trust: Trust, provider: Arc<CryptoProvider>, admits_strangers: bool) -> Arc<Self> {
-        Arc::new(Self { trust, provider, admits_strangers })
-    }
-
-    fn verify(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), NotTrusted> {
-        let certificate = Certificate::from_der(certificate)?;
-        self.trust.look_at(&certificate, UNIX_EPOCH + Duration::from_secs(now.as_secs()))
-    }
-
-    fn signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
+    pub(crate) fn verifier(trust: Trust, admits_strangers: bool) -> Arc<Verifier<Self>> {
+        Verifier::new(Self { trust, admits_strangers })
     }
 }
 
-/// TLS 1.2 is not spoken: QUIC has none, and the configurations name 1.3 alone.
-pub(crate) fn no_tls12() -> rustls::Error {
-    rustls::Error::PeerIncompatible(PeerIncompatible::Tls13RequiredForQuic)
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.verify(end_entity, now)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Pinned {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        match self.verify(end_entity, now) {
-            // What it may do is looked at again when it is known what it wants.
-            Err(NotTrusted::Unknown { .. } | NotTrusted::Revoked { .. }) if self.admits_strangers => {}
-            verified => verified?,
+impl Check for Pinned {
+    fn check(&self, shown: &CertificateDer<'_>, _beside: &[CertificateDer<'_>], now: SystemTime) -> Result<(), rustls::Error> {
+        let certificate = Certificate::from_der(shown).map_err(NotTrusted::from)?;
+        match self.trust.look_at(&certificate, now) {
+            Err(NotTrusted::Unknown { .. } | NotTrusted::Revoked { .. }) if self.admits_strangers => Ok(()),
+            looked => Ok(looked?),
         }
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

@@ -22,7 +22,7 @@ pub mod unit;
 pub use extents::{ExtentMap, LayerIndex, Run, Source};
 pub use id::{Digest, Epoch, ImageId, MachineId, NodeId, Tenant};
 pub use manifest::{Head, Manifest, RegionHead, RegionKind};
-pub use name::{Name, NameError};
+pub use name::{FullName, Name, NameError};
 pub use profile::CpuProfile;
 pub use reason::{ExitCode, Reason};
 pub use unit::{EXTENT_PAGES, EXTENT_SIZE, ExtentIndex, GuestAddress, HostAddress, MemorySize, PAGE_SIZE, PageIndex};

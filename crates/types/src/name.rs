@@ -6,6 +6,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::id::Tenant;
+
 /// 1 to 64 bytes of `a-z 0-9 . _ -` that begin with a letter or digit and have no two dots in a row.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -76,6 +78,75 @@ impl From<Name> for String {
     }
 }
 
+/// Between tenant and name of a file: neither has it.
+const IN_FILES: char = '@';
+
+/// A name of a tenant's. Written as the name alone if the tenant is the default one, and as `tenant/name` otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FullName {
+    /// Whose.
+    pub tenant: Tenant,
+    /// The name.
+    pub name: Name,
+}
+
+impl FullName {
+    /// Of the default tenant, unless `text` names another one.
+    ///
+    /// # Errors
+    /// [`NameError`] names the rule that `text` breaks.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        Self::parse_of(text, &Tenant::default_tenant())
+    }
+
+    /// Of this tenant, unless `text` names another one.
+    ///
+    /// # Errors
+    /// [`NameError`] names the rule that `text` breaks.
+    pub fn parse_of(text: &str, tenant: &Tenant) -> Result<Self, NameError> {
+        let (tenant, name) = match text.split_once('/') {
+            Some((tenant, name)) => (tenant.parse().map_err(|_| NameError::Tenant)?, name),
+            None => (tenant.clone(), text),
+        };
+        Ok(Self { tenant, name: Name::parse(name)? })
+    }
+}
+
+impl FullName {
+    /// What its file is called, without its ending.
+    #[must_use]
+    pub fn file_stem(&self) -> String {
+        let Self { tenant, name } = self;
+        if *tenant == Tenant::default_tenant() { name.to_string() } else { format!("{tenant}{IN_FILES}{name}") }
+    }
+
+    /// The name whose file is called so.
+    #[must_use]
+    pub fn of_file_stem(stem: &str) -> Option<Self> {
+        let full = match stem.split_once(IN_FILES) {
+            Some((tenant, name)) => Self { tenant: tenant.parse().ok()?, name: Name::parse(name).ok()? },
+            None => Self::from(Name::parse(stem).ok()?),
+        };
+        // Each name has one file.
+        (full.file_stem() == stem).then_some(full)
+    }
+}
+
+impl From<Name> for FullName {
+    fn from(name: Name) -> Self {
+        Self { tenant: Tenant::default_tenant(), name }
+    }
+}
+
+impl fmt::Display for FullName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.tenant != Tenant::default_tenant() {
+            write!(f, "{}/", self.tenant)?;
+        }
+        self.name.fmt(f)
+    }
+}
+
 /// Why a text is no name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[expect(missing_docs, reason = "each message says what its fields are")]
@@ -94,6 +165,8 @@ pub enum NameError {
     Start { character: char },
     #[error("the name has two dots in a row")]
     DotDot,
+    #[error("what is before the slash is no tenant")]
+    Tenant,
 }
 
 impl NameError {
@@ -136,6 +209,23 @@ mod tests {
             assert_eq!(Name::parse(text), Err(error), "{text:?}");
             assert!(!error.remedy().is_empty());
         }
+    }
+
+    #[test]
+    fn names_of_tenants_have_files_of_their_own() {
+        for (text, stem) in [("warm", "warm"), ("team-7/warm", "team-7@warm")] {
+            let name = FullName::parse(text).unwrap();
+            assert_eq!((name.to_string().as_str(), name.file_stem().as_str()), (text, stem));
+            assert_eq!(FullName::of_file_stem(stem), Some(name));
+        }
+        assert_eq!(FullName::parse("default/warm").unwrap().to_string(), "warm");
+        let team: Tenant = "team-7".parse().unwrap();
+        assert_eq!(FullName::parse_of("warm", &team).unwrap().to_string(), "team-7/warm");
+        for bad in ["default@warm", "@warm", "a@b@c", "a@", "../x@warm"] {
+            assert_eq!(FullName::of_file_stem(bad), None, "{bad}");
+        }
+        assert_eq!(FullName::parse("Team/warm"), Err(NameError::Tenant));
+        assert_eq!(FullName::parse("a/b/c"), Err(NameError::Separator { position: 1 }));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 mod cluster;
 mod remote;
 mod template;
+mod users;
 
 pub use cluster::{ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest};
 pub use remote::{
@@ -13,6 +14,7 @@ pub use remote::{
 use serde::{Deserialize, Serialize};
 pub use template::{BuildRequest, BuildingNow, Ready, StageTook, StepTook, Template, TemplatesAnswer};
 use types::{ImageId, MachineId, NodeId};
+pub use users::{UserAnswer, UserRequest, UserRow, UsersAnswer, WhoAnswer};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -247,6 +249,11 @@ pub struct Machine {
     /// The image that it was forked from.
     #[schema(value_type = String, format = "uuid")]
     pub image: ImageId,
+    /// That image's name everywhere, once it has been hashed, as long as it is in memory.
+    #[serde(default)]
+    pub image_digest: Option<String>,
+    /// Whose it is.
+    pub tenant: String,
     /// The machine that the image was frozen from.
     #[schema(value_type = Option<String>, format = "uuid")]
     pub parent: Option<MachineId>,
@@ -403,8 +410,8 @@ pub struct NodeAnswer {
     pub pid: u32,
     /// Since it started.
     pub uptime_ms: u64,
-    /// Who asks, as the kernel says.
-    pub peer: PeerAnswer,
+    /// Who asks.
+    pub caller: String,
     /// Its place among other nodes, if it has one.
     pub network: Option<NetworkAnswer>,
     /// The host's memory.
@@ -413,17 +420,6 @@ pub struct NodeAnswer {
     pub pool: Vec<Pool>,
     /// How many machines and images there are.
     pub counts: CountsAnswer,
-}
-
-/// Who asks.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct PeerAnswer {
-    /// User.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Process, if it is of the node's process namespace.
-    pub pid: Option<i32>,
 }
 
 /// The host's memory.

@@ -1,7 +1,7 @@
 //! What the layers below say, as the engine says it.
 
 use rustix::io::Errno;
-use types::{ImageId, MachineId, Name};
+use types::{FullName, ImageId, MachineId};
 use vm::host_image::AwaitError;
 use vm::image::load::LoadErrorKind;
 use vm::image::{LoadError, SaveError};
@@ -44,7 +44,7 @@ pub(super) fn of_save(error: &SaveError) -> EngineError {
     EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }
 }
 
-pub(super) fn of_load(error: &LoadError, name: &Name) -> EngineError {
+pub(super) fn of_load(error: &LoadError, name: &FullName) -> EngineError {
     let kind = match error.kind.as_ref() {
         LoadErrorKind::Open(source) if source.kind() == std::io::ErrorKind::NotFound => return unknown_name(name),
         LoadErrorKind::Open(_) | LoadErrorKind::Read(_) => ErrorKind::Store,
@@ -72,7 +72,7 @@ pub(super) fn unknown_image(image: ImageId) -> EngineError {
     EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
 }
 
-pub(super) fn unknown_name(name: &Name) -> EngineError {
+pub(super) fn unknown_name(name: &FullName) -> EngineError {
     let message = format!("the store has no image called {name}");
     EngineError { kind: ErrorKind::UnknownImage, message, remedy: "farfork image ls lists them".to_owned() }
 }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use types::{CpuProfile, Digest, ImageId, MachineId, Name, PageIndex, Tenant};
+use types::{CpuProfile, Digest, FullName, ImageId, MachineId, PageIndex, Tenant};
 use uuid::Uuid;
 use vm::class::Devices;
 use vm::image::Image;
@@ -159,7 +159,7 @@ impl KvmEngine {
     }
 
     /// Whether the store has room for a name. `saving` is locked.
-    fn check_free(&self, name: &Name) -> Result<(), EngineError> {
+    fn check_free(&self, name: &FullName) -> Result<(), EngineError> {
         match rustix::fs::statat(&self.store, file_name(name), AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(()),
             Ok(_) => Err(EngineError {
@@ -357,7 +357,7 @@ impl Engine for KvmEngine {
         facts(&self.known(image)?)
     }
 
-    fn save(&self, image: ImageId, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+    fn save(&self, image: ImageId, name: &FullName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let known = self.known(image)?;
         let _one_at_a_time = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let file = file_name(name);
@@ -367,27 +367,27 @@ impl Engine for KvmEngine {
         facts(&known)
     }
 
-    fn load(&self, name: &Name, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
+    fn load(&self, name: &FullName, progress: &mut dyn FnMut(u64, u64)) -> Result<ImageFacts, EngineError> {
         let loaded = vm::image::load_in(self.pool.host(), self.store.as_fd(), &file_name(name), progress_in_bytes(progress));
         let image = loaded.map_err(|error| of_load(&error, name))?;
-        self.keep(KnownImage { image, tenant: Tenant::default_tenant(), pattern_pages: None })
+        self.keep(KnownImage { image, tenant: name.tenant.clone(), pattern_pages: None })
     }
 
-    fn export(&self, name: &Name) -> Result<File, EngineError> {
+    fn export(&self, name: &FullName) -> Result<File, EngineError> {
         self.export_image(name)
     }
 
-    fn import(&self, name: &Name, archive: &mut dyn Read, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
-        self.import_image(name, archive, tenant)
+    fn import(&self, name: &FullName, archive: &mut dyn Read) -> Result<ImageFacts, EngineError> {
+        self.import_image(name, archive)
     }
 
-    fn stored(&self) -> Result<Vec<(Name, u64)>, EngineError> {
+    fn stored(&self) -> Result<Vec<(FullName, u64)>, EngineError> {
         let failed = |error| of_store("listing the store", error);
         let mut stored = Vec::new();
         for entry in Dir::read_from(&self.store).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix(SUFFIX));
-            let Some(name) = name.and_then(|name| name.parse::<Name>().ok()) else { continue };
+            let Some(name) = name.and_then(FullName::of_file_stem) else { continue };
             match open_stored(&self.store, &name).map(File::from) {
                 // What it takes on disk: the file has holes.
                 Ok(file) => stored.push((name, file.metadata().map_or(0, |metadata| metadata.blocks() * 512))),
@@ -405,7 +405,7 @@ impl Engine for KvmEngine {
         removed.map(drop).ok_or_else(|| unknown_image(image))
     }
 
-    fn delete(&self, name: &Name) -> Result<(), EngineError> {
+    fn delete(&self, name: &FullName) -> Result<(), EngineError> {
         match rustix::fs::unlinkat(&self.store, file_name(name), AtFlags::empty()) {
             Ok(()) => Ok(()),
             Err(Errno::NOENT) => Err(unknown_name(name)),
@@ -485,11 +485,11 @@ fn facts(known: &KnownImage) -> Result<ImageFacts, EngineError> {
     })
 }
 
-fn file_name(name: &Name) -> OsString {
-    OsString::from(format!("{name}{SUFFIX}"))
+fn file_name(name: &FullName) -> OsString {
+    OsString::from(format!("{}{SUFFIX}", name.file_stem()))
 }
 
-fn open_stored(store: &OwnedFd, name: &Name) -> Result<OwnedFd, Errno> {
+fn open_stored(store: &OwnedFd, name: &FullName) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     rustix::fs::openat2(store, OsStr::new(&file_name(name)), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
 }

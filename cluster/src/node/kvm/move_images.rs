@@ -9,7 +9,7 @@ use std::sync::PoisonError;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use types::{Name, Tenant};
+use types::FullName;
 use uuid::Uuid;
 
 use super::errors::{of_load, of_store, unknown_name};
@@ -33,7 +33,7 @@ pub(super) fn remove_halves(store: &OwnedFd) -> Result<(), Errno> {
 }
 
 impl KvmEngine {
-    pub(super) fn export_image(&self, name: &Name) -> Result<File, EngineError> {
+    pub(super) fn export_image(&self, name: &FullName) -> Result<File, EngineError> {
         match self.open_beneath(&file_name(name), OFlags::RDONLY, Mode::empty()) {
             Ok(file) => Ok(file),
             Err(Errno::NOENT | Errno::LOOP) => Err(unknown_name(name)),
@@ -41,7 +41,7 @@ impl KvmEngine {
         }
     }
 
-    pub(super) fn import_image(&self, name: &Name, archive: &mut dyn Read, tenant: &Tenant) -> Result<ImageFacts, EngineError> {
+    pub(super) fn import_image(&self, name: &FullName, archive: &mut dyn Read) -> Result<ImageFacts, EngineError> {
         self.check_free(name)?;
         let coming = OsString::from(format!("{}{COMING}", Uuid::now_v7().simple()));
         let imported = self.receive(archive, &coming).and_then(|()| {
@@ -56,7 +56,7 @@ impl KvmEngine {
             Ok(image)
         });
         match imported {
-            Ok(image) => self.keep(KnownImage { image, tenant: tenant.clone(), pattern_pages: None }),
+            Ok(image) => self.keep(KnownImage { image, tenant: name.tenant.clone(), pattern_pages: None }),
             Err(error) => {
                 // It may not even have been made.
                 rustix::fs::unlinkat(&self.store, &coming, AtFlags::empty()).unwrap_or_default();

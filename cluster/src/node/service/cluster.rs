@@ -3,15 +3,22 @@
 use std::net::SocketAddr;
 
 use control::state::ImageKey;
-use types::{CpuProfile, Digest, ImageId, Name, Tenant};
+use types::{CpuProfile, Digest, FullName, ImageId, Tenant};
 
-use super::Service;
+use super::{ForkFrom, ForkOrder, Service};
 use crate::node::engine::OpenOrder;
 use crate::node::error::NodeError;
-use crate::node::registry::Origin;
+use crate::node::registry::{Image, Origin};
 
-/// What a machine without a limit is counted as: what it may write before it is looked at again.
-const UNLIMITED_BYTES: u64 = 64 << 20;
+/// A machine without a limit is expected to write so much of its image's size, and no less than the least.
+const DIRTY_SHARE: u64 = 4;
+const DIRTY_LEAST: u64 = 1 << 20;
+
+/// How much memory of its own a child of an image of this size is expected to need, in bytes.
+#[must_use]
+pub fn expected_dirty(image_bytes: u64) -> u64 {
+    (image_bytes / DIRTY_SHARE).max(DIRTY_LEAST)
+}
 
 /// An image in this node's memory, as a cluster knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,7 +67,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none, or it cannot be hashed.
-    pub fn template_held(&self, name: &Name) -> Result<HeldImage, NodeError> {
+    pub fn template_held(&self, name: &FullName) -> Result<HeldImage, NodeError> {
         self.hashed_image(&self.template_image(name)?.facts.id.to_string())
     }
 
@@ -68,7 +75,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if the store cannot be read.
-    pub fn stored_image(&self, name: &Name, key: &ImageKey) -> Result<Option<HeldImage>, NodeError> {
+    pub fn stored_image(&self, name: &FullName, key: &ImageKey) -> Result<Option<HeldImage>, NodeError> {
         if !self.engine.stored()?.iter().any(|(stored, _)| stored == name) {
             return Ok(None);
         }
@@ -93,12 +100,32 @@ impl Service {
         self.forget_image(id)
     }
 
-    /// How many machines run, and how much memory of their own they may have.
+    /// How many machines run, and how much memory of their own they are counted as.
     #[must_use]
-    pub fn running_and_limits(&self) -> (u64, u64) {
-        self.registry
-            .running_limits()
-            .fold((0, 0), |(machines, bytes), limit| (machines + 1, bytes.saturating_add(limit.unwrap_or(UNLIMITED_BYTES))))
+    pub fn taken(&self) -> (u64, u64) {
+        self.registry.taken()
+    }
+
+    /// How much memory of its own, in bytes, each child of a fork is counted as.
+    #[must_use]
+    pub fn claim_of(&self, order: &ForkOrder) -> u64 {
+        let of_image = |given: &str| self.registry.image(given).map_or(0, |image| self.image_bytes(&image));
+        let image_bytes = match &order.from {
+            ForkFrom::Guest(_, class) => class.memory().bytes(),
+            ForkFrom::Image(given) => of_image(given),
+            ForkFrom::Machine(given) => self.registry.machine(given).map_or(0, |machine| of_image(&machine.image.to_string())),
+            ForkFrom::Template(name) => self.named_image(name).map_or(0, |image| self.image_bytes(&image)),
+            ForkFrom::Remote { image, .. } => of_image(&image.to_string()),
+        };
+        order.limit_bytes.unwrap_or_else(|| expected_dirty(image_bytes))
+    }
+
+    /// Memory of an image in bytes that is not zero, wherever it is.
+    pub(super) fn image_bytes(&self, image: &Image) -> u64 {
+        match image.origin {
+            Origin::Remote => self.residency(image.facts.id).map_or(0, |residency| residency.data_bytes),
+            _ => image.facts.stored_bytes,
+        }
     }
 
     /// Ends every machine.
@@ -106,7 +133,7 @@ impl Service {
     /// # Errors
     /// [`NodeError`] of the first one that could not be ended, if none could.
     pub fn kill_all(&self) -> Result<(), NodeError> {
-        self.kill(&[], true).map(drop)
+        self.kill(&[], true, None).map(drop)
     }
 
     /// The CPU that guests see here.

@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use types::{Digest, MachineId, Name, NodeId, Tenant};
+use types::{Digest, FullName, MachineId, NodeId, Tenant};
 use uuid::Uuid;
 use vm::Class;
 use vm::class::Devices;
 
+use super::cluster::expected_dirty;
 use super::{ImageView, OnDrop, Outcome, Service, check_count, first_if_none, in_parallel};
 use crate::node::address::NodeAddress;
 use crate::node::engine::{Ended, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, OpenOrder};
@@ -50,7 +51,7 @@ pub enum ForkFrom {
     /// An image in memory.
     Image(String),
     /// The image of this name, which is loaded from the store if it is not in memory.
-    Template(Name),
+    Template(FullName),
     /// A running machine, which is frozen first and goes on.
     Machine(String),
     /// An image that other nodes hold: it is opened first, and stays open.
@@ -223,12 +224,13 @@ impl Service {
         let began = Instant::now();
         let outcomes = self.engine.fork(image.facts.id, &ids, ForkOptions { limit_bytes: order.limit_bytes });
         assert_eq!(outcomes.len(), ids.len(), "the engine answers for each id");
+        let claim_bytes = order.limit_bytes.unwrap_or_else(|| expected_dirty(self.image_bytes(image)));
         let (mut running, mut failures) = (Vec::new(), Vec::new());
         for (id, outcome) in ids.iter().zip(outcomes) {
             match outcome {
                 Ok(forked) => {
                     assert_eq!(forked.id, *id, "the engine answers in the order of the ids");
-                    self.note_child(forked, image, order);
+                    self.note_child(forked, image, order, claim_bytes);
                     running.push(*id);
                 }
                 Err(error) => failures.push((*id, NodeError::Engine(error))),
@@ -252,15 +254,17 @@ impl Service {
         Ok((children.collect(), failures))
     }
 
-    fn note_child(&self, forked: Forked, image: &Image, order: &ForkOrder) {
+    fn note_child(&self, forked: Forked, image: &Image, order: &ForkOrder, claim_bytes: u64) {
         metrics::forked(&forked);
         let id = forked.id;
         let early_end = self.registry.started(Machine {
             forked,
             image: image.facts.id,
+            tenant: image.facts.tenant.clone(),
             parent: if let Origin::Machine(parent) = image.origin { Some(parent) } else { None },
             created: SystemTime::now(),
             limit_bytes: order.limit_bytes,
+            claim_bytes,
             verified_pages: None,
             readiness: None,
             state: MachineState::Running,

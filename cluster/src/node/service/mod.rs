@@ -13,16 +13,16 @@ pub mod fork;
 pub mod remote;
 pub mod template;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use types::{Digest, ImageId, MachineId, Name, Reason};
+use types::{Digest, FullName, ImageId, MachineId, Name, Reason, Tenant};
 
-pub use cluster::HeldImage;
+pub use cluster::{HeldImage, expected_dirty};
 pub(crate) use fork::elsewhere_deadline;
 pub use fork::{ForkFrom, ForkOrder, ForkReport};
 pub use template::{Building, TemplateView};
@@ -48,7 +48,7 @@ pub struct Service {
     reaper: Mutex<Option<JoinHandle<()>>>,
     stopping: AtomicBool,
     /// Templates that are being built, and what they are at.
-    builds: Mutex<BTreeMap<Name, Building>>,
+    builds: Mutex<BTreeMap<FullName, Building>>,
     /// Locked while a template is looked for, and loaded if it is not in memory.
     loading: Mutex<()>,
 }
@@ -95,7 +95,7 @@ pub type Outcome<D, I> = (Vec<D>, Vec<(I, NodeError)>);
 pub type Killed = Outcome<MachineId, String>;
 
 /// Images in memory, and names in the store with the size of each file in bytes.
-pub type Images = (Vec<ImageView>, Vec<(Name, u64)>);
+pub type Images = (Vec<ImageView>, Vec<(FullName, u64)>);
 
 impl Service {
     /// Takes the engine over and starts to listen to it. Without a network everything that concerns other nodes is refused.
@@ -118,20 +118,21 @@ impl Service {
         service
     }
 
-    /// Ends machines, named or all.
+    /// Ends machines, named or all, of one tenant's or of everybody's.
     ///
     /// # Errors
     /// Of the first id if none could be ended.
-    pub fn kill(&self, ids: &[String], all: bool) -> Result<Killed, NodeError> {
+    pub fn kill(&self, ids: &[String], all: bool, tenant: Option<&Tenant>) -> Result<Killed, NodeError> {
         let (mut claimed, mut failures) = (Vec::new(), Vec::new());
         match (ids, all) {
-            ([], true) => claimed = self.registry.claim_all(),
+            ([], true) => claimed = self.registry.claim_all(tenant),
             ([], false) => return Err(NodeError::NothingNamed),
             (_, true) => return Err(NodeError::IdsAndAll),
             (ids, false) => {
                 check_count(ids.len() as u64)?;
                 for given in ids {
-                    match self.registry.claim(given) {
+                    let named = self.registry.machine_id(given, tenant);
+                    match named.and_then(|id| self.registry.claim(&id.to_string())) {
                         Ok(id) => claimed.push(id),
                         Err(error) => failures.push((given.clone(), error)),
                     }
@@ -153,6 +154,22 @@ impl Service {
     #[must_use]
     pub fn machines(&self) -> Vec<Machine> {
         self.registry.machines()
+    }
+
+    /// Which machine is meant: of one tenant's, or of all.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn machine_id(&self, given: &str, tenant: Option<&Tenant>) -> Result<MachineId, NodeError> {
+        self.registry.machine_id(given, tenant)
+    }
+
+    /// Which image in memory is meant: of one tenant's, or of all.
+    ///
+    /// # Errors
+    /// [`NodeError`] if there is none or several.
+    pub fn image_id(&self, given: &str, tenant: Option<&Tenant>) -> Result<ImageId, NodeError> {
+        self.registry.image_id(given, tenant)
     }
 
     /// One machine, with what it costs and prints.
@@ -193,6 +210,13 @@ impl Service {
         Ok((images, self.engine.stored()?))
     }
 
+    /// What images in memory are called everywhere, as far as they have been hashed.
+    #[must_use]
+    pub fn digests(&self) -> HashMap<ImageId, Digest> {
+        let images = self.registry.images().into_iter();
+        images.filter_map(|image| Some((image.facts.id, image.facts.digest?))).collect()
+    }
+
     /// One image in memory, by its id, the end of it, or its digest.
     ///
     /// # Errors
@@ -218,14 +242,15 @@ impl Service {
         residency.inspect_err(|error| tracing::debug!(%image, %error, "residency is not known")).ok()
     }
 
-    /// Saves an image in memory under a name.
+    /// Saves an image in memory under a name of its tenant's.
     ///
     /// # Errors
     /// [`NodeError`]; the store is as it was.
     pub fn save(&self, given: &str, name: &Name) -> Result<ImageView, NodeError> {
-        let id = self.registry.image(given)?.facts.id;
-        let facts = self.engine.save(id, name, &mut log_progress("save", name))?;
-        self.registry.saved_image(facts, name.clone());
+        let facts = self.registry.image(given)?.facts;
+        let (id, name) = (facts.id, FullName { tenant: facts.tenant, name: name.clone() });
+        let facts = self.engine.save(id, &name, &mut log_progress("save", &name))?;
+        self.registry.saved_image(facts, name);
         self.image(&id.to_string())
     }
 
@@ -233,7 +258,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; nothing is loaded.
-    pub fn load(&self, name: &Name) -> Result<ImageView, NodeError> {
+    pub fn load(&self, name: &FullName) -> Result<ImageView, NodeError> {
         let facts = self.engine.load(name, &mut log_progress("load", name))?;
         Ok(self.view(self.note_image(facts, Origin::Store, Some(name.clone()))))
     }
@@ -252,7 +277,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError::Engine`].
-    pub fn delete(&self, name: &Name) -> Result<(), NodeError> {
+    pub fn delete(&self, name: &FullName) -> Result<(), NodeError> {
         self.engine.delete(name)?;
         self.registry.remove_name(name);
         Ok(())
@@ -310,7 +335,7 @@ impl Service {
         Ok(digest)
     }
 
-    fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<Name>) -> Image {
+    fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<FullName>) -> Image {
         let image = Image { facts, origin, name, created: SystemTime::now(), built: Arc::from([]) };
         tracing::info!(image = %image.facts.id, origin = ?image.origin, "image");
         self.registry.add_image(image)
@@ -409,7 +434,7 @@ fn in_parallel<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> T + Sync) -> 
 }
 
 /// Says at each tenth of the way how far it is.
-fn log_progress(verb: &'static str, name: &Name) -> impl FnMut(u64, u64) + use<> {
+fn log_progress(verb: &'static str, name: &FullName) -> impl FnMut(u64, u64) + use<> {
     let name = name.clone();
     let mut said_tenths = 0;
     move |done_bytes, all_bytes| {

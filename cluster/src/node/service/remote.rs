@@ -55,7 +55,7 @@ impl Service {
         if began.elapsed() >= order.deadline {
             let ids: Vec<String> = report.children.iter().map(|child| child.forked.id.to_string()).collect();
             // Those that ended by themselves cannot be ended; the others are.
-            let ended = self.kill(&ids, false);
+            let ended = self.kill(&ids, false, None);
             tracing::warn!(%peer, children = ids.len(), is_ended = ended.is_ok(), "nobody waits for these children any more");
             return Err(NodeError::Late { deadline: order.deadline });
         }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use types::{Name, Tenant};
+use types::FullName;
 use vm::class::Devices;
 
 use super::{ImageView, Service, log_progress};
@@ -28,7 +28,7 @@ pub struct Building {
 #[derive(Clone, Debug)]
 pub struct TemplateView {
     /// Its name.
-    pub name: Name,
+    pub name: FullName,
     /// The image in memory that it points at, if it is there.
     pub image: Option<ImageView>,
     /// Bytes of its file in the store, if it is saved.
@@ -42,7 +42,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; there is no such template then, and nothing is left behind.
-    pub fn build_template(&self, name: &Name, order: &BuildOrder, tenant: &Tenant) -> Result<ImageView, NodeError> {
+    pub fn build_template(&self, name: &FullName, order: &BuildOrder) -> Result<ImageView, NodeError> {
         self.check_free(name)?;
         {
             let mut builds = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
@@ -59,7 +59,7 @@ impl Service {
             let mut builds = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
             builds.insert(name.clone(), Building { stage, since: Instant::now() });
         };
-        let (facts, mut times) = self.engine.build(order, tenant, &mut |stage| at(stage))?;
+        let (facts, mut times) = self.engine.build(order, &name.tenant, &mut |stage| at(stage))?;
         at(Stage::Save);
         let began = Instant::now();
         let id = facts.id;
@@ -109,7 +109,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none.
-    pub fn template(&self, name: &Name) -> Result<TemplateView, NodeError> {
+    pub fn template(&self, name: &FullName) -> Result<TemplateView, NodeError> {
         self.templates()?.into_iter().find(|view| view.name == *name).ok_or_else(|| unknown(name))
     }
 
@@ -117,7 +117,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none.
-    pub fn remove_template(&self, name: &Name) -> Result<(), NodeError> {
+    pub fn remove_template(&self, name: &FullName) -> Result<(), NodeError> {
         let mut image = None;
         while let Some(next) = self.named_image(name) {
             self.forget_image(next.facts.id)?;
@@ -134,7 +134,7 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`] if there is none.
-    pub fn export_template(&self, name: &Name) -> Result<File, NodeError> {
+    pub fn export_template(&self, name: &FullName) -> Result<File, NodeError> {
         match self.engine.export(name) {
             Err(EngineError { kind: ErrorKind::UnknownImage, .. }) => Err(unknown(name)),
             exported => Ok(exported?),
@@ -145,8 +145,8 @@ impl Service {
     ///
     /// # Errors
     /// [`NodeError`]; there is no such template then.
-    pub fn import_template(&self, name: &Name, archive: &mut dyn Read, tenant: &Tenant) -> Result<(), NodeError> {
-        let facts = self.engine.import(name, archive, tenant)?;
+    pub fn import_template(&self, name: &FullName, archive: &mut dyn Read) -> Result<(), NodeError> {
+        let facts = self.engine.import(name, archive)?;
         self.note_image(facts, Origin::Store, Some(name.clone()));
         Ok(())
     }
@@ -176,7 +176,7 @@ impl Service {
     }
 
     /// The image that a template points at.
-    pub(super) fn template_image(&self, name: &Name) -> Result<Image, NodeError> {
+    pub(super) fn template_image(&self, name: &FullName) -> Result<Image, NodeError> {
         // One load, however many ask at once.
         let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(image) = self.named_image(name) {
@@ -190,21 +190,21 @@ impl Service {
     }
 
     /// The newest image in memory of this name.
-    fn named_image(&self, name: &Name) -> Option<Image> {
+    pub(super) fn named_image(&self, name: &FullName) -> Option<Image> {
         self.registry.images().into_iter().rev().find(|image| image.name.as_ref() == Some(name))
     }
 
-    fn check_free(&self, name: &Name) -> Result<(), NodeError> {
+    fn check_free(&self, name: &FullName) -> Result<(), NodeError> {
         let is_taken = self.engine.stored()?.iter().any(|(stored, _)| stored == name);
         if is_taken { Err(name_taken(name, "exists")) } else { Ok(()) }
     }
 }
 
-fn unknown(name: &Name) -> NodeError {
+fn unknown(name: &FullName) -> NodeError {
     NodeError::UnknownTemplate { name: name.to_string() }
 }
 
-fn name_taken(name: &Name, why: &str) -> NodeError {
+fn name_taken(name: &FullName, why: &str) -> NodeError {
     NodeError::Engine(EngineError {
         kind: ErrorKind::NameTaken,
         message: format!("a template called {name} {why}"),

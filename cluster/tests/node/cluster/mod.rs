@@ -5,3 +5,4 @@ mod doors;
 mod faults;
 mod forks;
 mod stage;
+mod users;

@@ -94,6 +94,20 @@ impl Cluster {
         command
     }
 
+    /// Does something from a host.
+    pub(super) fn run_on<T: Send>(&self, host: usize, what: impl FnOnce() -> T + Send) -> T {
+        self.network.host(host).run_in(what)
+    }
+
+    /// Some program, on a host.
+    pub(super) fn program(&self, host: usize, program: &str) -> Command {
+        self.network.host(host).command(program)
+    }
+
+    pub(super) fn host_address(&self, host: usize) -> std::net::IpAddr {
+        self.network.host(host).address()
+    }
+
     pub(super) fn directory(&self, host: usize) -> &std::path::Path {
         self.directories[host].as_ref().unwrap_or_else(|| panic!("node {host} runs")).path()
     }
@@ -123,9 +137,14 @@ impl Cluster {
     }
 
     pub(super) fn start(&mut self, host: usize) {
+        self.start_with(host, &[]);
+    }
+
+    /// Starts a host's node with more on its command line.
+    pub(super) fn start_with(&mut self, host: usize, more: &[&str]) {
         let directory = self.directories[host].take().unwrap_or_else(|| panic!("node {host} runs"));
         let address = self.address(host);
-        self.nodes[host] = Some(Node::start_by(self.command(host), directory, &["--listen", &address]));
+        self.nodes[host] = Some(Node::start_by(self.command(host), directory, &[&["--listen", &address], more].concat()));
     }
 
     /// Ends a node as a crash would.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use control::command::{Command, Refusal};
+use control::leader::{Heard, tend};
 use control::state::{Level, Rights};
 use types::{Digest, Name, Tenant};
 
@@ -35,6 +36,21 @@ fn a_user_is_there_until_it_is_removed_or_its_time_has_passed() {
     let remove = Command::RemoveUser { name: name("ann") };
     cluster.run(remove.clone()).unwrap();
     assert_eq!(cluster.run(remove), Err(Refusal::UnknownUser(name("ann"))));
+}
+
+/// Nothing else may happen in a cluster until then.
+#[test]
+fn a_leader_notes_the_time_at_which_a_user_is_over() {
+    let mut cluster = Cluster::new(1, 10);
+    cluster.run(add("ben", 2, Level::Read, Some("team-7"), Some(1000))).unwrap();
+    let mut heard = Heard::since(cluster.state.time);
+    let until = cluster.state.time + Duration::from_millis(1000);
+    heard.hear(node(1), until);
+    assert_eq!(tend(&cluster.state, &heard, cluster.state.time + Duration::from_millis(999)), []);
+    assert_eq!(tend(&cluster.state, &heard, until), [Command::Note]);
+    cluster.wait(Duration::from_millis(1000));
+    assert!(cluster.state.users.is_empty());
+    assert_eq!(tend(&cluster.state, &heard, until), []);
 }
 
 #[test]
