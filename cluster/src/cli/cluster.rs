@@ -1,7 +1,7 @@
 //! `farfork cluster`: begins a cluster, lets nodes in, joins one.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -17,7 +17,7 @@ use crate::api::wire::{TokenAnswer, TokenRequest};
 use crate::member::files::{Member, PlaceError};
 use crate::member::join;
 use crate::member::seal::Passphrase;
-use crate::member::token::JoinToken;
+use crate::member::token::{JoinToken, TokenError};
 use crate::node::quic::Credentials;
 use crate::node::trust::Role;
 use crate::node::{DataDirectory, NodeAddress, NodeError};
@@ -107,60 +107,83 @@ struct Places {
 
 /// What a node became.
 #[derive(Serialize)]
-struct Became {
+pub(super) struct Became {
     node: uuid::Uuid,
     name: String,
     role: &'static str,
     data: PathBuf,
 }
 
-/// Opens the data directory of a node that does not run.
-fn directory(places: &Places) -> Result<DataDirectory, CliError> {
-    rustix::process::umask(Mode::from(0o077));
-    let path = places.data.clone().map_or_else(paths::data, Ok)?;
-    let data = DataDirectory::open(&path)?;
-    match Member::open(&data)? {
-        Some(_) => Err(PlaceError::Taken { directory: path }.into()),
-        None => Ok(data),
+impl Places {
+    fn directory(&self) -> Result<PathBuf, CliError> {
+        Ok(self.data.clone().map_or_else(paths::data, Ok)?)
     }
 }
 
 pub(super) fn init(arguments: &Init, output: Output) -> Result<ExitCode, CliError> {
-    let data = directory(&arguments.places)?;
-    let address = first_of(&arguments.advertise)?;
+    let (directory, address) = (arguments.places.directory()?, first_of(&arguments.advertise)?);
     let file = passphrase_file(arguments.places.ca_passphrase_file.clone())?;
-    let (passphrase, is_new) = Passphrase::read_or_draw(&file).map_err(PlaceError::from)?;
-    let credentials = Credentials::open(&data, None)?;
-    Member::begin(&data, &credentials.identity, &arguments.name, &address.to_string(), &passphrase)?;
+    let (became, is_new) = begin(&directory, &arguments.name, address, &file)?;
     if is_new {
         eprintln!("the authority's passphrase is in {}: copy it to other voters, and keep a copy elsewhere", file.display());
     }
-    became(&data, &arguments.name, "voter", output, &format!("farfork node --listen {address}"))
+    became.answer(output, &format!("farfork node --listen {address}"))
 }
 
 pub(super) fn join(arguments: &Join, output: Output) -> Result<ExitCode, CliError> {
-    let token: JoinToken = arguments.token.parse().map_err(|error: crate::member::token::TokenError| CliError::Usage {
-        message: error.to_string(),
-        remedy: error.remedy().to_owned(),
-    })?;
-    let data = directory(&arguments.places)?;
+    let token = parse_token(&arguments.token)?;
+    enter(&arguments.places.directory()?, &token)?.answer(output, "farfork node --listen ADDRESS:PORT")
+}
+
+/// Begins a cluster in the directory of a node that does not run. Also says whether the passphrase was drawn.
+pub(super) fn begin(directory: &Path, name: &Name, address: SocketAddr, file: &Path) -> Result<(Became, bool), CliError> {
+    let data = open(directory)?;
+    let (passphrase, is_new) = Passphrase::read_or_draw(file).map_err(PlaceError::from)?;
+    let credentials = Credentials::open(&data, None)?;
+    Member::begin(&data, &credentials.identity, name, &address.to_string(), &passphrase)?;
+    Ok((Became::new(&data, name, "voter"), is_new))
+}
+
+/// What somebody was given to join with.
+pub(super) fn parse_token(text: &str) -> Result<JoinToken, CliError> {
+    text.parse().map_err(|error: TokenError| CliError::Usage { message: error.to_string(), remedy: error.remedy().to_owned() })
+}
+
+/// Joins a cluster with the directory of a node that does not run. On a thread that has no runtime.
+pub(super) fn enter(directory: &Path, token: &JoinToken) -> Result<Became, CliError> {
+    let data = open(directory)?;
     let credentials = Credentials::open(&data, None)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
-    let admitted = runtime.block_on(join::ask(&credentials.identity, &token))?;
+    let admitted = runtime.block_on(join::ask(&credentials.identity, token))?;
     let join::Admitted { certificate, root, sealed, seeds } = admitted;
     let role = if sealed.is_some() { "voter" } else { "learner" };
     let mut all: Vec<String> = seeds;
     all.extend(token.addresses.iter().map(SocketAddr::to_string));
     all.dedup();
     Member::join(&data, &token.name, all, &certificate, &root, sealed)?;
-    became(&data, &token.name, role, output, "farfork node --listen ADDRESS:PORT")
+    Ok(Became::new(&data, &token.name, role))
 }
 
-fn became(data: &DataDirectory, name: &Name, role: &'static str, output: Output, next: &str) -> Result<ExitCode, CliError> {
-    let became = Became { node: data.node(), name: name.to_string(), role, data: data.path().to_owned() };
-    let raw = serde_json::to_vec(&became).expect("plain data");
-    output.answer(&raw, || format!("{name} is a {role}; now start it: {next}\n"))?;
-    Ok(types::ExitCode::Ok.into())
+/// Opens the directory of a node that does not run, and is of no cluster.
+fn open(directory: &Path) -> Result<DataDirectory, CliError> {
+    rustix::process::umask(Mode::from(0o077));
+    let data = DataDirectory::open(directory)?;
+    match Member::open(&data)? {
+        Some(_) => Err(PlaceError::Taken { directory: directory.to_owned() }.into()),
+        None => Ok(data),
+    }
+}
+
+impl Became {
+    fn new(data: &DataDirectory, name: &Name, role: &'static str) -> Self {
+        Self { node: data.node(), name: name.to_string(), role, data: data.path().to_owned() }
+    }
+
+    fn answer(&self, output: Output, next: &str) -> Result<ExitCode, CliError> {
+        let raw = serde_json::to_vec(self).expect("plain data");
+        output.answer(&raw, || format!("{} is a {}; now start it: {next}\n", self.name, self.role))?;
+        Ok(types::ExitCode::Ok.into())
+    }
 }
 
 fn first_of(address: &NodeAddress) -> Result<SocketAddr, CliError> {

@@ -14,6 +14,7 @@ use super::guest::{GuestError, OWN_FAILURE};
 use super::output::{Output, printable};
 use super::paths::PathError;
 use super::rootfs::RootfsError;
+use super::up::UpError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
 use crate::member;
@@ -59,6 +60,9 @@ pub enum CliError {
     /// Who asked a node for what.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The local cluster did not come up, or down.
+    #[error(transparent)]
+    Up(#[from] UpError),
     /// Arguments that make no sense together.
     #[error("{message}")]
     Usage {
@@ -155,6 +159,7 @@ impl CliError {
     fn code(&self) -> Code {
         match self {
             Self::Client(error) => error.exit_code(),
+            Self::Up(error) => error.exit_code(),
             Self::Path(_) => Code::Usage,
             Self::NotLetIn(member::join::JoinError::Refused { .. }) => Code::Refused,
             Self::NotLetIn(_) => Code::Unreachable,
@@ -189,6 +194,7 @@ impl CliError {
             Self::Node(error) => (error.code(), error.remedy()),
             Self::Context(error) => ("CONTEXT", error.remedy()),
             Self::Audit(error) => ("AUDIT", error.remedy().to_owned()),
+            Self::Up(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),
             Self::Rootfs(error) => ("ROOTFS", error.remedy().to_owned()),

@@ -35,6 +35,7 @@ pub mod template;
 pub mod tree;
 pub mod trust;
 pub mod user;
+pub mod up;
 pub mod watch;
 
 use std::path::PathBuf;
@@ -70,6 +71,7 @@ Examples:
   farfork kill --all
   farfork template build base && farfork fork base -n 10 && farfork exec a3d9 -- uname -a
   farfork fork a3d9e37c -n 8 --on node-b:7117   # on another node, before its memory is there
+  farfork up                                # a cluster on this one host, to try it
   farfork cluster init --help               # several hosts that place forks together
 
 Exit codes: 0 done, 2 usage, 3 no node reached, 4 refused, 5 partly done";
@@ -111,6 +113,8 @@ enum Verb {
     Kill(kill::Arguments),
     Template(template::Arguments),
     Image(image::Arguments),
+    Up(up::Arguments),
+    Down(up::DownArguments),
     Cluster(cluster::Arguments),
     Explain(nodes::ExplainArguments),
     Trust(trust::Arguments),
@@ -150,6 +154,8 @@ pub fn main() -> ExitCode {
         Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Join(arguments) }) => cluster::join(&arguments, output),
         Verb::Context(arguments) => context::run(arguments, global.socket, output),
         Verb::Audit(audit::Arguments { verb: audit::Verb::Verify { data } }) => audit::verify(data, output),
+        Verb::Up(arguments) => up::up(&arguments, output),
+        Verb::Down(arguments) => up::down(&arguments, output),
         Verb::Doctor(arguments) => doctor::run(&arguments, output),
         Verb::Completions(arguments) => completions::run(&arguments),
         Verb::Zygote => return vm::worker::zygote::main(),
@@ -234,16 +240,10 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Token(arguments) }) => {
             cluster::token(&arguments, context).await
         }
-        Verb::Node(_)
-        | Verb::Cluster(_)
-        | Verb::Exec(_)
-        | Verb::Audit(_)
-        | Verb::Context(_)
-        | Verb::Doctor(_)
-        | Verb::Completions(_)
-        | Verb::Zygote => {
+        Verb::Node(_) | Verb::Cluster(_) | Verb::Up(_) | Verb::Down(_) | Verb::Audit(_) | Verb::Context(_) => {
             unreachable!("these ask no node")
         }
+        Verb::Exec(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => unreachable!("these ask no node"),
     }
 }
 

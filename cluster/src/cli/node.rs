@@ -1,5 +1,6 @@
 //! `farfork node`.
 
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -92,6 +93,9 @@ pub struct Arguments {
     /// Demands and what is read ahead on one connection
     #[arg(long, hide = true)]
     one_connection: bool,
+    /// Leave the session of `farfork up`, and begin once that has written down who this is
+    #[arg(long, hide = true)]
+    detached: bool,
     /// How to log
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
@@ -114,6 +118,9 @@ enum Log {
 }
 
 pub(crate) fn run(arguments: &Arguments, socket: Option<PathBuf>) -> Result<ExitCode, CliError> {
+    if arguments.detached && !detach().map_err(CliError::Runtime)? {
+        return Ok(types::ExitCode::Ok.into());
+    }
     start_log(arguments.log);
     // Whatever is made here is nobody else's to read.
     rustix::process::umask(Mode::from(0o077));
@@ -199,6 +206,13 @@ impl Arguments {
             has_one_connection: self.one_connection,
         }
     }
+}
+
+/// Leaves the session of whoever has started this, and waits for a byte of stdin. If none comes, that is gone before it has written
+/// down who this is: what nobody knows of must not run.
+fn detach() -> io::Result<bool> {
+    rustix::process::setsid()?;
+    Ok(io::stdin().read(&mut [0])? == 1)
 }
 
 fn start_log(log: Log) {

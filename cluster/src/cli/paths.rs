@@ -28,6 +28,14 @@ pub fn data() -> Result<PathBuf, PathError> {
     Ok(state.ok_or(PathError::NoHome)?.join("farfork"))
 }
 
+/// The directory of the cluster that `farfork up` brings up: beside the default data directory.
+///
+/// # Errors
+/// [`PathError::NoHome`] for a user without one.
+pub fn local() -> Result<PathBuf, PathError> {
+    Ok(data()?.with_file_name("farfork-local"))
+}
+
 /// Where a voter looks for the passphrase of its cluster's authority: not in the data directory, whose copies it protects.
 ///
 /// # Errors

@@ -9,7 +9,7 @@
 //! ```
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pages::{Authority, Identity, Root};
 use serde::{Deserialize, Serialize};
@@ -79,6 +79,12 @@ impl PlaceError {
             Self::Log(error) => error.remedy(),
         }
     }
+}
+
+/// Whether a data directory is a member's, which may be running.
+#[must_use]
+pub fn is_member(directory: &Path) -> bool {
+    directory.join(CLUSTER).exists()
 }
 
 /// What a member has on disk.

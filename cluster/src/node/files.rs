@@ -8,13 +8,13 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 /// Opens a path beneath `directory`, without following links.
-pub(super) fn open_beneath(directory: &OwnedFd, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_beneath(directory: &OwnedFd, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     rustix::fs::openat2(directory, path, flags, mode, resolve)
 }
 
 /// All bytes of a file, of which there may be at most `bytes_max`.
-pub(super) fn read(directory: &OwnedFd, file: &str, bytes_max: usize) -> io::Result<Vec<u8>> {
+pub(crate) fn read(directory: &OwnedFd, file: &str, bytes_max: usize) -> io::Result<Vec<u8>> {
     let fd = open_beneath(directory, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let mut bytes = Vec::new();
     File::from(fd).take(bytes_max as u64 + 1).read_to_end(&mut bytes)?;
@@ -25,7 +25,7 @@ pub(super) fn read(directory: &OwnedFd, file: &str, bytes_max: usize) -> io::Res
 }
 
 /// Replaces a file, readable by its owner alone. It is on disk when this returns, and as it was if this fails.
-pub(super) fn replace(directory: &OwnedFd, file: &str, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(directory: &OwnedFd, file: &str, bytes: &[u8]) -> io::Result<()> {
     let new = format!("{file}.new");
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
     let mut written = File::from(open_beneath(directory, &new, flags, Mode::from(0o600))?);

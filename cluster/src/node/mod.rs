@@ -19,7 +19,7 @@ pub mod error;
 pub mod fake;
 #[cfg(feature = "testing")]
 pub mod fake_network;
-mod files;
+pub(crate) mod files;
 #[cfg(feature = "testing")]
 pub mod fuzzing;
 pub mod guest;

@@ -61,8 +61,7 @@ pub fn open(
     let host_error = |message: String, remedy: &str| EngineError { kind: ErrorKind::Host, message, remedy: remedy.to_owned() };
     let host = Host::open().map_err(|error| host_error(error.to_string(), error.remedy()))?;
     let mut settings = Settings::new("/proc/self/exe", [OsString::from("zygote")]);
-    // The end of the id, since its head is a time.
-    let name = data.node().simple().to_string().split_off(20);
+    let name = groups_of(data);
     match Groups::open(&name) {
         Ok(_) => settings.groups = Some(name),
         Err(error) => {
@@ -82,6 +81,19 @@ pub fn open(
     let hasher = network.listen.map(|_| Hasher::start()).transpose()?;
     let links = network.guests.map(Links::open).transpose()?;
     Ok((Arc::new(KvmEngine { pool, store, saving: Mutex::new(()), state, pager, hasher, links }), offers))
+}
+
+/// The name of a node's control groups: the end of its id, since its head is a time.
+fn groups_of(data: &DataDirectory) -> String {
+    data.node().simple().to_string().split_off(20)
+}
+
+/// Removes what a node has left in control groups that was killed and will not start again.
+pub(crate) fn remove_groups(data: &DataDirectory) {
+    // Where there are none, none were left.
+    if let Ok(groups) = Groups::open(&groups_of(data)) {
+        groups.close();
+    }
 }
 
 struct KvmEngine {

@@ -1,8 +1,9 @@
 //! Clusters of real nodes: how they come to be, where forks run, what becomes of them when nodes die, stand still, or are cut off,
-//! and what is not let in. Each fault says how long it took.
+//! and what is not let in. Each fault says how long it took. And the clusters that `farfork up` brings up on one host.
 
 mod doors;
 mod faults;
 mod forks;
+mod local;
 mod stage;
 mod users;
