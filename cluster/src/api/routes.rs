@@ -29,6 +29,7 @@ use crate::node::audit::Audit;
 use crate::node::calls::Calls;
 use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
+use crate::raft::ConsensusError;
 
 /// What handlers share.
 #[derive(Clone)]
@@ -181,13 +182,17 @@ impl App {
         let named = name.clone();
         let (image, profile) = self.act(move |service| Ok((service.template_held(&named)?, service.cpu()))).await?;
         let facts = facts_of(&image, &profile);
-        let deadline = Instant::now() + PUBLISH_WITHIN;
+        let (deadline, once) = (Instant::now() + PUBLISH_WITHIN, Uuid::now_v7());
+        let mut unknown = None;
         loop {
-            match member.publish(name, image.key.digest, facts.clone()).await {
+            match member.publish(name, image.key.digest, facts.clone(), once).await {
                 Err(ClusterError::Consensus(error)) if Instant::now() < deadline => {
                     tracing::warn!(%name, %error, "the cluster does not know of this template yet");
+                    unknown = unknown.or(matches!(error, ConsensusError::Unknown { .. }).then_some(error));
                 }
-                published => return Ok(published?),
+                Ok(()) => return Ok(()),
+                // What a try before this one asked for may be done all the same.
+                Err(error) => return Err(unknown.map_or(error, ClusterError::from).into()),
             }
         }
     }

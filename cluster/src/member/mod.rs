@@ -341,16 +341,16 @@ impl Membership {
         }
     }
 
-    /// Makes an image known, and points a name at it.
+    /// Makes an image known, and points a name at it. `once`: of the name; with it this may be done again until it is answered.
     ///
     /// # Errors
     /// [`ClusterError`].
-    pub async fn publish(&self, name: &FullName, digest: Digest, facts: ImageFacts) -> Result<(), ClusterError> {
+    pub async fn publish(&self, name: &FullName, digest: Digest, facts: ImageFacts, once: Uuid) -> Result<(), ClusterError> {
         let FullName { tenant, name } = name;
         let key = ImageKey { tenant: tenant.clone(), digest };
         let incarnation = self.consensus.stale().nodes.get(&self.node).map_or(0, |node| node.incarnation);
         self.propose(None, Command::AddImage { key, facts, node: self.node, incarnation }).await?;
-        self.propose(None, Command::PutTemplate { tenant: tenant.clone(), name: name.clone(), digest }).await?;
+        self.propose(Some(once), Command::PutTemplate { tenant: tenant.clone(), name: name.clone(), digest }).await?;
         Ok(())
     }
 

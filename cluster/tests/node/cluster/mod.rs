@@ -5,5 +5,6 @@ mod doors;
 mod faults;
 mod forks;
 mod local;
+mod histories;
 mod stage;
 mod users;
