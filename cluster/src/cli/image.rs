@@ -1,7 +1,6 @@
 //! `farfork image`.
 
 use std::process::ExitCode;
-use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
 use types::Name;
@@ -148,7 +147,7 @@ async fn id_or_name(text: &str, context: &Context) -> Result<String, CliError> {
 }
 
 fn list(answer: &ImagesAnswer) -> String {
-    let now = SystemTime::now();
+    let now = pages::clock::wall();
     let in_memory = answer.images.iter().map(|image| {
         [
             short(image.id.as_uuid()),

@@ -1,7 +1,6 @@
 //! `farfork ls`.
 
 use std::process::ExitCode;
-use std::time::SystemTime;
 
 use clap::Args;
 
@@ -33,7 +32,7 @@ pub(crate) async fn run(arguments: &Arguments, context: &Context) -> Result<Exit
 }
 
 fn for_people(answer: &MachinesAnswer) -> String {
-    let now = SystemTime::now();
+    let now = pages::clock::wall();
     let rows = answer.machines.iter().map(|machine| {
         let state = match (&machine.ended, machine.state) {
             (Some(ended), _) => ended.reason.clone(),

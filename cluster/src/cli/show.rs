@@ -1,7 +1,6 @@
 //! `farfork show`.
 
 use std::process::ExitCode;
-use std::time::SystemTime;
 
 use clap::Args;
 
@@ -45,7 +44,7 @@ fn machine(answer: &MachineAnswer) -> String {
         Some(ended) => lines.add("ended", format!("{}: {}", ended.reason, ended.detail)),
         None => lines.add("state", "running"),
     }
-    lines.add("age", size::age(machine.created_unix_ms, SystemTime::now()));
+    lines.add("age", size::age(machine.created_unix_ms, pages::clock::wall()));
     lines.add("first", format!("{} us = {}", machine.first_us, stage_cell(&machine.stages_us)));
     if let Some(ready) = &machine.ready {
         let gate = if ready.was_gated { "" } else { ", ungated: a branch of what ran" };
@@ -84,7 +83,7 @@ fn image(image: &Image) -> String {
     lines.add("tenant", &image.tenant);
     lines.add("origin", &image.origin);
     lines.add_some("parent", image.parent);
-    lines.add("age", size::age(image.created_unix_ms, SystemTime::now()));
+    lines.add("age", size::age(image.created_unix_ms, pages::clock::wall()));
     lines.add("memory", size::bytes(image.memory_bytes));
     lines.add("vcpus", image.vcpus);
     lines.add_some("disk", image.disk_bytes.map(size::bytes));

@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
 use types::Tenant;
@@ -109,7 +108,7 @@ fn read(file: &Path) -> Result<String, CliError> {
 
 fn facts(certificate: &Certificate) -> String {
     let Certificate { node, role, fingerprint, not_after_unix_ms, .. } = certificate;
-    let left = size::left(*not_after_unix_ms, SystemTime::now());
+    let left = size::left(*not_after_unix_ms, pages::clock::wall());
     format!("node {node}, {}, valid for {left}, BLAKE3 {fingerprint}\n", name(*role))
 }
 
@@ -120,7 +119,7 @@ fn list(nodes: &[TrustedNode]) -> String {
             certificate.node.to_string(),
             name(certificate.role).to_owned(),
             node.tenants.join(","),
-            size::left(certificate.not_after_unix_ms, SystemTime::now()),
+            size::left(certificate.not_after_unix_ms, pages::clock::wall()),
             certificate.fingerprint.chars().take(16).collect(),
         ]
     });

@@ -108,9 +108,9 @@ impl Agent {
     pub async fn renew(self: Arc<Self>, data: Arc<DataDirectory>) {
         let mut until = self.member.identity.certificate().peer().not_after;
         loop {
-            let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+            let left = until.duration_since(pages::clock::wall()).unwrap_or_default();
             tokio::time::sleep(left.saturating_sub(RENEW_BEFORE).min(RENEW_TRY_EVERY * 6)).await;
-            let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+            let left = until.duration_since(pages::clock::wall()).unwrap_or_default();
             if left > RENEW_BEFORE {
                 continue;
             }

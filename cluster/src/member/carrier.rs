@@ -1,7 +1,7 @@
 //! Messages between members over QUIC, by a name of their own on the one port: one connection for what must not wait, one for the
 //! log, one for whole states.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use pages::client::{Unasked, Way};
 use pages::server::Answers;
-use pages::{Certificate, Client, Identity, Role};
+use pages::trust::NotTrusted;
+use pages::{Certificate, Client, Identity, LinkError, Role};
 use types::NodeId;
 
 use crate::raft::consensus::Peer;
@@ -27,6 +28,27 @@ pub(super) struct Quic {
     client: Client,
     identity: Arc<Identity>,
     ways: Mutex<HashMap<To, Way>>,
+    refused: Arc<Refused>,
+}
+
+/// Where a clock that is wrong stands between this node and another; the log says so once until they have spoken again.
+#[derive(Default)]
+struct Refused(Mutex<HashSet<SocketAddr>>);
+
+impl Refused {
+    fn note<T>(&self, address: SocketAddr, asked: &Result<T, Unasked>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match asked {
+            Ok(_) => drop(known.remove(&address)),
+            Err(Unasked::NotSent(error) | Unasked::NoAnswer(error)) => {
+                if let LinkError::NotTrusted { source: source @ NotTrusted::Dates { .. }, .. } = error
+                    && known.insert(address)
+                {
+                    tracing::error!(%address, error = %source, remedy = source.remedy(), "another member cannot be spoken with");
+                }
+            }
+        }
+    }
 }
 
 /// Where a way leads, who is expected there, and what it is for.
@@ -34,7 +56,7 @@ type To = (SocketAddr, Option<NodeId>, Lane);
 
 impl Quic {
     pub(super) fn new(client: Client, identity: Arc<Identity>) -> Self {
-        Self { client, identity, ways: Mutex::default() }
+        Self { client, identity, ways: Mutex::default(), refused: Arc::default() }
     }
 
     fn way(&self, address: SocketAddr, to: Option<NodeId>, lane: Lane) -> Result<Way, String> {
@@ -60,12 +82,14 @@ impl Carrier for Quic {
         request: Vec<u8>,
         within: Duration,
     ) -> BoxFuture<'static, Result<Vec<u8>, CarryError>> {
-        let text = address.to_owned();
+        let (text, refused) = (address.to_owned(), Arc::clone(&self.refused));
         let way = address.parse::<SocketAddr>().map_err(|error| error.to_string());
-        let way = way.and_then(|address| self.way(address, to.map(|member| member.0), lane));
+        let way = way.and_then(|address| Ok((address, self.way(address, to.map(|member| member.0), lane)?)));
         Box::pin(async move {
-            let way = way.map_err(|detail| CarryError::Unreachable { address: text.clone(), detail })?;
-            way.ask(Bytes::from(request), MESSAGE_BYTES_MAX, within).await.map(Vec::from).map_err(|error| {
+            let (socket, way) = way.map_err(|detail| CarryError::Unreachable { address: text.clone(), detail })?;
+            let asked = way.ask(Bytes::from(request), MESSAGE_BYTES_MAX, within).await;
+            refused.note(socket, &asked);
+            asked.map(Vec::from).map_err(|error| {
                 let (address, detail) = (text, error.to_string());
                 match error {
                     Unasked::NotSent(_) => CarryError::Unreachable { address, detail },

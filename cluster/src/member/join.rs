@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use control::command::{Answer, Command, Refusal};
@@ -10,7 +10,7 @@ use control::state::Role;
 use futures_util::future::BoxFuture;
 use pages::identity::Fingerprint;
 use pages::server::Answers;
-use pages::{Certificate, Identity, LinkError, join};
+use pages::{Certificate, Identity, LinkError, clock, join};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{Digest, Name};
@@ -23,6 +23,9 @@ use super::{Membership, REQUEST_WITHIN};
 const VERSION: u32 = 1;
 /// How long each voter may take.
 const WITHIN: Duration = Duration::from_secs(10);
+/// How far apart clocks of a node and a voter may be: certificates begin an hour before they are made, and two nodes may be off
+/// either way.
+const APART_MAX: Duration = Duration::from_mins(30);
 
 /// What a node asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +40,8 @@ enum What {
     Join { name: Name, secret: [u8; 32] },
     /// Another certificate, of one that has a good one.
     Renew,
+    /// What time it is there.
+    Clock,
 }
 
 /// What it is told.
@@ -55,6 +60,11 @@ pub enum Reply {
     Elsewhere {
         /// Why not here.
         message: String,
+    },
+    /// What time it is here.
+    Clock {
+        /// Since 1970.
+        unix_ms: u64,
     },
 }
 
@@ -81,15 +91,32 @@ pub enum JoinError {
     Unreached(LinkError),
     #[error("no voter could do it: {message}")]
     Unable { message: String },
+    #[error(
+        "the clocks differ: this host's is {} {} that of the voter at {address}, and {} min is the most",
+        hours(*by), if *is_ahead { "ahead of" } else { "behind" }, APART_MAX.as_secs() / 60
+    )]
+    Clocks { address: SocketAddr, is_ahead: bool, by: Duration },
 }
 
 impl JoinError {
+    /// The code that programs match on.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Clocks { .. } => "CLOCKS_DIFFER",
+            Self::Refused { .. } | Self::Unreached(_) | Self::Unable { .. } => "NOT_LET_IN",
+        }
+    }
+
     /// What to do about it, in one line.
     #[must_use]
     pub fn remedy(&self) -> String {
         match self {
             Self::Refused { remedy, .. } => remedy.clone(),
             Self::Unreached(error) => error.remedy().to_owned(),
+            Self::Clocks { .. } => {
+                "set the clocks of both hosts (NTP), and ask again: nothing was done, a token is as good as before".to_owned()
+            }
             Self::Unable { .. } => "look at the voters (farfork node ls), and join again with the same token".to_owned(),
         }
     }
@@ -118,19 +145,66 @@ async fn ask_voters(
     authority: Fingerprint,
     what: What,
 ) -> Result<Admitted, JoinError> {
-    let request = Bytes::from(postcard::to_stdvec(&Request { version: VERSION, what }).expect("plain data"));
     let mut last = JoinError::Unable { message: "none is known".to_owned() };
     for address in voters {
-        let answered = join::ask(identity, *address, authority, request.clone(), WITHIN).await;
-        match answered.map(|bytes| postcard::from_bytes::<Reply>(&bytes)) {
-            Ok(Ok(Reply::Admitted(admitted))) => return Ok(*admitted),
-            Ok(Ok(Reply::Refused { message, remedy })) => return Err(JoinError::Refused { message, remedy }),
-            Ok(Ok(Reply::Elsewhere { message })) => last = JoinError::Unable { message },
-            Ok(Err(error)) => last = JoinError::Unable { message: format!("its answer is none: {error}") },
-            Err(error) => last = JoinError::Unreached(error),
+        match ask_voter(identity, *address, authority, &what).await {
+            Err(error) if !matches!(error, JoinError::Refused { .. }) => last = error,
+            answered => return answered,
         }
     }
     Err(last)
+}
+
+async fn ask_voter(
+    identity: &Identity,
+    address: SocketAddr,
+    authority: Fingerprint,
+    what: &What,
+) -> Result<Admitted, JoinError> {
+    // A certificate that is made by a clock which is far off is good for nothing, and where this host's is, those of others are.
+    let clock = join::ask_openly(identity, address, authority, bytes_of(&What::Clock), WITHIN).await;
+    match understood(clock)? {
+        Reply::Clock { unix_ms } => compare(address, unix_ms)?,
+        reply => return Err(other(reply)),
+    }
+    match understood(join::ask(identity, address, authority, bytes_of(what), WITHIN).await)? {
+        Reply::Admitted(admitted) => Ok(*admitted),
+        reply => Err(other(reply)),
+    }
+}
+
+fn bytes_of(what: &What) -> Bytes {
+    postcard::to_stdvec(&Request { version: VERSION, what: what.clone() }).expect("plain data").into()
+}
+
+fn understood(answered: Result<Bytes, LinkError>) -> Result<Reply, JoinError> {
+    let bytes = answered.map_err(JoinError::Unreached)?;
+    postcard::from_bytes(&bytes).map_err(|error| JoinError::Unable { message: format!("its answer is none: {error}") })
+}
+
+/// What it means that this is the answer, and not what was asked for.
+fn other(reply: Reply) -> JoinError {
+    match reply {
+        Reply::Refused { message, remedy } => JoinError::Refused { message, remedy },
+        Reply::Elsewhere { message } => JoinError::Unable { message },
+        Reply::Admitted(_) | Reply::Clock { .. } => JoinError::Unable { message: "it answers another question".to_owned() },
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn compare(address: SocketAddr, there_ms: u64) -> Result<(), JoinError> {
+    let here_ms = unix_ms();
+    let by = Duration::from_millis(here_ms.abs_diff(there_ms));
+    if by > APART_MAX { Err(JoinError::Clocks { address, is_ahead: here_ms > there_ms, by }) } else { Ok(()) }
+}
+
+fn hours(time: Duration) -> String {
+    let minutes = (time.as_secs() + 30) / 60;
+    format!("{} h {} min", minutes / 60, minutes % 60)
 }
 
 /// One, for the corpora.
@@ -181,14 +255,15 @@ impl Membership {
             Err(reply) => return reply,
         };
         let elsewhere = |message: String| Reply::Elsewhere { message };
-        let Some(authority) = &self.authority else {
-            return elsewhere("this voter does not have the authority's key open".to_owned());
-        };
+        let sealed = || elsewhere("this voter does not have the authority's key open".to_owned());
+        let authority = self.authority.as_ref().ok_or_else(sealed);
         let (name, role) = match what {
+            What::Clock => return Reply::Clock { unix_ms: unix_ms() },
             What::Renew => match self.renewable(shown) {
                 Ok(known) => known,
                 Err(reply) => return reply,
             },
+            What::Join { .. } if authority.is_err() => return sealed(),
             What::Join { name, secret } => {
                 let (node, token) = (shown.peer().node, JoinToken::digest(&secret));
                 // Strangers write nothing into the log: only a token does.
@@ -210,6 +285,10 @@ impl Membership {
         let of_certificate = match role {
             Role::Voter => pages::Role::Voter,
             Role::Learner => pages::Role::Learner,
+        };
+        let authority = match authority {
+            Ok(authority) => authority,
+            Err(reply) => return reply,
         };
         match authority.issue(shown, &name, of_certificate) {
             Ok(certificate) => {

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -99,7 +99,7 @@ impl Credentials {
             trust.join(root.clone());
         }
         let peer = identity.certificate().peer();
-        let left = peer.not_after.duration_since(SystemTime::now());
+        let left = peer.not_after.duration_since(pages::clock::wall());
         match left {
             Err(_) if cluster.is_some() => return Err(JoinError::Expired),
             Err(_) => {

@@ -191,7 +191,7 @@ impl Registry {
         let mut inner = self.lock();
         let Some(machine) = inner.machines.get_mut(&id) else { return };
         debug_assert!(matches!(machine.state, MachineState::Ending), "{id} was not claimed");
-        machine.state = MachineState::Ended { ended, at: SystemTime::now(), console };
+        machine.state = MachineState::Ended { ended, at: pages::clock::wall(), console };
         inner.running -= 1;
         inner.ended.push_back(id);
         if inner.ended.len() > ENDED_MAX
@@ -412,7 +412,7 @@ mod tests {
             image: ImageId::from_uuid(Uuid::nil()),
             tenant: Tenant::default_tenant(),
             parent: None,
-            created: SystemTime::now(),
+            created: pages::clock::wall(),
             limit_bytes: None,
             claim_bytes: 1 << 20,
             verified_pages: None,

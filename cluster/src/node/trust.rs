@@ -153,7 +153,7 @@ impl TrustStore {
         if node == self.own().node {
             return Err(TrustError::Own);
         }
-        if certificate.not_after <= SystemTime::now() {
+        if certificate.not_after <= pages::clock::wall() {
             return Err(TrustError::Expired { node });
         }
         let new = Trusted { certificate, tenants };

@@ -15,6 +15,7 @@ use rustls::server::ParsedCertificate;
 use types::{Digest, Name};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use crate::clock;
 use crate::identity::{
     CLOCK_SLACK, Certificate, CertificateError, Fingerprint, IdentityError, Role, first_of, name_of, provider,
 };
@@ -104,7 +105,7 @@ impl Authority {
     pub fn generate() -> Result<Self, IdentityError> {
         let failed = |source| IdentityError::Generate { source };
         let key = KeyPair::generate().map_err(failed)?;
-        let now = SystemTime::now();
+        let now = clock::wall();
         let mut params = parameters();
         params.not_before = (now - CLOCK_SLACK).into();
         params.not_after = (now + VALIDITY).into();
@@ -151,7 +152,7 @@ impl Authority {
     /// # Errors
     /// [`IdentityError`] if its key is of another kind than nodes have.
     pub fn issue(&self, shown: &Certificate, name: &Name, role: Role) -> Result<String, IdentityError> {
-        let now = SystemTime::now();
+        let now = clock::wall();
         self.issue_valid(shown, name, role, now - CLOCK_SLACK, now + NODE_VALIDITY)
     }
 

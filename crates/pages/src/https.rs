@@ -73,7 +73,7 @@ pub fn client(expected: &Expected, shown: Option<&Shown>) -> Result<ClientConfig
     let tls = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13])?;
     let tls = match expected {
         Expected::Authority(authority) => {
-            let verifier = Verifier::new(ByAuthority { authority: *authority, voters_alone: false });
+            let verifier = Verifier::new(ByAuthority { authority: *authority, voters_alone: false, heeds_dates: true });
             tls.dangerous().with_custom_certificate_verifier(verifier)
         }
         Expected::Roots(pem) => {

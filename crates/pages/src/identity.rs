@@ -20,6 +20,8 @@ use types::{Digest, NodeId};
 use uuid::Uuid;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use crate::clock;
+
 /// The most bytes of a certificate, in DER. Ours have about 400.
 pub const CERTIFICATE_SIZE_MAX: usize = 4 << 10;
 /// The most bytes of a PEM file with a certificate or a key.
@@ -174,7 +176,7 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`] if the system gives no randomness.
     pub fn generate(node: NodeId, role: Role) -> Result<Self, IdentityError> {
-        let now = SystemTime::now();
+        let now = clock::wall();
         Self::generate_valid(node, role, now - CLOCK_SLACK, now + VALIDITY)
     }
 

@@ -16,6 +16,7 @@
 //! | [`endpoint`] | the transport's knobs, and the limits on what a peer can make grow |
 //! | [`server`] | serves the images of an [`server::ImageStore`], and takes orders |
 //! | [`client`] | asks another node |
+//! | [`clock`] | the time for dates of certificates |
 //! | [`join`] | asks to be let into a cluster |
 //! | [`https`] | TLS of the API for users |
 //! | [`transfer`] | which extent is asked for next, of whom, and who is woken: pure |
@@ -23,6 +24,7 @@
 
 pub mod authority;
 pub mod client;
+pub mod clock;
 pub mod endpoint;
 #[cfg(feature = "testing")]
 pub mod fakes;

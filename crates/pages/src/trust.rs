@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use types::{NodeId, Tenant};
 
 use crate::authority::Root;
+use crate::clock;
 use crate::identity::{Certificate, CertificateError, Fingerprint, Peer};
 use crate::verify::{Check, Verifier};
 
@@ -167,7 +168,7 @@ impl Trust {
     pub(crate) async fn until_withdrawn(&self, peer: &Peer) -> NotTrusted {
         let mut changes = self.inner.changes.subscribe();
         loop {
-            let now = SystemTime::now();
+            let now = clock::wall();
             if let Err(refusal) = self.check(peer, now) {
                 return refusal;
             }
@@ -232,6 +233,8 @@ pub enum NotTrusted {
     NotYetValid { node: NodeId },
     #[error("the certificate of node {node} has expired")]
     Expired { node: NodeId },
+    #[error("a certificate's dates do not hold by the clock of {by}")]
+    Dates { by: &'static str },
     #[error("node {node} has no vote, and lets nobody in")]
     NoVoter { node: NodeId },
     #[error("node {node} is not of the cluster whose authority is {expected}")]
@@ -256,6 +259,7 @@ impl NotTrusted {
             Self::NoVoter { .. } => "make another token on a voter, and look who is at the address of the last one",
             Self::OtherCluster { .. } => "take a token of the cluster that this address belongs to, or correct the address",
             Self::NotYetValid { .. } => "set the clocks of both nodes",
+            Self::Dates { .. } => "set the clocks of both hosts; where they are right, a certificate has run out",
             Self::Expired { .. } => "make a new certificate on that node, and trust it here",
             Self::OtherNode { .. } => "correct the address, or trust the node that is there now",
         }

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
@@ -10,6 +10,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, PeerIncompatible, SignatureScheme};
 
+use crate::clock;
 use crate::identity::provider;
 
 /// Whose certificates pass.
@@ -35,8 +36,8 @@ impl<C: Check> Verifier<C> {
         Arc::new(Self { check, provider: provider() })
     }
 
-    fn look(&self, shown: &CertificateDer<'_>, beside: &[CertificateDer<'_>], now: UnixTime) -> Result<(), rustls::Error> {
-        self.check.check(shown, beside, UNIX_EPOCH + Duration::from_secs(now.as_secs()))
+    fn look(&self, shown: &CertificateDer<'_>, beside: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
+        self.check.check(shown, beside, clock::wall())
     }
 
     fn signature(
@@ -65,9 +66,9 @@ impl<C: Check> ServerCertVerifier for Verifier<C> {
         intermediates: &[CertificateDer<'_>],
         _server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
-        now: UnixTime,
+        _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.look(end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
+        self.look(end_entity, intermediates).map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -106,9 +107,9 @@ impl<C: Check> ClientCertVerifier for Verifier<C> {
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
+        _now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.look(end_entity, intermediates, now).map(|()| ClientCertVerified::assertion())
+        self.look(end_entity, intermediates).map(|()| ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

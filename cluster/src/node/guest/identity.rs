@@ -2,7 +2,7 @@
 //! cannot be held back, and is marked so.
 
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use agent::protocol::{Address, FromAgent, Identity, Outcome, Phase, STEPS_MAX, Step, TEXT_MAX, ToAgent};
 use serde::{Deserialize, Serialize};
@@ -65,7 +65,7 @@ pub fn tell(
     let was_gated = talk.phase() == Phase::Gated;
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).map_err(|error| TalkError::Io(error.into()))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = pages::clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
     let hostname = hostname(id);
     let identity = Identity {
         id,

@@ -1,7 +1,7 @@
 //! Fork: find or make the image, then its children, here or on another node.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use types::{Digest, FullName, MachineId, NodeId, Tenant};
 use uuid::Uuid;
@@ -262,7 +262,7 @@ impl Service {
             image: image.facts.id,
             tenant: image.facts.tenant.clone(),
             parent: if let Origin::Machine(parent) = image.origin { Some(parent) } else { None },
-            created: SystemTime::now(),
+            created: pages::clock::wall(),
             limit_bytes: order.limit_bytes,
             claim_bytes,
             verified_pages: None,

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use types::{Digest, FullName, ImageId, MachineId, Name, Reason, Tenant};
 
@@ -336,7 +336,7 @@ impl Service {
     }
 
     fn note_image(&self, facts: ImageFacts, origin: Origin, name: Option<FullName>) -> Image {
-        let image = Image { facts, origin, name, created: SystemTime::now(), built: Arc::from([]) };
+        let image = Image { facts, origin, name, created: pages::clock::wall(), built: Arc::from([]) };
         tracing::info!(image = %image.facts.id, origin = ?image.origin, "image");
         self.registry.add_image(image)
     }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use types::FullName;
 use vm::class::Devices;
@@ -77,7 +77,7 @@ impl Service {
             facts,
             origin: Origin::Template,
             name: Some(name.clone()),
-            created: SystemTime::now(),
+            created: pages::clock::wall(),
             built: Arc::from(times),
         };
         Ok(self.view(self.registry.add_image(image)))

@@ -18,6 +18,8 @@ pub(super) struct Cluster {
     /// Of nodes that do not run.
     directories: Vec<Option<TempDir>>,
     passphrase: TempDir,
+    /// By how many seconds each host's clock is off, when a program is started there.
+    clocks: Vec<i64>,
 }
 
 /// A disk that is unmounted with the test.
@@ -67,7 +69,7 @@ impl Cluster {
         let ports = (0..hosts).map(port).collect();
         let directories = (0..hosts).map(|_| Some(tempfile::tempdir().unwrap())).collect();
         let nodes = (0..hosts).map(|_| None).collect();
-        Self { network, ports, nodes, directories, passphrase: tempfile::tempdir().unwrap() }
+        Self { network, ports, nodes, directories, passphrase: tempfile::tempdir().unwrap(), clocks: vec![0; hosts] }
     }
 
     pub(super) fn is_isolated(&self) -> bool {
@@ -91,6 +93,7 @@ impl Cluster {
     fn command(&self, host: usize) -> Command {
         let mut command = self.network.host(host).command(PROGRAM);
         command.env("FARFORK_CA_PASSPHRASE_FILE", self.passphrase.path().join("passphrase")).stdin(Stdio::null());
+        command.env("FARFORK_TEST_CLOCK_SECONDS", self.clocks[host].to_string());
         command
     }
 
@@ -106,6 +109,11 @@ impl Cluster {
 
     pub(super) fn host_address(&self, host: usize) -> std::net::IpAddr {
         self.network.host(host).address()
+    }
+
+    /// What is started on a host from now on has a clock that is so many seconds off.
+    pub(super) fn set_clock(&mut self, host: usize, seconds: i64) {
+        self.clocks[host] = seconds;
     }
 
     pub(super) fn directory(&self, host: usize) -> &std::path::Path {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use quinn::ConnectionError;
 use tokio::time::Instant;
@@ -11,6 +11,7 @@ use types::NodeId;
 
 use super::silence::{LOOK, Silence};
 use super::{CLOSE_DONE, LinkError, Shared};
+use crate::clock;
 use crate::identity::Peer;
 use crate::server::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, shown_on};
 use crate::trust::NotTrusted;
@@ -25,6 +26,8 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
 /// QUIC's error codes for TLS alerts.
 const CRYPTO_ERRORS: std::ops::Range<u64> = 0x100..0x200;
+/// The one of certificates whose dates do not hold.
+const DATES: u64 = CRYPTO_ERRORS.start + 45;
 
 /// See the module.
 pub(crate) struct Lane {
@@ -169,7 +172,7 @@ impl Lane {
     /// The connection that stands, unless its node is trusted no longer.
     fn trusted(&self) -> Result<Option<quinn::Connection>, LinkError> {
         let Some((connection, peer)) = self.standing() else { return Ok(None) };
-        match self.shared.trust.check(&peer, SystemTime::now()) {
+        match self.shared.trust.check(&peer, clock::wall()) {
             Ok(()) => Ok(Some(connection)),
             Err(source) => {
                 connection.close(CLOSE_NOT_TRUSTED, b"no longer trusted");
@@ -221,7 +224,10 @@ impl Failures {
 /// What the loss of a connection means.
 pub(crate) fn lost(address: SocketAddr, error: &ConnectionError) -> LinkError {
     let handshake = |why: String| LinkError::NotTrusted { address, source: NotTrusted::Handshake { why } };
+    let dates = |by| LinkError::NotTrusted { address, source: NotTrusted::Dates { by } };
     match error {
+        ConnectionError::TransportError(error) if u64::from(error.code) == DATES => dates("this host"),
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) == DATES => dates("the other host"),
         ConnectionError::TransportError(error) if CRYPTO_ERRORS.contains(&u64::from(error.code)) => {
             handshake(error.to_string())
         }

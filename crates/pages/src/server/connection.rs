@@ -1,7 +1,7 @@
 //! From a first packet to streams: handshakes and connections.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Endpoint, Incoming};
@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::admission::Handshake;
 use super::{CLOSE_BUSY, CLOSE_NOT_TRUSTED, CLOSE_SLOW, Shared, count, stream};
+use crate::clock;
 use crate::identity::Certificate;
 use crate::trust::NotTrusted;
 use crate::wire::{ALPN_NODE, ALPN_PAGES};
@@ -73,7 +74,7 @@ async fn serve(incoming: Incoming, permit: OwnedSemaphorePermit, shared: Arc<Sha
         return;
     };
     let peer = shown.peer().clone();
-    let is_trusted = shared.trust.check(&peer, SystemTime::now());
+    let is_trusted = shared.trust.check(&peer, clock::wall());
     let (is_open, is_of_service) = match protocol {
         Protocol::Service(index) => (shared.services[index].admits_strangers, true),
         Protocol::Pages | Protocol::Node => (false, false),
