@@ -9,6 +9,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use types::{FullName, MemorySize};
 
@@ -185,7 +186,7 @@ pub(crate) async fn connect(
 }
 
 /// Passes bytes on, both ways, until either side is done. A client may take as long as it likes to read.
-async fn relay(client: Upgraded, mut guest: UnixStream) {
+pub(crate) async fn relay(client: Upgraded, mut guest: impl AsyncRead + AsyncWrite + Unpin) {
     let relayed = match client.downcast::<Served>() {
         Ok(parts) => {
             let mut client = parts.io.into_inner().into_stream();

@@ -31,7 +31,7 @@ pub(super) struct Quic {
     refused: Arc<Refused>,
 }
 
-/// Where a clock that is wrong stands between this node and another; the log says so once until they have spoken again.
+/// Whom a wrong clock or another version keeps from speaking with this node; the log says so once until they have spoken again.
 #[derive(Default)]
 struct Refused(Mutex<HashSet<SocketAddr>>);
 
@@ -41,10 +41,13 @@ impl Refused {
         match asked {
             Ok(_) => drop(known.remove(&address)),
             Err(Unasked::NotSent(error) | Unasked::NoAnswer(error)) => {
-                if let LinkError::NotTrusted { source: source @ NotTrusted::Dates { .. }, .. } = error
-                    && known.insert(address)
-                {
-                    tracing::error!(%address, error = %source, remedy = source.remedy(), "another member cannot be spoken with");
+                let why: &dyn std::fmt::Display = match error {
+                    LinkError::NotTrusted { source: source @ NotTrusted::Dates { .. }, .. } => source,
+                    LinkError::OtherProtocol { .. } => error,
+                    _ => return,
+                };
+                if known.insert(address) {
+                    tracing::error!(%address, error = %why, remedy = error.remedy(), "another member cannot be spoken with");
                 }
             }
         }

@@ -122,10 +122,7 @@ impl Membership {
             let there = hyper::upgrade::on(&mut response);
             tokio::spawn(async move {
                 let (Ok(here), Ok(there)) = tokio::join!(upgrade, there) else { return };
-                let (mut here, mut there) = (TokioIo::new(here), TokioIo::new(there));
-                if let Err(error) = tokio::io::copy_bidirectional(&mut here, &mut there).await {
-                    tracing::debug!(%error, "a conversation through this node broke off");
-                }
+                crate::api::templates::relay(here, TokioIo::new(there)).await;
             });
         }
         Ok(response.map(Body::new))

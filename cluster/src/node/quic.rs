@@ -333,7 +333,7 @@ impl Peers for QuicPeers {
 fn of_link(address: SocketAddr, error: &LinkError) -> PeerError {
     let detail = error.to_string();
     match error {
-        LinkError::Unreachable { .. } => PeerError::Unreachable { address, detail },
+        LinkError::Unreachable { .. } | LinkError::OtherProtocol { .. } => PeerError::Unreachable { address, detail },
         LinkError::NotTrusted { .. } => PeerError::NotTrusted { address, detail },
         LinkError::Refused(refusal) => {
             let refusal = super::peers::PeerRefusal {

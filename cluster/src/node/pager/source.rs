@@ -234,7 +234,7 @@ impl Fetch {
         source.last_error = Some(error.to_string());
         let is_lost = match error {
             LinkError::Refused(refusal) => !matches!(refusal.code, RefusalCode::Busy | RefusalCode::Failed),
-            LinkError::NotTrusted { .. } => true,
+            LinkError::NotTrusted { .. } | LinkError::OtherProtocol { .. } => true,
             _ => false,
         };
         if is_lost && source.state == SourceState::Good {
@@ -276,7 +276,7 @@ pub(super) fn of_link(error: &LinkError) -> EngineError {
     let kind = match error {
         LinkError::Unreachable { .. } | LinkError::TimedOut { .. } => ErrorKind::Unreachable,
         LinkError::NotTrusted { .. } => ErrorKind::NotTrusted,
-        LinkError::Refused(_) => ErrorKind::Refused,
+        LinkError::Refused(_) | LinkError::OtherProtocol { .. } => ErrorKind::Refused,
         _ => ErrorKind::SourceLost,
     };
     EngineError { kind, message: error.to_string(), remedy: error.remedy().to_owned() }

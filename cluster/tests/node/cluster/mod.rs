@@ -3,9 +3,11 @@
 
 mod clocks;
 mod doors;
+mod execs;
 mod faults;
 mod forks;
 mod local;
 mod histories;
 mod stage;
 mod users;
+mod versions;

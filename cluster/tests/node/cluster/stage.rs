@@ -155,6 +155,11 @@ impl Cluster {
         self.nodes[host] = Some(Node::start_by(self.command(host), directory, &[&["--listen", &address], more].concat()));
     }
 
+    /// Does something where a host's node is reached from.
+    pub(super) fn run_in<T: Send>(&self, host: usize, work: impl FnOnce() -> T + Send) -> T {
+        self.network.host(host).run_in(work)
+    }
+
     /// Ends a node as a crash would.
     pub(super) fn crash(&mut self, host: usize) {
         let node = self.nodes[host].take().unwrap_or_else(|| panic!("node {host} does not run"));

@@ -28,6 +28,8 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(2);
 const CRYPTO_ERRORS: std::ops::Range<u64> = 0x100..0x200;
 /// The one of certificates whose dates do not hold.
 const DATES: u64 = CRYPTO_ERRORS.start + 45;
+/// The one of a protocol that is not spoken.
+const NO_PROTOCOL: u64 = CRYPTO_ERRORS.start + 120;
 
 /// See the module.
 pub(crate) struct Lane {
@@ -226,6 +228,10 @@ pub(crate) fn lost(address: SocketAddr, error: &ConnectionError) -> LinkError {
     let handshake = |why: String| LinkError::NotTrusted { address, source: NotTrusted::Handshake { why } };
     let dates = |by| LinkError::NotTrusted { address, source: NotTrusted::Dates { by } };
     match error {
+        ConnectionError::TransportError(error) if u64::from(error.code) == NO_PROTOCOL => LinkError::OtherProtocol { address },
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) == NO_PROTOCOL => {
+            LinkError::OtherProtocol { address }
+        }
         ConnectionError::TransportError(error) if u64::from(error.code) == DATES => dates("this host"),
         ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) == DATES => dates("the other host"),
         ConnectionError::TransportError(error) if CRYPTO_ERRORS.contains(&u64::from(error.code)) => {

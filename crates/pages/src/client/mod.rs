@@ -355,6 +355,8 @@ pub enum LinkError {
     Unreachable { address: SocketAddr, why: String },
     #[error("there is no trust between this node and {address}")]
     NotTrusted { address: SocketAddr, source: NotTrusted },
+    #[error("the node at {address} does not speak this protocol")]
+    OtherProtocol { address: SocketAddr },
     #[error("the node refuses: {0}")]
     Refused(#[from] Refusal),
     #[error("the node broke the protocol")]
@@ -372,6 +374,9 @@ impl LinkError {
         match self {
             Self::Unreachable { .. } => "look whether farfork runs there with --listen, and whether UDP gets through",
             Self::NotTrusted { source, .. } => source.remedy(),
+            Self::OtherProtocol { .. } => {
+                "use the same version of farfork on all nodes; and look whether that node is of the cluster, or a voter of it"
+            }
             Self::Refused(refusal) => refusal.remedy(),
             Self::Broken(_) => "do not use that node as a holder; update farfork on both nodes to one version",
             Self::TimedOut { .. } => "ask again, or another holder",
