@@ -364,7 +364,7 @@ fn a_wrong_answer_is_found_out(register: &Register, calls: &[Call<String>]) -> b
 #[test]
 fn histories_of_nodes_that_fail_have_an_order() {
     let mut dice = Rng::with_seed(seed());
-    let (mut done, rounds) = (0, count(1, 6));
+    let (mut done, rounds) = (0, count(1, 5));
     for _ in 0..rounds {
         let history = record(&mut dice);
         let counts = history.counts.into_inner().unwrap();
