@@ -140,9 +140,8 @@ impl Consensus {
     }
 
     pub(super) fn hear(&mut self, world: &World, from: usize) {
-        let now = world.now;
         if let Some(leader) = self.leader.as_mut().filter(|leader| world.reaches(from, leader.node)) {
-            leader.heard.hear(world.agents[from].id, now);
+            leader.heard.hear(world.agents[from].id, world.time_of(leader.node));
         }
     }
 
@@ -177,7 +176,7 @@ impl Consensus {
         self.pending = kept.into_iter().map(|pending| Pending { from: None, commits_at: now, ..pending }).collect();
         // It has applied everything that was committed before it leads.
         self.applied[leader] = self.len();
-        self.leader = Some(Leader { node: leader, heard: Heard::since(now), next_tend: now });
+        self.leader = Some(Leader { node: leader, heard: Heard::since(world.time_of(leader)), next_tend: now });
     }
 
     fn commit(&mut self, world: &mut World) {
@@ -189,7 +188,7 @@ impl Consensus {
         let due: Vec<Pending> = due;
         for Pending { mut entry, from, again, .. } in due {
             // By the clock of whoever leads, when it was proposed.
-            entry.at = Tick(world.now.0.saturating_sub(world.dice.u64(0..300)));
+            entry.at = Tick(world.time_of(leader).0.saturating_sub(world.dice.u64(0..300)));
             for _ in 0..=usize::from(again) {
                 let answer = self.append(&entry);
                 if let Some(from) = from.filter(|_| !self.answers_early) {
@@ -243,9 +242,10 @@ impl Consensus {
         if self.pending.iter().any(|pending| pending.from.is_none()) {
             return;
         }
-        for command in tend(&self.seen_by(node), &heard, now) {
+        let time = world.time_of(node);
+        for command in tend(&self.seen_by(node), &heard, time) {
             let commits_at = Tick(now.0 + world.dice.u64(5..80));
-            let entry = Entry { at: now, key: None, command };
+            let entry = Entry { at: time, key: None, command };
             self.pending.push(Pending { entry, from: None, commits_at, again: false });
         }
     }

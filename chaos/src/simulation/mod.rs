@@ -39,6 +39,8 @@ const STEP_MS: u64 = 50;
 const FAULTS_MS: u64 = 60_000;
 /// How long all may take to come to its end: more than a lease, an image that nothing needs, and several elections.
 const QUIET_MS: u64 = 600_000;
+/// How far a wall clock is ahead of the others.
+const WALL_CLOCK_OFF_MS: u64 = 2 * 60 * 60 * 1000;
 const MIB: u64 = 1 << 20;
 
 /// A rule that is left out.
@@ -56,17 +58,23 @@ pub enum Flaw {
     AnsweredBeforeCommit,
     /// A read is answered from what a node happens to have applied.
     StaleRead,
+    /// A node gets the right to start machines for what is taken already.
+    LeaseUnchecked,
+    /// Time is what the wall clock of whoever leads says, and one node's is hours off.
+    WallClock,
 }
 
 impl Flaw {
     /// Each of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::FenceIgnored,
         Self::KeyForgotten,
         Self::HoldDroppedEarly,
         Self::CapacityUncounted,
         Self::AnsweredBeforeCommit,
         Self::StaleRead,
+        Self::LeaseUnchecked,
+        Self::WallClock,
     ];
 
     fn of_apply(flaw: Option<Self>) -> Flaws {
@@ -75,6 +83,7 @@ impl Flaw {
             forgets_keys: flaw == Some(Self::KeyForgotten),
             drops_holds: flaw == Some(Self::HoldDroppedEarly),
             counts_no_capacity: flaw == Some(Self::CapacityUncounted),
+            leases_what_is_taken: flaw == Some(Self::LeaseUnchecked),
         }
     }
 }
@@ -133,6 +142,12 @@ impl World {
 
     fn runs(&self, node: usize) -> bool {
         self.agents[node].runs(self.now)
+    }
+
+    /// What a node takes the time for, when it leads: the cluster's, counted on.
+    fn time_of(&self, node: usize) -> Tick {
+        let is_off = node == 0 && self.flaw == Some(Flaw::WallClock);
+        Tick(self.now.0 + if is_off { WALL_CLOCK_OFF_MS } else { 0 })
     }
 
     fn index_of(&self, id: NodeId) -> Option<usize> {

@@ -35,6 +35,8 @@ pub struct Flaws {
     pub drops_holds: bool,
     /// Tasks are placed on nodes that are full.
     pub counts_no_capacity: bool,
+    /// A node gets the right to start machines for what is taken already.
+    pub leases_what_is_taken: bool,
 }
 
 /// What a rule says: done, or why not.
@@ -87,7 +89,7 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::Revoke { node } => nodes::revoke(state, *node),
         Command::Remove { node } => nodes::remove(state, *node),
         Command::GrantCapacity { node, incarnation, resources, lasts_ms } => {
-            nodes::grant(state, *node, *incarnation, *resources, *lasts_ms)
+            nodes::grant(state, *node, *incarnation, *resources, *lasts_ms, flaws)
         }
         Command::ReturnCapacity { node, epoch } => nodes::give_back(state, *node, *epoch),
         Command::AddImage { key, facts, node, incarnation } => images::add(state, key, facts, *node, *incarnation),

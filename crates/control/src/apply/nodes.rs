@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use types::{Digest, Epoch, Name, NodeId, Reason};
 
-use super::{Outcomes, TOKEN_TERM, images, jobs};
+use super::{Flaws, Outcomes, TOKEN_TERM, images, jobs};
 use crate::command::{Answer, Refusal};
 use crate::state::{
     CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Resources, Role, State, Task, Token,
@@ -150,14 +150,21 @@ pub(super) fn remove(state: &mut State, id: NodeId) -> Outcomes {
     Ok(Answer::Done)
 }
 
-pub(super) fn grant(state: &mut State, id: NodeId, incarnation: u64, resources: Resources, lasts_ms: u64) -> Outcomes {
+pub(super) fn grant(
+    state: &mut State,
+    id: NodeId,
+    incarnation: u64,
+    resources: Resources,
+    lasts_ms: u64,
+    flaws: Flaws,
+) -> Outcomes {
     let node = check_start(state, id, incarnation)?;
     if !node.is_open() {
         return Err(Refusal::Closed(id));
     }
     let before = node.lease.take();
     let free = state.free(id, &state.usage());
-    if !resources.fits(free) {
+    if !resources.fits(free) && !flaws.leases_what_is_taken {
         state.nodes.get_mut(&id).expect("just seen").lease = before;
         return Err(Refusal::Full(id));
     }
