@@ -54,7 +54,7 @@ pub(crate) async fn list(count: u64, context: &Context) -> Result<ExitCode, CliE
         let asked = &line.asked;
         [
             line.seq.to_string(),
-            size::age(line.unix_ms, std::time::SystemTime::now()),
+            size::age(line.unix_ms, pages::clock::wall()),
             asked.who.clone(),
             asked.tenant.clone().unwrap_or_else(|| "-".to_owned()),
             format!("{} {}", asked.method, asked.path),

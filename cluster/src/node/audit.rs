@@ -15,7 +15,7 @@ use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -237,7 +237,7 @@ impl Log {
         }
         asked.path = short(&asked.path);
         asked.about = asked.about.as_deref().map(short);
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = pages::clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
         let unix_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         let (seq, previous) = (self.head.seq + 1, self.head.hash.clone());
         let line = Line { seq, unix_ms, asked, previous, hash: String::new() };
