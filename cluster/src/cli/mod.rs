@@ -34,8 +34,8 @@ pub mod size;
 pub mod template;
 pub mod tree;
 pub mod trust;
-pub mod user;
 pub mod up;
+pub mod user;
 pub mod watch;
 
 use std::path::PathBuf;
