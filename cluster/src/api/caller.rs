@@ -75,6 +75,18 @@ impl Caller {
         Self { who: Who::Uid(uid), rights: is_allowed.then_some(Rights::ALL), is_owner }
     }
 
+    /// A user of the cluster.
+    #[must_use]
+    pub fn of_user(name: &Name, rights: &Rights) -> Self {
+        Self { who: Who::User(name.clone()), rights: Some(rights.clone()), is_owner: false }
+    }
+
+    /// Nobody who is known.
+    #[must_use]
+    pub fn stranger() -> Self {
+        Self { who: Who::Stranger, rights: None, is_owner: false }
+    }
+
     /// Another node: for itself, or for whom its header names.
     #[must_use]
     pub fn of_node(node: NodeId, header: Option<&HeaderValue>) -> Self {

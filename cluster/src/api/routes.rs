@@ -11,6 +11,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
+use control::State;
 use control::command::{Command, Refusal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -19,7 +20,7 @@ use types::{Digest, FullName, NodeId};
 use utoipa::OpenApi;
 use uuid::Uuid;
 
-use super::caller::{self, Caller, Who};
+use super::caller::{self, Caller};
 use super::error::ApiError;
 use super::{archive, audit, cluster, images, kill, machines, node, templates, trust, users};
 use crate::cli::client::segment;
@@ -57,6 +58,8 @@ struct Shared {
     audit: OnceLock<Audit>,
     /// Where it answers users of its cluster.
     https: OnceLock<SocketAddr>,
+    /// Locked while it is looked for a user that this node does not know.
+    unknown_users: tokio::sync::Mutex<()>,
 }
 
 /// How long a template that was built waits for the cluster to hear of it.
@@ -118,6 +121,7 @@ impl App {
             member: OnceLock::new(),
             audit: OnceLock::new(),
             https: OnceLock::new(),
+            unknown_users: tokio::sync::Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -145,18 +149,20 @@ impl App {
         self.shared.audit.get()
     }
 
-    /// The user of the cluster that this is the credential of.
-    #[must_use]
-    pub fn user(&self, credential: Option<Digest>) -> Caller {
-        let stranger = Caller { who: Who::Stranger, rights: None, is_owner: false };
-        let (Some(credential), Ok(member)) = (credential, self.member()) else { return stranger };
-        let state = member.consensus.stale();
-        let known = state.users.iter().find(|(_, user)| user.credential == credential);
-        known.map_or(stranger, |(name, user)| Caller {
-            who: Who::User(name.clone()),
-            rights: Some(user.rights.clone()),
-            is_owner: false,
-        })
+    /// The user of the cluster that this is the credential of. One that this node does not know may have been added a moment ago:
+    /// then the others are asked, for one caller at a time.
+    pub async fn user(&self, credential: Digest) -> Caller {
+        let Ok(member) = self.member() else { return Caller::stranger() };
+        let look = |state: &State| {
+            let known = state.users.iter().find(|(_, user)| user.credential == credential);
+            known.map(|(name, user)| Caller::of_user(name, &user.rights))
+        };
+        if let Some(known) = look(&member.consensus.stale()) {
+            return known;
+        }
+        let _one_at_a_time = self.shared.unknown_users.lock().await;
+        let state = member.read().await;
+        state.ok().and_then(|state| look(&state)).unwrap_or_else(Caller::stranger)
     }
 
     /// This node's part in a cluster.

@@ -163,10 +163,13 @@ enum Asker {
 }
 
 impl Asker {
-    fn of(&self, app: &App, headers: &HeaderMap) -> Caller {
+    async fn of(&self, app: &App, headers: &HeaderMap) -> Caller {
         match self {
             Self::Known(caller) => caller.clone(),
-            Self::User { key } => app.user(bearer(headers).map(super::users::digest_of).or(*key)),
+            Self::User { key } => match bearer(headers).map(super::users::digest_of).or(*key) {
+                Some(credential) => app.user(credential).await,
+                None => Caller::stranger(),
+            },
         }
     }
 }
@@ -263,9 +266,12 @@ async fn connection(
     mut closing: watch::Receiver<()>,
 ) {
     let handler = service_fn(move |mut request: hyper::Request<Incoming>| {
-        let caller = asker.of(&app, request.headers());
-        request.extensions_mut().insert(caller);
-        router.clone().oneshot(request)
+        let (asker, app, router) = (asker.clone(), app.clone(), router.clone());
+        async move {
+            let caller = asker.of(&app, request.headers()).await;
+            request.extensions_mut().insert(caller);
+            router.oneshot(request).await
+        }
     });
     let stream: Served = TokioIo::new(WriteDeadline::new(stream, limits.write_deadline));
     let served = http1::Builder::new()
