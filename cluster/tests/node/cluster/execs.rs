@@ -41,7 +41,7 @@ fn real_programs_run_in_machines_of_other_nodes() {
         feeding.join().unwrap().unwrap();
         // Who reads late gets all of it, however late: nobody on the way loses patience.
         let mut slow = running(node, &machine, "dd if=/dev/zero bs=65536 count=128 2>/dev/null");
-        std::thread::sleep(WRITE_DEADLINE + Duration::from_secs(2));
+        std::thread::sleep(WRITE_DEADLINE * 2);
         let mut read = Vec::new();
         slow.stdout.take().unwrap().read_to_end(&mut read).unwrap();
         assert_eq!((read.len(), wait(&mut slow).code()), (8 * MIB, Some(0)));
