@@ -18,7 +18,7 @@ use super::network::{Namespaces, within};
 use super::process::{Process, Stopped};
 use super::state::{Directory, Node, Places, State};
 use crate::api::wire::{ClusterAnswer, NodeRow, TokenAnswer, TokenRequest};
-use crate::cli::client::{Client, ClientError};
+use crate::cli::client::{Client, ClientError, Target};
 use crate::cli::error::CliError;
 use crate::cli::progress::Progress;
 use crate::cli::{cluster, network};
@@ -100,7 +100,7 @@ impl<'a> Nodes<'a> {
     }
 
     fn client(&self, index: usize) -> Client {
-        Client::new(self.places(index).socket)
+        Client::new(Target::Socket(self.places(index).socket))
     }
 
     fn make_network(&mut self) -> Result<(), UpError> {
