@@ -1,4 +1,4 @@
-//! `farfork cluster`: begins a cluster, lets nodes in, joins one.
+//! `farfork cluster`: begins a cluster, lets nodes in, joins one. To repair a node is in `repair`.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use types::Name;
 use super::error::CliError;
 use super::network::passphrase_file;
 use super::output::Output;
-use super::{Context, paths};
+use super::{Context, paths, repair};
 use crate::api::wire::{TokenAnswer, TokenRequest};
 use crate::member::files::{Member, PlaceError};
 use crate::member::join;
@@ -45,6 +45,7 @@ pub(super) enum Verb {
     Init(Init),
     Token(Token),
     Join(Join),
+    Repair(repair::Arguments),
 }
 
 /// Begin a cluster: make the data directory of a node that is not running its first voter's

@@ -28,6 +28,7 @@ pub mod nodes;
 pub mod output;
 pub mod paths;
 pub mod progress;
+pub mod repair;
 pub mod rootfs;
 pub mod show;
 pub mod size;
@@ -156,6 +157,7 @@ pub fn main() -> ExitCode {
         Verb::Audit(audit::Arguments { verb: audit::Verb::Verify { data } }) => audit::verify(data, output),
         Verb::Up(arguments) => up::up(&arguments, output),
         Verb::Down(arguments) => up::down(&arguments, output),
+        Verb::Cluster(cluster::Arguments { verb: cluster::Verb::Repair(arguments) }) => repair::run(&arguments, output),
         Verb::Doctor(arguments) => doctor::run(&arguments, output),
         Verb::Completions(arguments) => completions::run(&arguments),
         Verb::Zygote => return vm::worker::zygote::main(),

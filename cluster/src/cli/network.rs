@@ -115,6 +115,7 @@ impl Cluster {
         tracing::info!(name = %membership.name(), "of a cluster");
         let agent = Agent::begin(membership, app.clone(), profile, capacity).map_err(PlaceError::from)?;
         tokio::spawn(Arc::clone(&agent).renew(Arc::clone(data)));
+        tokio::spawn(Arc::clone(&agent).note_voters(Arc::clone(data)));
         tokio::spawn(agent.run());
         Ok(())
     }

@@ -12,6 +12,7 @@ use control::reconcile::{Action, Observed, Seen, reconcile};
 use control::state::{ImageFacts, ImageKey, Life, Resources};
 use types::{CpuProfile, Epoch, FullName, NodeId};
 
+use super::files::Place;
 use super::{EACH_CPU_MILLIS, Membership, join};
 use crate::api::App;
 use crate::node::DataDirectory;
@@ -121,6 +122,22 @@ impl Agent {
                     tokio::time::sleep(RENEW_TRY_EVERY).await;
                 }
             }
+        }
+    }
+
+    /// Notes on disk where the voters are whenever that has changed, until the runtime ends.
+    pub async fn note_voters(self: Arc<Self>, data: Arc<DataDirectory>) {
+        let (own, mut noted) = (self.member.address.to_string(), Vec::new());
+        loop {
+            let mut voters = self.member.voter_addresses();
+            voters.retain(|address| *address != own);
+            if !voters.is_empty() && voters != noted {
+                match Place::note_seeds(&data, &voters) {
+                    Ok(()) => noted = voters,
+                    Err(error) => tracing::debug!(%error, "where the voters are is not noted yet"),
+                }
+            }
+            tokio::time::sleep(LOOK_EVERY * 4).await;
         }
     }
 

@@ -6,6 +6,7 @@
 //! ca.sealed       its key, encrypted; on voters
 //! node.pem        this node's certificate, and the authority's
 //! raft.redb       the log, see crate::raft::disk
+//! repair.json     what a repair goes on from that was cut off, see crate::member::repair
 //! ```
 
 use std::io;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::Name;
 
+use super::repair;
 use super::seal::{Passphrase, SealError, Sealed};
 use crate::node::DataDirectory;
 use crate::node::quic::{CERTIFICATE, PEM_SIZE_MAX};
@@ -23,9 +25,9 @@ use crate::raft::{Disk, DiskError};
 
 const FORMAT: u32 = 1;
 const CLUSTER: &str = "cluster.json";
-const AUTHORITY: &str = "ca.pem";
-const SEALED: &str = "ca.sealed";
-const LOG: &str = "raft.redb";
+pub(super) const AUTHORITY: &str = "ca.pem";
+pub(super) const SEALED: &str = "ca.sealed";
+pub(super) const LOG: &str = "raft.redb";
 const FILE_BYTES_MAX: usize = 64 << 10;
 
 /// A node's place in a cluster, as it is on disk.
@@ -39,6 +41,27 @@ pub struct Place {
     pub seeds: Vec<String>,
     /// It has begun the cluster, and others reach it there.
     pub begins: Option<String>,
+}
+
+impl Place {
+    pub(super) fn of(name: &Name, seeds: Vec<String>) -> Self {
+        Self { format: FORMAT, name: name.clone(), seeds, begins: None }
+    }
+
+    pub(super) fn write(&self, data: &DataDirectory) -> Result<(), PlaceError> {
+        write(data, CLUSTER, &serde_json::to_vec_pretty(self).expect("plain data"))
+    }
+
+    /// Notes where the others are now: a node that has lost its log asks them.
+    ///
+    /// # Errors
+    /// [`PlaceError`]; it is as it was.
+    pub fn note_seeds(data: &DataDirectory, seeds: &[String]) -> Result<(), PlaceError> {
+        match Member::open(data)? {
+            Some(Member { place, .. }) if place.seeds != seeds => Self { seeds: seeds.to_vec(), ..place }.write(data),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why a directory is no member's.
@@ -55,6 +78,12 @@ pub enum PlaceError {
     Newer { directory: PathBuf, found: u32 },
     #[error("{} is a member's already", directory.display())]
     Taken { directory: PathBuf },
+    #[error("{} is no member's", directory.display())]
+    Alone { directory: PathBuf },
+    #[error("there is nothing to repair in {}: its log can be read", directory.display())]
+    Whole { directory: PathBuf },
+    #[error("a repair of {} was agreed on, and then cut off", directory.display())]
+    Unfinished { directory: PathBuf },
     #[error("the node's certificate cannot be made or used: {0}")]
     Identity(#[from] pages::identity::IdentityError),
     #[error(transparent)]
@@ -68,6 +97,11 @@ impl PlaceError {
     #[must_use]
     pub fn remedy(&self) -> &'static str {
         match self {
+            Self::Damaged { file: LOG, .. } | Self::Unfinished { .. } => {
+                "let it in again under a new id: `farfork cluster repair --from-peers`, with the node stopped"
+            }
+            Self::Alone { .. } => "let it join a cluster: farfork cluster join",
+            Self::Whole { .. } => "start the node: farfork node",
             Self::File { .. } => "check the disk and the owner of the data directory",
             Self::Missing { .. } | Self::Damaged { .. } => {
                 "restore the directory from a copy; or join anew with an empty one, after `farfork node rm` of this node's name"
@@ -103,6 +137,15 @@ impl Member {
     /// # Errors
     /// [`PlaceError`]; nothing is changed.
     pub fn open(data: &DataDirectory) -> Result<Option<Self>, PlaceError> {
+        // Some of it may be of the old node, and some of the new one.
+        if repair::is_unfinished(data)? {
+            return Err(PlaceError::Unfinished { directory: data.path().to_owned() });
+        }
+        Self::read(data)
+    }
+
+    /// The same, also of a repair that was cut off.
+    pub(super) fn read(data: &DataDirectory) -> Result<Option<Self>, PlaceError> {
         let Some(bytes) = read(data, CLUSTER)? else { return Ok(None) };
         let damaged = |file, detail: String| PlaceError::Damaged { directory: data.path().to_owned(), file, detail };
         let place: Place = serde_json::from_slice(&bytes).map_err(|error| {
@@ -149,7 +192,7 @@ impl Member {
         root: &str,
         sealed: Option<Sealed>,
     ) -> Result<Self, PlaceError> {
-        Self::keep(data, Place { format: FORMAT, name: name.clone(), seeds, begins: None }, certificate, root, sealed)
+        Self::keep(data, Place::of(name, seeds), certificate, root, sealed)
     }
 
     fn keep(
@@ -162,9 +205,7 @@ impl Member {
         if read(data, CLUSTER)?.is_some() {
             return Err(PlaceError::Taken { directory: data.path().to_owned() });
         }
-        let write = |file, bytes: &[u8]| {
-            data.replace(file, bytes).map_err(|source| PlaceError::File { directory: data.path().to_owned(), file, source })
-        };
+        let write = |file, bytes: &[u8]| write(data, file, bytes);
         drop(Disk::create(&data.path().join(LOG)).or_else(|error| {
             // A try before this one was cut off.
             let path = data.path().join(LOG);
@@ -176,7 +217,7 @@ impl Member {
             write(SEALED, &sealed.to_bytes())?;
         }
         write(CERTIFICATE, certificate.as_bytes())?;
-        write(CLUSTER, &serde_json::to_vec_pretty(&place).expect("plain data"))?;
+        place.write(data)?;
         let root = Root::from_pem(root.as_bytes()).map_err(pages::identity::IdentityError::from)?;
         Ok(Self { place, root, sealed })
     }
@@ -202,7 +243,11 @@ impl Member {
     }
 }
 
-fn read(data: &DataDirectory, file: &'static str) -> Result<Option<Vec<u8>>, PlaceError> {
+pub(super) fn write(data: &DataDirectory, file: &'static str, bytes: &[u8]) -> Result<(), PlaceError> {
+    data.replace(file, bytes).map_err(|source| PlaceError::File { directory: data.path().to_owned(), file, source })
+}
+
+pub(super) fn read(data: &DataDirectory, file: &'static str) -> Result<Option<Vec<u8>>, PlaceError> {
     let failed = |source| PlaceError::File { directory: data.path().to_owned(), file, source };
     data.read(file, FILE_BYTES_MAX.max(PEM_SIZE_MAX)).map_err(failed)
 }

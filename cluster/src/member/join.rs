@@ -1,10 +1,12 @@
-//! How a node is let into a cluster: it shows a token, and gets a certificate. And how it gets the next one, before that runs out.
+//! How a node is let into a cluster: it shows a token, and gets a certificate. How it gets the next one, before that runs out. And
+//! how one that has lost its log is let in again, as another node: by what its old key has signed.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
+use control::apply::check_replace;
 use control::command::{Answer, Command, Refusal};
 use control::state::Role;
 use futures_util::future::BoxFuture;
@@ -13,7 +15,7 @@ use pages::server::Answers;
 use pages::{Certificate, Identity, LinkError, clock, join};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use types::{Digest, Name};
+use types::{Digest, Name, NodeId};
 
 use super::seal::Sealed;
 use super::token::JoinToken;
@@ -42,6 +44,8 @@ enum What {
     Renew,
     /// What time it is there.
     Clock,
+    /// To be let in again, in the place of the node of this certificate, whose key has signed [`words_of`] that.
+    Replace { certificate: Vec<u8>, signature: Vec<u8> },
 }
 
 /// What it is told.
@@ -89,6 +93,8 @@ pub enum JoinError {
     Refused { message: String, remedy: String },
     #[error("no voter could be asked: {0}")]
     Unreached(LinkError),
+    #[error("the node's key cannot sign: {0}")]
+    Key(#[from] pages::identity::IdentityError),
     #[error("no voter could do it: {message}")]
     Unable { message: String },
     #[error(
@@ -117,7 +123,10 @@ impl JoinError {
             Self::Clocks { .. } => {
                 "set the clocks of both hosts (NTP), and ask again: nothing was done, a token is as good as before".to_owned()
             }
-            Self::Unable { .. } => "look at the voters (farfork node ls), and join again with the same token".to_owned(),
+            Self::Key(error) => error.remedy().to_owned(),
+            Self::Unable { .. } => {
+                "look at the voters (farfork node ls), and ask again: join with the same token, or repair".to_owned()
+            }
         }
     }
 }
@@ -139,20 +148,59 @@ pub async fn renew(identity: &Identity, voters: &[SocketAddr], authority: Finger
     ask_voters(identity, voters, authority, What::Renew).await
 }
 
+/// Asks to be let in again, in the place of a node that has lost its log: its certificate and key prove that this is its host.
+///
+/// # Errors
+/// [`JoinError`]. [`JoinError::Unreached`]: no voter has heard of it.
+pub async fn replace(
+    identity: &Identity,
+    old: &Identity,
+    voters: &[SocketAddr],
+    authority: Fingerprint,
+) -> Result<Admitted, JoinError> {
+    let signature = old.sign(&words_of(authority, old.certificate(), identity.certificate()))?;
+    let certificate = old.certificate().der().to_vec();
+    ask_voters(identity, voters, authority, What::Replace { certificate, signature }).await
+}
+
+/// What an old key signs for a new one: in which cluster, which node, by which id and key. All of it has a fixed length.
+fn words_of(authority: Fingerprint, old: &Certificate, new: &Certificate) -> Vec<u8> {
+    let (old, id, key) = (old.peer().node, new.peer().node, new.key_digest());
+    let parts: [&[u8]; 5] = [
+        b"farfork: another node in the place of one that has lost its log\0",
+        authority.0.as_bytes(),
+        old.as_uuid().as_bytes(),
+        id.as_uuid().as_bytes(),
+        key.as_bytes(),
+    ];
+    parts.concat()
+}
+
 async fn ask_voters(
     identity: &Identity,
     voters: &[SocketAddr],
     authority: Fingerprint,
     what: What,
 ) -> Result<Admitted, JoinError> {
-    let mut last = JoinError::Unable { message: "none is known".to_owned() };
+    let mut last: Option<JoinError> = None;
     for address in voters {
         match ask_voter(identity, *address, authority, &what).await {
-            Err(error) if !matches!(error, JoinError::Refused { .. }) => last = error,
+            Err(error) if !matches!(error, JoinError::Refused { .. }) => {
+                // One that may have heard it counts for more than one that has not.
+                let has_heard = !matches!(
+                    error,
+                    JoinError::Unreached(
+                        LinkError::Unreachable { .. } | LinkError::NotTrusted { .. } | LinkError::OtherProtocol { .. }
+                    )
+                );
+                if has_heard || last.is_none() {
+                    last = Some(error);
+                }
+            }
             answered => return answered,
         }
     }
-    Err(last)
+    Err(last.unwrap_or_else(|| JoinError::Unable { message: "none is known".to_owned() }))
 }
 
 async fn ask_voter(
@@ -178,7 +226,11 @@ fn bytes_of(what: &What) -> Bytes {
 }
 
 fn understood(answered: Result<Bytes, LinkError>) -> Result<Reply, JoinError> {
-    let bytes = answered.map_err(JoinError::Unreached)?;
+    let unreached = |error| match error {
+        LinkError::TimedOut { .. } => JoinError::Unable { message: error.to_string() },
+        error => JoinError::Unreached(error),
+    };
+    let bytes = answered.map_err(unreached)?;
     postcard::from_bytes(&bytes).map_err(|error| JoinError::Unable { message: format!("its answer is none: {error}") })
 }
 
@@ -207,11 +259,13 @@ fn hours(time: Duration) -> String {
     format!("{} h {} min", minutes / 60, minutes % 60)
 }
 
-/// One, for the corpora.
+/// One of each kind with its name, for the corpora.
 #[cfg(feature = "testing")]
-pub(crate) fn a_request() -> Vec<u8> {
-    let what = What::Join { name: Name::parse("node-2").expect("a name"), secret: [7; 32] };
-    postcard::to_stdvec(&Request { version: VERSION, what }).expect("plain data")
+pub(crate) fn requests() -> [(&'static str, Vec<u8>); 4] {
+    let name = Name::parse("node-2").expect("a name");
+    let replace = What::Replace { certificate: vec![0x30, 0x82, 1, 0x6d], signature: vec![0x30, 0x45, 2, 0x21] };
+    [("join", What::Join { name, secret: [7; 32] }), ("renew", What::Renew), ("clock", What::Clock), ("replace", replace)]
+        .map(|(name, what)| (name, postcard::to_stdvec(&Request { version: VERSION, what }).expect("plain data")))
 }
 
 /// Lets nodes in, as a voter.
@@ -248,6 +302,15 @@ pub fn read(request: &[u8]) -> Result<Request, Reply> {
     }
 }
 
+fn refused(refusal: &Refusal) -> Reply {
+    let remedy = match refusal {
+        // Whoever asks here has no node to ask.
+        Refusal::UnknownNode(_) => "let it join anew, with an empty data directory and a new token",
+        other => other.remedy(),
+    };
+    Reply::Refused { message: refusal.to_string(), remedy: remedy.to_owned() }
+}
+
 impl Membership {
     async fn answer_at_the_door(&self, shown: &Certificate, request: &[u8]) -> Reply {
         let what = match read(request) {
@@ -271,16 +334,15 @@ impl Membership {
                     return reply;
                 }
                 let command = Command::UseToken { token, node, proven: shown.key_digest(), name: name.clone() };
-                match self.consensus.propose(None, command, REQUEST_WITHIN).await {
-                    Ok(Answer::Admitted(role)) => (name, role),
-                    Ok(Answer::Refused(refusal)) => {
-                        tracing::warn!(%node, %name, %refusal, "not let in");
-                        return Reply::Refused { message: refusal.to_string(), remedy: refusal.remedy().to_owned() };
-                    }
-                    Ok(_) => return elsewhere("the cluster gave another answer".to_owned()),
-                    Err(error) => return elsewhere(error.to_string()),
+                match self.admitted(node, &name, command).await {
+                    Ok(role) => (name, role),
+                    Err(reply) => return reply,
                 }
             }
+            What::Replace { certificate, signature } => match self.replaced(shown, &certificate, &signature).await {
+                Ok(known) => known,
+                Err(reply) => return reply,
+            },
         };
         let of_certificate = match role {
             Role::Voter => pages::Role::Voter,
@@ -301,13 +363,53 @@ impl Membership {
         }
     }
 
+    /// Has it agreed on that a node is let in, and says as what.
+    async fn admitted(&self, node: NodeId, name: &Name, command: Command) -> Result<Role, Reply> {
+        let elsewhere = |message: String| Reply::Elsewhere { message };
+        match self.consensus.propose(None, command, REQUEST_WITHIN).await {
+            Ok(Answer::Admitted(role)) => Ok(role),
+            Ok(Answer::Refused(refusal)) => {
+                tracing::warn!(%node, %name, %refusal, "not let in");
+                Err(refused(&refusal))
+            }
+            Ok(_) => Err(elsewhere("the cluster gave another answer".to_owned())),
+            Err(error) => Err(elsewhere(error.to_string())),
+        }
+    }
+
+    /// A node that shows a new key, and that it has that of a node of this cluster, takes its place.
+    async fn replaced(&self, shown: &Certificate, certificate: &[u8], signature: &[u8]) -> Result<(Name, Role), Reply> {
+        let refused_for = |why: &dyn std::fmt::Display| Reply::Refused {
+            message: format!("it does not prove which node it was: {why}"),
+            remedy: "let it join anew, with an empty data directory and a new token".to_owned(),
+        };
+        let old = Certificate::from_der(certificate).map_err(|error| refused_for(&error))?;
+        let now = clock::wall();
+        self.root.vouches_for(&old, now).and_then(|()| old.peer().check_dates(now)).map_err(|error| refused_for(&error))?;
+        if !old.has_signed(&words_of(self.root.fingerprint(), &old, shown), signature) {
+            return Err(refused_for(&"its old key has not signed this"));
+        }
+        let name = Name::parse(&old.peer().name).map_err(|error| refused_for(&error))?;
+        let (old, new, proven) = (old.peer().node, shown.peer().node, shown.key_digest());
+        // Who is out writes nothing into the log either.
+        if check_replace(&self.consensus.stale(), old, (new, proven)).is_err() {
+            let state = self.read().await.map_err(|error| Reply::Elsewhere { message: error.to_string() })?;
+            check_replace(&state, old, (new, proven)).map_err(|refusal| {
+                tracing::warn!(node = %old, %name, %refusal, "not let in again");
+                refused(&refusal)
+            })?;
+        }
+        let role = self.admitted(new, &name, Command::Replace { old, new, proven }).await?;
+        tracing::info!(%old, %new, %name, "a node that has lost its log is let in again");
+        Ok((name, role))
+    }
+
     /// Whether there is such a token.
     async fn knows(&self, token: &Digest) -> Result<(), Reply> {
         if !self.consensus.stale().tokens.contains_key(token) {
             let state = self.read().await.map_err(|error| Reply::Elsewhere { message: error.to_string() })?;
             if !state.tokens.contains_key(token) {
-                let refusal = Refusal::BadToken;
-                return Err(Reply::Refused { message: refusal.to_string(), remedy: refusal.remedy().to_owned() });
+                return Err(refused(&Refusal::BadToken));
             }
         }
         Ok(())

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`files`] | what is on disk |
 //! | [`token`], [`join`] | how a node is let in, and gets its certificates |
+//! | [`repair`] | how one that has lost its log comes back |
 //! | [`seal`] | the authority's key, encrypted |
 //! | [`carrier`] | messages between members of the consensus |
 //! | [`agent`] | has this node become what the state says |
@@ -18,6 +19,7 @@ pub mod files;
 pub mod fork;
 pub mod forward;
 pub mod join;
+pub mod repair;
 pub mod seal;
 pub mod token;
 

@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -53,6 +53,12 @@ struct NodeFile {
     node: Uuid,
 }
 
+impl NodeFile {
+    fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a map with text keys")
+    }
+}
+
 impl DataDirectory {
     /// Creates the directory if need be, locks it, and proves that it can be written.
     ///
@@ -77,7 +83,7 @@ impl DataDirectory {
         &self.path
     }
 
-    /// The id of this node, drawn when the directory was made.
+    /// The id of this node, drawn when the directory was made, or when it lost its log.
     #[must_use]
     pub fn node(&self) -> Uuid {
         self.node
@@ -112,6 +118,48 @@ impl DataDirectory {
     /// Of openat2(2), write(2), fsync(2) and rename(2); the file is as it was.
     pub fn replace(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
         files::replace(&self.directory, file, bytes)
+    }
+
+    /// Gives a file of the directory another name, that none has yet; for good when this returns.
+    ///
+    /// # Errors
+    /// Of renameat2(2) and fsync(2).
+    pub fn rename(&self, file: &str, to: &str) -> io::Result<()> {
+        rustix::fs::renameat_with(&self.directory, file, &self.directory, to, RenameFlags::NOREPLACE)?;
+        Ok(rustix::fs::fsync(&self.directory)?)
+    }
+
+    /// Removes a file of the directory, for good when this returns. One that is not there was removed before.
+    ///
+    /// # Errors
+    /// Of unlinkat(2) and fsync(2).
+    pub fn remove(&self, file: &str) -> io::Result<()> {
+        match files::remove(&self.directory, file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
+
+    /// Whether there is a file of this name.
+    ///
+    /// # Errors
+    /// Of statx(2).
+    pub fn has(&self, file: &str) -> io::Result<bool> {
+        match rustix::fs::statat(&self.directory, file, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// From now on this directory is that node's.
+    ///
+    /// # Errors
+    /// As of [`DataDirectory::replace`]; it is whose it was.
+    pub fn become_node(&mut self, node: Uuid) -> io::Result<()> {
+        files::replace(&self.directory, NODE, &NodeFile { format: FORMAT, node }.to_bytes())?;
+        self.node = node;
+        Ok(())
     }
 
     /// Opens a file beneath the directory.
@@ -217,8 +265,8 @@ impl Place<'_> {
                 parse::<NodeFile>(&text, path)?.node
             }
         };
-        let text = serde_json::to_vec(&NodeFile { format: FORMAT, node }).expect("a map with text keys");
-        files::replace(directory, NODE, &text).map_err(|error| self.error(NODE, error))?;
+        files::replace(directory, NODE, &NodeFile { format: FORMAT, node }.to_bytes())
+            .map_err(|error| self.error(NODE, error))?;
         Ok(node)
     }
 

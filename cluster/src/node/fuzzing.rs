@@ -145,18 +145,19 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         FromAgent::Data(vec![1, 2, 3]),
     ];
     let frames: Vec<Vec<u8>> = said.iter().map(|message| encode(message).expect("short")).collect();
-    vec![
+    let asked = join::requests().map(|(name, request)| ("join", name, request));
+    let seeds = vec![
         ("order", "fork", order.encode()),
         ("order_answer", "refused", Answer::Refused(refusal).encode()),
         ("order_answer", "forked", Answer::Forked(report).encode()),
         ("about_image", "pattern", About { pattern_pages: Some(4096) }.encode()),
         ("about_image", "none", About::default().encode()),
         ("from_agent", "conversation", frames.concat()),
-        ("join", "join", join::a_request()),
         ("join_token", "token", a_token().to_string().into_bytes()),
         ("raft_message", "alive", wire::encode(&wire::Request::Alive { incarnation: 7 })),
         ("raft_message", "propose", wire::encode(&a_proposal())),
         ("raft_message", "answered", wire::encode(&wire::Response::Answered(control::Answer::Granted(types::Epoch(7))))),
         ("raft_message", "heard", wire::encode(&wire::Response::Heard(wire::Standing::Unknown { above: 3 }))),
-    ]
+    ];
+    seeds.into_iter().chain(asked).collect()
 }

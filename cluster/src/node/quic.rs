@@ -27,7 +27,7 @@ use super::peers::{Answer, Order, PeerError, PeerForkOrder, PeerForkReport, Peer
 use super::trust::{Certificate, CertificateError, Certificates, Role, TrustError, TrustStore, Trusted};
 
 pub(crate) const CERTIFICATE: &str = "node.pem";
-const KEY: &str = "node.key";
+pub(crate) const KEY: &str = "node.key";
 /// The most bytes of either file.
 pub(crate) const PEM_SIZE_MAX: usize = 16 << 10;
 /// The most nodes whose links are kept.

@@ -46,7 +46,9 @@ impl DiskError {
         match self {
             Self::Open { .. } => "look at its permissions, and whether its file system is mounted",
             Self::InUse { .. } => "stop the other node of this data directory",
-            Self::Damaged { .. } => "keep the file for a look, and let the node join anew with an empty data directory",
+            Self::Damaged { .. } => {
+                "stop the node, and repair it: `farfork cluster repair --from-peers` lets it in again under a new id"
+            }
             Self::Io(_) => "make room on its file system, look for its cause in the kernel log, and start the node again",
         }
     }
@@ -160,7 +162,7 @@ impl Disk {
         let opened = caught(|| open(Database::builder().set_cache_size(CACHE_BYTES)))?;
         let database = opened.map_err(|error| match error {
             redb::DatabaseError::DatabaseAlreadyOpen => DiskError::InUse { path: path.to_owned() },
-            redb::DatabaseError::Storage(redb::StorageError::Io(error)) => {
+            redb::DatabaseError::Storage(redb::StorageError::Io(error)) if !is_cut_short(&error) => {
                 DiskError::Open { path: path.to_owned(), cause: error.to_string() }
             }
             other => DiskError::Damaged { what: other.to_string() },
@@ -328,10 +330,15 @@ fn words_of(panic: &(dyn Any + Send)) -> String {
 
 fn of_redb(error: impl Into<redb::Error>) -> DiskError {
     match error.into() {
-        redb::Error::Io(error) => DiskError::Io(error.to_string()),
+        redb::Error::Io(error) if !is_cut_short(&error) => DiskError::Io(error.to_string()),
         redb::Error::PreviousIo => DiskError::Io("an earlier write failed".to_owned()),
         other => DiskError::Damaged { what: other.to_string() },
     }
+}
+
+/// The disk is good; what redb expects there is not.
+fn is_cut_short(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData)
 }
 
 fn place_of_entry(index: u64) -> String {

@@ -40,6 +40,8 @@ pub enum Invalid {
     End { job: JobId },
     #[error("an answer is remembered for longer than it should be")]
     Keys,
+    #[error("node {node} was replaced, and is not revoked, or by itself")]
+    Replaced { node: NodeId },
 }
 
 /// Checks all of it.
@@ -116,6 +118,9 @@ pub fn validate(state: &State) -> Result<(), Invalid> {
                 }
             }
         }
+    }
+    if let Some((node, _)) = state.replaced.iter().find(|(old, new)| !state.revoked.contains(old) || new.by == **old) {
+        return Err(Invalid::Replaced { node: *node });
     }
     if state.keys.values().any(|remembered| state.time - remembered.at >= REMEMBERED) {
         return Err(Invalid::Keys);

@@ -19,6 +19,7 @@ use crate::clock;
 use crate::identity::{
     CLOCK_SLACK, Certificate, CertificateError, Fingerprint, IdentityError, Role, first_of, name_of, provider,
 };
+use crate::signature;
 use crate::trust::NotTrusted;
 
 /// How long an authority is good for.
@@ -207,14 +208,7 @@ struct NodeKey(Vec<u8>);
 
 impl NodeKey {
     fn of(certificate: &Certificate) -> Result<Self, IdentityError> {
-        let bad = |why: String| IdentityError::Key { why };
-        let (_, parsed) = X509Certificate::from_der(certificate.der()).map_err(|error| bad(error.to_string()))?;
-        let key = parsed.public_key().subject_public_key.data.to_vec();
-        // An uncompressed point of P-256, which is what nodes draw.
-        if key.len() != 65 || key[0] != 4 {
-            return Err(bad("it is not of the kind that nodes have (ECDSA P-256)".to_owned()));
-        }
-        Ok(Self(key))
+        certificate.point().map(Self).ok_or_else(|| IdentityError::Key { why: signature::OTHER_KIND.to_owned() })
     }
 }
 

@@ -149,7 +149,7 @@ pub struct Identity {
 pub(crate) struct Shown(RwLock<Arc<CertifiedKey>>);
 
 impl Shown {
-    fn now(&self) -> Arc<CertifiedKey> {
+    pub(crate) fn now(&self) -> Arc<CertifiedKey> {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 }

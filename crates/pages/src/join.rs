@@ -22,7 +22,7 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Asks the node at an address, if its cluster is the one whose authority has this digest.
 ///
 /// # Errors
-/// [`LinkError`]: nothing was said to anybody else.
+/// [`LinkError`]: nothing was said to anybody else. [`LinkError::Unreachable`] and [`LinkError::NotTrusted`]: nor to that node.
 pub async fn ask(
     identity: &Identity,
     address: SocketAddr,
@@ -59,15 +59,20 @@ async fn ask_by(
     let tuning = Tuning::default();
     let endpoint = endpoint::client(&tuning, address.is_ipv6()).map_err(unreachable)?;
     let config = endpoint::client_config_with(identity, Verifier::new(verifier), ALPN_JOIN, &tuning).map_err(unreachable)?;
-    let exchange = async {
-        let connecting = endpoint.connect_with(config, address, "farfork");
-        let connecting = connecting.map_err(|error| LinkError::Unreachable { address, why: error.to_string() })?;
-        let connection = connecting.await.map_err(|error| client::lost(address, &error))?;
-        let answer = client::message(&connection, request, MESSAGE_BYTES_MAX).await;
-        connection.close(client::CLOSE_DONE, b"done");
-        answer
+    let deadline = tokio::time::Instant::now() + within;
+    let connecting = endpoint.connect_with(config, address, "farfork");
+    let connecting = connecting.map_err(|error| LinkError::Unreachable { address, why: error.to_string() })?;
+    let connection = match tokio::time::timeout_at(deadline, connecting).await {
+        Ok(connected) => connected.map_err(|error| client::lost(address, &error))?,
+        Err(_) => return Err(LinkError::Unreachable { address, why: format!("nobody answers within {within:?}") }),
     };
-    tokio::time::timeout(within, exchange).await.unwrap_or(Err(LinkError::TimedOut { within }))
+    let answered = tokio::time::timeout_at(deadline, client::message(&connection, request, MESSAGE_BYTES_MAX)).await;
+    connection.close(client::CLOSE_DONE, b"done");
+    match answered {
+        // It may have heard the question.
+        Err(_) | Ok(Err(LinkError::Unreachable { .. })) => Err(LinkError::TimedOut { within }),
+        Ok(answer) => answer,
+    }
 }
 
 /// Lets a server pass that shows its authority's certificate, of this digest, and one that it has signed.

@@ -19,6 +19,7 @@
 //! | [`clock`] | the time for dates of certificates |
 //! | [`join`] | asks to be let into a cluster |
 //! | [`https`] | TLS of the API for users |
+//! | [`signature`] | what a node's key has signed beside connections |
 //! | [`transfer`] | which extent is asked for next, of whom, and who is woken: pure |
 #![forbid(unsafe_code)]
 
@@ -33,6 +34,7 @@ pub mod https;
 pub mod identity;
 pub mod join;
 pub mod server;
+pub mod signature;
 pub mod transfer;
 pub mod trust;
 mod verify;

@@ -185,7 +185,10 @@ impl Trust {
 
 impl Peer {
     /// Whether the dates of its certificate hold.
-    pub(crate) fn check_dates(&self, now: SystemTime) -> Result<(), NotTrusted> {
+    ///
+    /// # Errors
+    /// [`NotTrusted`] says why not.
+    pub fn check_dates(&self, now: SystemTime) -> Result<(), NotTrusted> {
         if now < self.not_before {
             return Err(NotTrusted::NotYetValid { node: self.node });
         }

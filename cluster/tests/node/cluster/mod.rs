@@ -9,6 +9,7 @@ mod faults;
 mod forks;
 mod histories;
 mod local;
+mod repair;
 mod stage;
 mod users;
 mod versions;

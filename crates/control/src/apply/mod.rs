@@ -11,6 +11,7 @@ use std::time::Duration;
 use types::{Digest, Reason};
 
 pub(crate) use images::leads_to_all;
+pub use nodes::check_replace;
 
 use crate::clock::Tick;
 use crate::command::{Answer, Command, Entry, Refusal};
@@ -88,6 +89,7 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::RemoveUser { name } => users::remove(state, name),
         Command::Revoke { node } => nodes::revoke(state, *node),
         Command::Remove { node } => nodes::remove(state, *node),
+        Command::Replace { old, new, proven } => nodes::replace(state, *old, (*new, *proven)),
         Command::GrantCapacity { node, incarnation, resources, lasts_ms } => {
             nodes::grant(state, *node, *incarnation, *resources, *lasts_ms, flaws)
         }

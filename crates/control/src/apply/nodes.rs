@@ -7,7 +7,7 @@ use types::{Digest, Epoch, Name, NodeId, Reason};
 use super::{Flaws, Outcomes, TOKEN_TERM, images, jobs};
 use crate::command::{Answer, Refusal};
 use crate::state::{
-    CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Resources, Role, State, Task, Token,
+    CapacityLease, Hold, Holder, ImageFacts, ImageKey, Life, Node, NodeFacts, Replaced, Resources, Role, State, Task, Token,
 };
 
 /// The longest that a node may start machines without asking.
@@ -41,7 +41,10 @@ pub(super) fn register(
     check_name(state, &facts.name, id)?;
     let before = state.nodes.get(&id);
     let role = before.map_or(Role::Learner, |node| node.role);
-    let (is_cordoned, is_draining) = before.map_or((false, false), |node| (node.is_cordoned, node.is_draining));
+    // One that was forgotten since begins anew.
+    let lost = state.replaced.values().find(|lost| lost.by == id && !state.removed.contains_key(&id));
+    let lost = lost.map_or((false, false), |lost| (lost.is_cordoned, lost.is_draining));
+    let (is_cordoned, is_draining) = before.map_or(lost, |node| (node.is_cordoned, node.is_draining));
     lose(state, id);
     state.removed.remove(&id);
     let (facts, registered) = (facts.clone(), state.time);
@@ -82,13 +85,7 @@ pub(super) fn add_token(state: &mut State, token: Digest, name: &Name, role: Rol
 }
 
 pub(super) fn use_token(state: &mut State, token: Digest, (id, proven): (NodeId, Digest), name: &Name) -> Outcomes {
-    // Ids are drawn by whoever asks: none gets another's.
-    if state.nodes.contains_key(&id) || state.removed.contains_key(&id) {
-        return Err(Refusal::NodeExists(id));
-    }
-    if state.revoked.contains(&id) {
-        return Err(Refusal::Revoked(id));
-    }
+    check_new(state, id)?;
     check_name(state, name, id)?;
     let token = state.tokens.get_mut(&token).filter(|token| token.used_by.is_none_or(|by| by == (id, proven)));
     let token = token.ok_or(Refusal::BadToken)?;
@@ -97,6 +94,18 @@ pub(super) fn use_token(state: &mut State, token: Digest, (id, proven): (NodeId,
     }
     token.used_by = Some((id, proven));
     Ok(Answer::Admitted(token.role))
+}
+
+/// Ids are drawn by whoever asks: none gets another's.
+fn check_new(state: &State, id: NodeId) -> Result<(), Refusal> {
+    if state.revoked.contains(&id) {
+        return Err(Refusal::Revoked(id));
+    }
+    let is_promised = state.replaced.values().any(|lost| lost.by == id);
+    if is_promised || state.nodes.contains_key(&id) || state.removed.contains_key(&id) {
+        return Err(Refusal::NodeExists(id));
+    }
+    Ok(())
 }
 
 pub(super) fn heard(state: &mut State, id: NodeId, incarnation: u64) -> Outcomes {
@@ -134,6 +143,43 @@ pub(super) fn revoke(state: &mut State, id: NodeId) -> Outcomes {
     // What it was allowed to read carried epochs up to this one.
     state.draw_epoch();
     Ok(Answer::Done)
+}
+
+/// Whether a node that has lost its log may come back as another one, with this key, and as what. It may ask again.
+///
+/// # Errors
+/// [`Refusal`].
+pub fn check_replace(state: &State, old: NodeId, (new, proven): (NodeId, Digest)) -> Result<Role, Refusal> {
+    if let Some(lost) = state.replaced.get(&old) {
+        if (lost.by, lost.proven) != (new, proven) {
+            return Err(Refusal::Replaced { node: old, by: lost.by });
+        }
+        return if state.revoked.contains(&new) { Err(Refusal::Revoked(new)) } else { Ok(lost.role) };
+    }
+    if state.revoked.contains(&old) {
+        return Err(Refusal::Revoked(old));
+    }
+    let node = state.nodes.get(&old).ok_or(Refusal::UnknownNode(old))?;
+    check_new(state, new)?;
+    // Also one that a token has let in under that id, and that has not registered yet.
+    if state.tokens.values().any(|token| token.used_by.is_some_and(|(by, _)| by == new)) {
+        return Err(Refusal::NodeExists(new));
+    }
+    let is_other_voter = |(id, node): (&NodeId, &Node)| *id != old && node.role == Role::Voter;
+    if node.role == Role::Voter && !state.nodes.iter().any(is_other_voter) {
+        return Err(Refusal::LastVoter(old));
+    }
+    Ok(node.role)
+}
+
+pub(super) fn replace(state: &mut State, old: NodeId, (new, proven): (NodeId, Digest)) -> Outcomes {
+    let role = check_replace(state, old, (new, proven))?;
+    if let Some(&Node { is_cordoned, is_draining, .. }) = state.nodes.get(&old) {
+        state.replaced.insert(old, Replaced { by: new, proven, role, is_cordoned, is_draining });
+        // It may have voted, and does not know how: nothing under that id counts any more.
+        revoke(state, old)?;
+    }
+    Ok(Answer::Admitted(role))
 }
 
 pub(super) fn remove(state: &mut State, id: NodeId) -> Outcomes {

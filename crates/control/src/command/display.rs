@@ -43,6 +43,7 @@ impl fmt::Display for Command {
             Self::RemoveUser { name } => write!(f, "user {name} is removed"),
             Self::Revoke { node } => write!(f, "node {node} is revoked"),
             Self::Remove { node } => write!(f, "node {node} is forgotten"),
+            Self::Replace { old, new, .. } => write!(f, "node {new} takes the place of node {old}"),
             Self::AddImage { key, node, .. } => write!(f, "node {node} has made image {key}"),
             Self::PutTemplate { tenant, name, digest } => write!(f, "template {tenant}/{name} is {digest}"),
             Self::RemoveTemplate { tenant, name } => write!(f, "template {tenant}/{name} is removed"),

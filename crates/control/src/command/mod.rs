@@ -235,6 +235,15 @@ pub enum Command {
         /// What machines take there that are no tasks, if that has changed.
         local: Option<Resources>,
     },
+    /// A node that has lost its log comes back as another one: under the old id it could vote against what it has promised.
+    Replace {
+        /// The id that it had; it is revoked.
+        old: NodeId,
+        /// The id that it has drawn.
+        new: NodeId,
+        /// The digest of the key that it has proven to have.
+        proven: Digest,
+    },
 }
 
 /// How tasks of a job ended, each by the order that it ended of.
@@ -285,7 +294,8 @@ impl Command {
             | Self::AddToken { .. }
             | Self::AddUser { .. }
             | Self::RemoveUser { .. }
-            | Self::UseToken { .. } => is_voter,
+            | Self::UseToken { .. }
+            | Self::Replace { .. } => is_voter,
             Self::PutTemplate { .. }
             | Self::RemoveTemplate { .. }
             | Self::Open { .. }

@@ -67,6 +67,10 @@ pub enum Refusal {
     NoTenant,
     #[error("key {0} came with another request before")]
     KeyReused(Key),
+    #[error("node {by} has taken the place of node {node}")]
+    Replaced { node: NodeId, by: NodeId },
+    #[error("node {0} is the only voter")]
+    LastVoter(NodeId),
 }
 
 impl Refusal {
@@ -102,6 +106,12 @@ impl Refusal {
             Self::UnknownUser(_) => "`farfork user ls` lists them",
             Self::NoTenant => "name a tenant: farfork user add NAME --tenant default",
             Self::KeyReused(_) => "draw a key for each request",
+            Self::Replaced { .. } => {
+                "start the node in the directory that was repaired; this one joins with an empty data directory"
+            }
+            Self::LastVoter(_) => {
+                "none: what was agreed on is lost with its log; begin a new cluster, templates are still in the stores"
+            }
         }
     }
 }

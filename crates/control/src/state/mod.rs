@@ -15,7 +15,7 @@ use crate::clock::Tick;
 use crate::command::{Answer, Key};
 pub use image::{Hold, Holder, Image, ImageFacts, ImageKey};
 pub use job::{Job, JobId, JobSpec, Spread};
-pub use node::{CapacityLease, Life, Node, NodeFacts, Resources, Role, Token};
+pub use node::{CapacityLease, Life, Node, NodeFacts, Replaced, Resources, Role, Token};
 pub use tasks::{Outcome, Task, Tasks};
 pub use user::{Level, Rights, User};
 
@@ -44,6 +44,8 @@ pub struct State {
     pub jobs: BTreeMap<JobId, Job>,
     /// What was answered to requests that carried a key, for a day.
     pub keys: BTreeMap<Key, Remembered>,
+    /// Nodes that were revoked since they lost their logs, and who each is now.
+    pub replaced: BTreeMap<NodeId, Replaced>,
 }
 
 /// The answer to a request that was carried out.

@@ -80,6 +80,21 @@ pub struct Token {
     pub used_by: Option<(NodeId, Digest)>,
 }
 
+/// Who a node is that has lost its log and was let in again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replaced {
+    /// Its new id.
+    pub by: NodeId,
+    /// The digest of its key. It may ask again.
+    pub proven: Digest,
+    /// What it was, and is again.
+    pub role: Role,
+    /// Whether it was kept free, as it is again when it registers.
+    pub is_cordoned: bool,
+    /// The same, and whether what was on it was to go elsewhere.
+    pub is_draining: bool,
+}
+
 /// A right to start machines without asking, until a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CapacityLease {

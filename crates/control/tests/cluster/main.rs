@@ -1,6 +1,7 @@
 //! The cluster's state, rule by rule.
 
 mod places;
+mod replace;
 mod rules;
 mod tasks;
 mod users;
