@@ -60,7 +60,7 @@ fn a_node_whose_log_is_damaged_comes_back_under_a_new_id_with_its_name_and_its_t
     let mut cluster = Cluster::new("repair", 3, 3);
     cluster.template(2, "warm");
     let mut dice = fastrand::Rng::with_seed(seed());
-    // Cut short, changed, gone; of the one that began the cluster too, which has to be told once who the others are.
+    // Cut short, changed, gone, and something else; also of the one that began the cluster, and never joined it.
     for (host, kind) in [(2, "cut"), (0, "flipped"), (2, "gone"), (1, "foreign")] {
         let at = (host + 1) % 3;
         let before = cluster.row(at, host)["id"].clone();
@@ -110,7 +110,7 @@ fn a_node_whose_log_is_damaged_comes_back_under_a_new_id_with_its_name_and_its_t
 }
 
 #[test]
-fn a_revoked_node_and_one_that_reaches_nobody_are_not_repaired() {
+fn without_a_majority_or_anybody_at_all_the_old_node_stays_as_it_was() {
     let mut cluster = Cluster::new("unrepaired", 3, 2);
     let begun = [1, 2].map(|host| {
         cluster.crash(host);
@@ -129,7 +129,7 @@ fn a_revoked_node_and_one_that_reaches_nobody_are_not_repaired() {
     cluster.crash(0);
     refused(&cluster.offline(1, &REPAIR), 3, "no voter could be asked");
     assert_eq!(contents(&begun[0]), before, "it is as it was");
-    // A key that is not the certificate's proves nothing, and is not replaced by one that would.
+    // Without its key it proves nothing, and none is made in its place.
     let key = fs::read(begun[0].join("node.key")).unwrap();
     fs::remove_file(begun[0].join("node.key")).unwrap();
     refused(&cluster.offline(1, &REPAIR), 4, "node.key");
