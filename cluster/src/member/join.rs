@@ -110,7 +110,7 @@ impl JoinError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Clocks { .. } => "CLOCKS_DIFFER",
-            Self::Refused { .. } | Self::Unreached(_) | Self::Unable { .. } => "NOT_LET_IN",
+            Self::Refused { .. } | Self::Unreached(_) | Self::Key(_) | Self::Unable { .. } => "NOT_LET_IN",
         }
     }
 
