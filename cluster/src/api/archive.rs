@@ -86,7 +86,7 @@ pub(crate) async fn import(
     request: Request,
 ) -> Result<Json<Template>, ApiError> {
     // Its size has no bound but the disk.
-    caller.check_import()?;
+    caller.check_owner()?;
     let name = caller.name(&name)?;
     let (sender, receiver) = mpsc::channel(AHEAD);
     let feeding = tokio::spawn(feed(request.into_body(), sender, app.limits().read_deadline));

@@ -1,6 +1,7 @@
 //! Writes down who asked for what.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::{Request, State as Shared};
@@ -17,6 +18,8 @@ use super::routes::App;
 use super::wire::ErrorAnswer;
 use crate::node::audit::{Asked, AuditError, Line};
 
+/// How often it is written down that somebody is turned away who is not known.
+const STRANGERS_EVERY: Duration = Duration::from_secs(1);
 /// The most lines of an answer.
 const LINES_MAX: usize = 1000;
 
@@ -41,23 +44,61 @@ pub(super) async fn note(Shared(app): Shared<App>, mut request: Request, next: N
     if changes && let Err(error) = audit.check() {
         return ApiError::from(error).into_response();
     }
-    let response = next.run(request).await;
-    let status = response.status();
-    if changes || matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-        let asked = Asked {
-            who: caller.who.to_string(),
-            tenant: caller.tenant().map(ToString::to_string),
-            method: method.to_string(),
-            path,
-            about: about.0.get().cloned(),
-            status: status.as_u16(),
-        };
-        // It was done: its client gets to know that, and the next one that nothing can be written down.
-        if let Err(error) = audit.write(asked) {
-            tracing::error!(%error, remedy = error.remedy(), "it is not written down who asked for what");
+    let strangers = app.strangers();
+    let answering = async move {
+        let response = next.run(request).await;
+        let status = response.status();
+        let is_refused = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+        if caller.rights.is_none() && is_refused && !strangers.may_be_written_down() {
+            return response;
+        }
+        if changes || is_refused {
+            let asked = Asked {
+                who: caller.who.to_string(),
+                tenant: caller.tenant().map(ToString::to_string),
+                method: method.to_string(),
+                path,
+                about: about.0.get().cloned(),
+                status: status.as_u16(),
+            };
+            // It was done: its client gets to know that, and the next one that nothing can be written down.
+            if let Err(error) = audit.write(asked) {
+                tracing::error!(%error, remedy = error.remedy(), "it is not written down who asked for what");
+            }
+        }
+        response
+    };
+    if !changes {
+        return answering.await;
+    }
+    // What was begun goes on when its client hangs up, and is written down all the same.
+    let span = tracing::Span::current();
+    tokio::spawn(tracing::Instrument::instrument(answering, span))
+        .await
+        .unwrap_or_else(|_| ApiError::internal().into_response())
+}
+
+/// Strangers write into the log what they are turned away for: not more than so often. What is left out is counted.
+#[derive(Debug, Default)]
+pub(crate) struct Strangers(Mutex<Option<(Instant, u64)>>);
+
+impl Strangers {
+    fn may_be_written_down(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *last {
+            Some((since, left_out)) if since.elapsed() < STRANGERS_EVERY => {
+                *left_out += 1;
+                false
+            }
+            last => {
+                if let Some((_, left_out @ 1..)) = last {
+                    tracing::warn!(left_out, "strangers were turned away, and not written down one by one");
+                }
+                *last = Some((Instant::now(), 0));
+                true
+            }
         }
     }
-    response
 }
 
 /// Which lines.

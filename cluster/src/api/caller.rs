@@ -104,6 +104,11 @@ impl Caller {
         HeaderValue::from_str(&text).expect("names and tenants are ASCII")
     }
 
+    /// The same one, for whom the cluster has placed something: that may name nodes to read from.
+    pub(crate) fn placed(&self) -> Self {
+        Self { rights: Some(Rights::ALL), ..self.clone() }
+    }
+
     /// The one tenant that it reaches; `None`: all.
     #[must_use]
     pub fn tenant(&self) -> Option<&Tenant> {
@@ -147,15 +152,7 @@ impl Caller {
         }
     }
 
-    /// Only the node's own user, and admins, fill its disk.
-    ///
-    /// # Errors
-    /// [`NodeError::NotOwner`].
-    pub fn check_import(&self) -> Result<(), NodeError> {
-        if matches!(self.who, Who::User(_)) { Ok(()) } else { self.check_owner() }
-    }
-
-    /// Only the node's own user has it read files.
+    /// Only the node's own user has it read files, and fill its disk.
     ///
     /// # Errors
     /// [`NodeError::NotOwner`].

@@ -1,6 +1,7 @@
 //! Handlers of the cluster and its nodes.
 
 use axum::extract::{Path, State as Shared};
+use axum::http::Method;
 use axum::{Extension, Json};
 use control::Answer;
 use control::apply::TOKEN_TERM;
@@ -11,17 +12,19 @@ use serde::Deserialize;
 use types::{Name, Tenant};
 use utoipa::IntoParams;
 
+use super::audit::About;
 use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText, QueryOf};
 use super::routes::App;
 use super::wire::{
-    ClusterAnswer, ErrorAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest,
+    ClusterAnswer, ErrorAnswer, ExplainAnswer, ExplainQuery, Explained, MachineAnswer, NodeRow, Room, TokenAnswer, TokenRequest,
 };
+use crate::cli::client::segment;
 use crate::member::forward::Forwarded;
 use crate::member::{ClusterError, Membership, fork};
-use crate::node::NodeError;
 use crate::node::trust::Role;
+use crate::node::{NodeError, ShortId};
 use crate::raft::ConsensusError;
 
 /// How a cluster is asked about.
@@ -93,9 +96,11 @@ pub(crate) async fn show(
 )]
 pub(crate) async fn token(
     Shared(app): Shared<App>,
+    Extension(about): Extension<About>,
     forwarded: Option<Extension<Forwarded>>,
     JsonBody(request): JsonBody<TokenRequest>,
 ) -> Result<Json<TokenAnswer>, ApiError> {
+    about.say(|| format!("{}, {:?}", request.name, request.role));
     let member = app.member()?;
     only_from_voters(forwarded)?;
     let name = Name::parse(&request.name).map_err(NodeError::from)?;
@@ -130,7 +135,14 @@ pub(crate) async fn change(
 ) -> Result<Json<ClusterAnswer>, ApiError> {
     let member = app.member()?;
     only_from_voters(forwarded)?;
-    let node = Membership::find(&*member.read().await?, &given)?;
+    let node = match Membership::find(&*member.read().await?, &given) {
+        // It may have been let in, and not have registered: a certificate that was lost is taken back before it is used.
+        Err(ClusterError::UnknownNode(_)) if verb == "revoke" => {
+            let full = given.parse::<uuid::Uuid>().map_err(|_| ClusterError::UnknownNode(given))?;
+            types::NodeId::from_uuid(full)
+        }
+        found => found?,
+    };
     let command = match verb.as_str() {
         "cordon" => Command::Cordon { node, is_cordoned: true },
         "uncordon" => Command::Cordon { node, is_cordoned: false },
@@ -167,12 +179,12 @@ pub(crate) async fn remove(
     show(Shared(app), QueryOf(StaleQuery { stale: true })).await
 }
 
-/// Says where machines of a template would run now, and why
+/// Says where machines of a template, an image, or a machine's image would run now, and why
 #[utoipa::path(
     get,
     path = "/v1/explain/{name}",
     tag = "cluster",
-    params(("name" = String, Path, description = "A template of the cluster"), ExplainQuery),
+    params(("name" = String, Path, description = "A template of the cluster, the digest of an image of its, or the id of a machine or its last 4 and more hex digits"), ExplainQuery),
     responses(
         (status = 200, description = "What was thought of each node", body = ExplainAnswer),
         (status = "4XX", description = "Refused", body = ErrorAnswer),
@@ -182,15 +194,12 @@ pub(crate) async fn remove(
 pub(crate) async fn explain(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
-    PathText(name): PathText,
+    PathText(given): PathText,
     QueryOf(query): QueryOf<ExplainQuery>,
 ) -> Result<Json<ExplainAnswer>, ApiError> {
     let member = app.member()?;
-    let name = caller.name(&name)?;
     let state = member.read().await?;
-    let unknown = || NodeError::UnknownTemplate { name: name.to_string() };
-    let digest = Membership::template(&state, &name).ok_or_else(unknown)?;
-    let image = ImageKey { tenant: name.tenant, digest };
+    let (image, runs_on) = meant(&app, member, &state, &caller, &given).await?;
     let plan = Membership::place(&state, &image, query.count, query.limit_bytes);
     let named = |id: &types::NodeId| fork::name_of(&state, *id);
     let nodes = plan.verdicts.iter().map(|(id, verdict)| {
@@ -206,7 +215,57 @@ pub(crate) async fn explain(
             sources: sources.into_iter().flatten().map(named).collect(),
         }
     });
-    Ok(Json(ExplainAnswer { image: digest.to_string(), left: plan.left, nodes: nodes.collect() }))
+    let runs_on = runs_on.map(|node| named(&node));
+    Ok(Json(ExplainAnswer { image: image.digest.to_string(), runs_on, left: plan.left, nodes: nodes.collect() }))
+}
+
+/// The image that is asked about, and where the machine runs that was named, if one was.
+async fn meant(
+    app: &App,
+    member: &Membership,
+    state: &State,
+    caller: &Caller,
+    given: &str,
+) -> Result<(ImageKey, Option<types::NodeId>), ApiError> {
+    let own = caller.tenant().cloned().unwrap_or_default();
+    let unknown = || NodeError::UnknownTemplate { name: given.to_owned() };
+    if let Ok(digest) = given.parse() {
+        let key = ImageKey { tenant: own, digest };
+        let is_known = state.images.contains_key(&key);
+        return if is_known { Ok((key, None)) } else { Err(NodeError::UnknownImage { id: given.to_owned() }.into()) };
+    }
+    let named = caller.name(given);
+    if let Ok(name) = &named
+        && let Some(digest) = Membership::template(state, name)
+    {
+        return Ok((ImageKey { tenant: name.tenant.clone(), digest }, None));
+    }
+    if ShortId::parse(given).is_err() {
+        return Err(named.err().unwrap_or_else(unknown).into());
+    }
+    let (looked_for, tenant) = (given.to_owned(), caller.tenant().cloned());
+    let here = app.look(move |service| {
+        let id = service.machine_id(&looked_for, tenant.as_ref())?;
+        let machine = service.machine(&id.to_string())?.machine;
+        Ok((machine.tenant, service.digests().get(&machine.image).copied()))
+    });
+    let (tenant, digest, node) = match here.await {
+        Ok((tenant, digest)) => (tenant, digest, member.node()),
+        Err(error) if error.code() != "UNKNOWN_MACHINE" => return Err(error),
+        Err(_) => {
+            let node = member.locate(given, caller).await?.ok_or_else(unknown)?;
+            let path = format!("/v1/machines/{}", segment(given));
+            let asked = member.ask_json::<MachineAnswer>(node, Some(caller), Method::GET, &path, None::<&()>).await?;
+            let machine = asked.map_err(|_| unknown())?.machine;
+            let tenant = machine.tenant.parse().map_err(NodeError::from)?;
+            (tenant, machine.image_digest.and_then(|digest| digest.parse().ok()), node)
+        }
+    };
+    let key = digest.map(|digest| ImageKey { tenant, digest }).filter(|key| state.images.contains_key(key));
+    // An image that the cluster does not know is nowhere but there.
+    let key =
+        key.ok_or_else(|| ClusterError::NotTheClusters { machine: given.to_owned(), node: fork::name_of(state, node) })?;
+    Ok((key, Some(node)))
 }
 
 async fn agreed(member: &Membership, command: Command) -> Result<(), ClusterError> {

@@ -83,7 +83,7 @@ impl ApiError {
     #[must_use]
     pub fn unknown_user() -> Self {
         let remedy = "show a token (authorization: Bearer ...) or a certificate that `farfork user add` was given, and that is not out of date";
-        Self::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "it is not known who asks", remedy)
+        Self::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "it is not known who asks", remedy).closing()
     }
 
     /// 404: no such route.
@@ -193,7 +193,7 @@ impl IntoResponse for ApiError {
 }
 
 /// What another node may have said that is passed on as it was.
-const CODES: [&str; 12] = [
+const CODES: [&str; 17] = [
     "EXHAUSTED",
     "NO_PLACE",
     "NO_QUORUM",
@@ -206,6 +206,11 @@ const CODES: [&str; 12] = [
     "NOT_VERIFIABLE",
     "WRONG_PROOF",
     "NO_NETWORK_CARD",
+    "ENDED",
+    "AMBIGUOUS_ID",
+    "FORBIDDEN",
+    "NO_ANSWER",
+    "AUDIT_FAILED",
 ];
 
 /// The table above.
@@ -222,7 +227,9 @@ fn status(code: &str) -> StatusCode {
         "BUSY" => StatusCode::TOO_MANY_REQUESTS,
         "UNREACHABLE" | "SOURCE_LOST" => StatusCode::BAD_GATEWAY,
         "NO_ANSWER" | "OUTCOME_UNKNOWN" => StatusCode::GATEWAY_TIMEOUT,
-        "EXHAUSTED" | "HOST" | "STOPPING" | "NO_QUORUM" | "NO_PLACE" | "LOG_FAILED" => StatusCode::SERVICE_UNAVAILABLE,
+        "EXHAUSTED" | "HOST" | "STOPPING" | "NO_QUORUM" | "NO_PLACE" | "LOG_FAILED" | "AUDIT_FAILED" => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         "STORE_FULL" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -5,6 +5,7 @@ use axum::extract::State as Shared;
 use axum::{Extension, Json};
 use types::{FullName, Name, Tenant};
 
+use super::audit::About;
 use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
@@ -76,9 +77,11 @@ pub(crate) async fn show(
 pub(crate) async fn save(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
+    Extension(about): Extension<About>,
     PathText(id): PathText,
     JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Json<Image>, ApiError> {
+    about.say(|| request.name.clone());
     // Of whichever tenant the image is.
     let name = Name::parse(&request.name).map_err(NodeError::from)?;
     let id = app.image_of(&caller, id).await?;
@@ -127,8 +130,10 @@ pub(crate) async fn digest(
 pub(crate) async fn load(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
+    Extension(about): Extension<About>,
     JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Json<Image>, ApiError> {
+    about.say(|| request.name.clone());
     let name = caller.name(&request.name)?;
     Ok(Json(image(&app.act(move |service| service.load(&name)).await?)))
 }

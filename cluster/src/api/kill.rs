@@ -5,6 +5,7 @@ use std::time::Duration;
 use axum::extract::State as Shared;
 use axum::http::Method;
 use axum::{Extension, Json};
+use futures_util::StreamExt;
 
 use super::audit::About;
 use super::caller::Caller;
@@ -16,7 +17,10 @@ use super::wire::{ErrorAnswer, KillAnswer, KillRequest};
 use crate::member::forward::Forwarded;
 use crate::member::{ClusterError, Membership};
 use crate::node::Service;
+use crate::node::service::check_count;
 
+/// So many machines are looked for on other nodes at once.
+const LOOKED_FOR_AT_ONCE: usize = 16;
 /// How long other nodes may take to end machines.
 const KILL_WITHIN: Duration = Duration::from_secs(60);
 
@@ -98,41 +102,56 @@ async fn kill_everywhere(
         }
         return Ok(Json(answer));
     }
-    let mut answer = KillAnswer { killed: Vec::new(), failures: Vec::new() };
+    check_count(request.ids.len() as u64)?;
     let (ids, tenant) = (request.ids.clone(), caller.tenant().cloned());
     let is_away = move |service: &Service, id: &String| service.machine_id(id, tenant.as_ref()).is_err();
-    let away: Vec<String> = app.look(move |service| Ok(ids.into_iter().filter(|id| is_away(service, id)).collect())).await?;
-    let here: Vec<String> = request.ids.iter().filter(|id| !away.contains(id)).cloned().collect();
-    let mut first = None;
-    let mut missed: Vec<String> = Vec::new();
-    for id in away {
-        match member.locate(&id, caller).await {
-            Err(error) => answer.failures.push(ApiError::from(error).body().of(id)),
-            Ok(Some(node)) => match ask(node, KillRequest { ids: vec![id.clone()], all: false }).await {
-                Ok(Ok(there)) => {
-                    answer.killed.extend(there.killed);
-                    answer.failures.extend(there.failures);
-                }
-                Ok(Err(_)) => missed.push(id),
-                Err(error) => drop(first.get_or_insert(ApiError::from(error))),
-            },
-            // This node says that there is none.
-            Ok(None) => missed.push(id),
+    let (away, here): (Vec<String>, Vec<String>) =
+        app.look(move |service| Ok(ids.into_iter().partition(|id| is_away(service, id)))).await?;
+    let located = futures_util::stream::iter(away).map(async |id| {
+        let node = member.locate(&id, caller).await;
+        let asked = match &node {
+            Ok(Some(node)) => Some(ask(*node, KillRequest { ids: vec![id.clone()], all: false }).await),
+            _ => None,
+        };
+        (id, node, asked)
+    });
+    let located: Vec<_> = located.buffer_unordered(LOOKED_FOR_AT_ONCE).collect().await;
+    let mut answer = KillAnswer { killed: Vec::new(), failures: Vec::new() };
+    // Of those that no node has, this one says that there is none.
+    let mut rest = here;
+    for (id, node, asked) in located {
+        match (node, asked) {
+            (Err(error), _) | (_, Some(Err(error))) => answer.failures.push(ApiError::from(error).body().of(id)),
+            (_, Some(Ok(Ok(there)))) => {
+                answer.killed.extend(there.killed);
+                answer.failures.extend(there.failures);
+            }
+            (_, Some(Ok(Err((status, bytes))))) => {
+                let said = serde_json::from_slice::<ErrorAnswer>(&bytes).map(|answer| answer.error);
+                let unread = || {
+                    ApiError::from(ClusterError::NoAnswer {
+                        node: member.node(),
+                        detail: format!("the machine's node answered {status}"),
+                    })
+                    .body()
+                };
+                answer.failures.push(said.unwrap_or_else(|_| unread()).of(id));
+            }
+            (Ok(_), None) => rest.push(id),
         }
     }
-    let rest: Vec<String> = here.into_iter().chain(missed).collect();
-    if !rest.is_empty() || request.ids.is_empty() {
+    if !rest.is_empty() {
         match kill_these(app, caller, KillRequest { ids: rest, all: false }).await {
             Ok(Json(there)) => {
                 answer.killed.extend(there.killed);
                 answer.failures.extend(there.failures);
             }
-            Err(error) if answer.killed.is_empty() => return Err(error),
+            Err(error) if answer.killed.is_empty() && answer.failures.is_empty() => return Err(error),
             Err(error) => answer.failures.push(error.body().of("the others".to_owned())),
         }
     }
-    match first {
-        Some(error) if answer.killed.is_empty() => Err(error),
+    match answer.failures.first() {
+        Some(first) if answer.killed.is_empty() => Err(ApiError::of_another(first)),
         _ => Ok(Json(answer)),
     }
 }

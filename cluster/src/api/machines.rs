@@ -66,7 +66,7 @@ pub(crate) async fn fork(
         && let Ok(member) = app.member()
         && let Some(image) = cluster::image_of(&member.consensus.stale(), &request, &caller)
     {
-        match member.fork(&app, image, request.clone()).await {
+        match member.fork(&app, &caller, image, request.clone()).await {
             // What is here can be forked here, whoever leads.
             Err(error) if error.code() == "NO_QUORUM" => {
                 tracing::info!("no majority can be reached: forked here, if it is here")
@@ -93,9 +93,11 @@ async fn forked(app: &App, order: ForkOrder) -> Result<ForkAnswer, ApiError> {
     let _room = match app.member() {
         Ok(member) if order.on.is_none() => {
             let asked = order.clone();
-            let (each_bytes, (machines, memory_bytes)) =
-                app.look(move |service| Ok((service.claim_of(&asked), service.taken()))).await?;
-            let taken = Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines };
+            let each_bytes = app.look(move |service| Ok(service.claim_of(&asked))).await?;
+            let taken = || {
+                let (machines, memory_bytes) = app.taken();
+                Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines }
+            };
             Some(member.room_here(order.count, each_bytes, taken).await?)
         }
         _ => None,

@@ -20,13 +20,14 @@ use types::{Digest, FullName, NodeId};
 use utoipa::OpenApi;
 use uuid::Uuid;
 
-use super::caller::{self, Caller};
+use super::audit::Strangers;
+use super::caller::{self, Caller, Who};
 use super::error::ApiError;
 use super::{archive, audit, cluster, images, kill, machines, node, templates, trust, users};
 use crate::cli::client::segment;
 use crate::member::agent::facts_of;
 use crate::member::{ClusterError, Membership};
-use crate::node::audit::Audit;
+use crate::node::audit::{Asked, Audit};
 use crate::node::calls::Calls;
 use crate::node::peers::{Answer, PeerRefusal};
 use crate::node::{NodeError, Service, metrics};
@@ -60,10 +61,18 @@ struct Shared {
     https: OnceLock<SocketAddr>,
     /// Locked while it is looked for a user that this node does not know.
     unknown_users: tokio::sync::Mutex<()>,
+    /// Turned away of late.
+    strangers: Arc<Strangers>,
 }
 
 /// How long a template that was built waits for the cluster to hear of it.
 const PUBLISH_WITHIN: Duration = Duration::from_secs(30);
+
+/// Between two tries of that.
+const PUBLISH_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+/// How long somebody who is not known here may wait until the others are asked.
+const UNKNOWN_USER_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long other nodes may take to remove their file of a template.
 const REMOVE_WITHIN: Duration = Duration::from_secs(3);
@@ -122,6 +131,7 @@ impl App {
             audit: OnceLock::new(),
             https: OnceLock::new(),
             unknown_users: tokio::sync::Mutex::default(),
+            strangers: Arc::default(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -151,18 +161,25 @@ impl App {
 
     /// The user of the cluster that this is the credential of. One that this node does not know may have been added a moment ago:
     /// then the others are asked, for one caller at a time.
-    pub async fn user(&self, credential: Digest) -> Caller {
-        let Ok(member) = self.member() else { return Caller::stranger() };
+    ///
+    /// # Errors
+    /// [`ApiError`] if too many of those ask, or nobody can tell.
+    pub async fn user(&self, credential: Digest) -> Result<Caller, ApiError> {
+        let Ok(member) = self.member() else { return Ok(Caller::stranger()) };
         let look = |state: &State| {
             let known = state.users.iter().find(|(_, user)| user.credential == credential);
             known.map(|(name, user)| Caller::of_user(name, &user.rights))
         };
         if let Some(known) = look(&member.consensus.stale()) {
-            return known;
+            return Ok(known);
         }
-        let _one_at_a_time = self.shared.unknown_users.lock().await;
-        let state = member.read().await;
-        state.ok().and_then(|state| look(&state)).unwrap_or_else(Caller::stranger)
+        let turn = tokio::time::timeout(UNKNOWN_USER_WITHIN, self.shared.unknown_users.lock());
+        let _one_at_a_time = turn.await.map_err(|_| NodeError::Busy { queued: 1 })?;
+        Ok(look(&*member.read().await?).unwrap_or_else(Caller::stranger))
+    }
+
+    pub(super) fn strangers(&self) -> Arc<Strangers> {
+        Arc::clone(&self.shared.strangers)
     }
 
     /// This node's part in a cluster.
@@ -173,13 +190,15 @@ impl App {
         self.shared.member.get().ok_or(ClusterError::Alone)
     }
 
+    /// Whether a name points at something in a cluster.
+    pub(crate) async fn is_named(&self, name: &FullName) -> Result<bool, ApiError> {
+        let Ok(member) = self.member() else { return Ok(false) };
+        Ok(Membership::template(&*member.read().await?, name).is_some())
+    }
+
     /// In a cluster: refuses a name that points at something already.
     pub(crate) async fn check_name(&self, name: &FullName) -> Result<(), ApiError> {
-        let Ok(member) = self.member() else { return Ok(()) };
-        match Membership::template(&*member.read().await?, name) {
-            Some(_) => Err(ClusterError::NameTaken(name.clone()).into()),
-            None => Ok(()),
-        }
+        if self.is_named(name).await? { Err(ClusterError::NameTaken(name.clone()).into()) } else { Ok(()) }
     }
 
     /// In a cluster: lets it know that a template is here. For a while also where no majority can be reached.
@@ -192,9 +211,12 @@ impl App {
         let mut unknown = None;
         loop {
             match member.publish(name, image.key.digest, facts.clone(), once).await {
-                Err(ClusterError::Consensus(error)) if Instant::now() < deadline => {
+                Err(ClusterError::Consensus(error @ (ConsensusError::NoQuorum { .. } | ConsensusError::Unknown { .. })))
+                    if Instant::now() < deadline =>
+                {
                     tracing::warn!(%name, %error, "the cluster does not know of this template yet");
                     unknown = unknown.or(matches!(error, ConsensusError::Unknown { .. }).then_some(error));
+                    tokio::time::sleep(PUBLISH_AGAIN_AFTER).await;
                 }
                 Ok(()) => return Ok(()),
                 // What a try before this one asked for may be done all the same.
@@ -204,14 +226,15 @@ impl App {
     }
 
     /// In a cluster: takes a name away. Whether it had one.
-    pub(crate) async fn unpublish(&self, name: &FullName) -> Result<bool, ApiError> {
+    pub(crate) async fn unpublish(&self, name: &FullName, caller: &Caller) -> Result<bool, ApiError> {
         let Ok(member) = self.member() else { return Ok(false) };
         let command = Command::RemoveTemplate { tenant: name.tenant.clone(), name: name.name.clone() };
         match member.propose(None, command).await {
             Ok(_) => {
                 // Files of it on other nodes; what does not answer keeps its own, which nothing refers to.
                 let path = format!("/v1/templates/{}", segment(&name.to_string()));
-                let asked = member.others().into_iter().map(|node| member.ask_node(node, None, Method::DELETE, &path, None));
+                let asked =
+                    member.others().into_iter().map(|node| member.ask_node(node, Some(caller), Method::DELETE, &path, None));
                 let asked = tokio::time::timeout(REMOVE_WITHIN, futures_util::future::join_all(asked)).await;
                 tracing::info!(%name, all_answered = asked.is_ok(), "a template of the cluster is removed");
                 Ok(true)
@@ -236,6 +259,11 @@ impl App {
         Ok(self.shared.verbs.run(move || verb(&service)).await?)
     }
 
+    /// How many machines run here, and what they are counted as together, in bytes.
+    pub(crate) fn taken(&self) -> (u64, u64) {
+        self.shared.service.taken()
+    }
+
     /// Asks something that changes nothing.
     pub(crate) async fn look<T: Send + 'static>(
         &self,
@@ -249,7 +277,16 @@ impl App {
     pub async fn order(&self, peer: NodeId, bytes: Vec<u8>) -> Answer {
         let service = Arc::clone(&self.shared.service);
         let outcome = self.shared.orders.run(move || Ok(service.order(peer, &bytes))).await;
-        outcome.unwrap_or_else(|error| Answer::Refused(PeerRefusal::of(&error)))
+        let answer = outcome.unwrap_or_else(|error| Answer::Refused(PeerRefusal::of(&error)));
+        if let Some(audit) = self.audit() {
+            let (status, about) = answer.in_short();
+            let (who, method, path) = (Who::Node(peer).to_string(), "ORDER".to_owned(), "fork".to_owned());
+            let asked = Asked { who, tenant: None, method, path, about: Some(about), status };
+            audit.write(asked).unwrap_or_else(|error| {
+                tracing::error!(%error, remedy = error.remedy(), "it is not written down who asked for what");
+            });
+        }
+        answer
     }
 
     /// Refuses calls from now on and waits for those that have begun, at most so long. Whether all have ended.

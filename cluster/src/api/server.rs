@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::http::{HeaderMap, header};
+use axum::response::IntoResponse;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -28,6 +29,7 @@ use tower::ServiceExt;
 use types::Digest;
 
 use super::caller::Caller;
+use super::error::ApiError;
 use super::routes::{App, Limits, router};
 use super::socket::Socket;
 use super::write_deadline::WriteDeadline;
@@ -163,12 +165,12 @@ enum Asker {
 }
 
 impl Asker {
-    async fn of(&self, app: &App, headers: &HeaderMap) -> Caller {
+    async fn of(&self, app: &App, headers: &HeaderMap) -> Result<Caller, ApiError> {
         match self {
-            Self::Known(caller) => caller.clone(),
+            Self::Known(caller) => Ok(caller.clone()),
             Self::User { key } => match bearer(headers).map(super::users::digest_of).or(*key) {
                 Some(credential) => app.user(credential).await,
-                None => Caller::stranger(),
+                None => Ok(Caller::stranger()),
             },
         }
     }
@@ -268,8 +270,10 @@ async fn connection(
     let handler = service_fn(move |mut request: hyper::Request<Incoming>| {
         let (asker, app, router) = (asker.clone(), app.clone(), router.clone());
         async move {
-            let caller = asker.of(&app, request.headers()).await;
-            request.extensions_mut().insert(caller);
+            match asker.of(&app, request.headers()).await {
+                Ok(caller) => request.extensions_mut().insert(caller),
+                Err(error) => return Ok(error.into_response()),
+            };
             router.oneshot(request).await
         }
     });

@@ -128,7 +128,11 @@ pub(crate) async fn remove(
     PathText(name): PathText,
 ) -> Result<Json<RemovedAnswer>, ApiError> {
     let name = caller.name(&name)?;
-    let was_the_clusters = forwarded.is_none() && app.unpublish(&name).await?;
+    // Another node says so of a name that it took away. What has got that name since is not meant.
+    if forwarded.is_some() && app.is_named(&name).await? {
+        return Ok(Json(RemovedAnswer { removed: name.to_string() }));
+    }
+    let was_the_clusters = forwarded.is_none() && app.unpublish(&name, &caller).await?;
     let removing = name.clone();
     match app.act(move |service| service.remove_template(&removing)).await {
         // It was on other nodes, which let go of it.

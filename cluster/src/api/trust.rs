@@ -1,9 +1,10 @@
 //! Handlers of trust: whose certificates open this node to whose images.
 
-use axum::Json;
 use axum::extract::State as Shared;
+use axum::{Extension, Json};
 use types::Tenant;
 
+use super::audit::About;
 use super::error::ApiError;
 use super::extract::{JsonBody, PathText};
 use super::machines::unix_ms;
@@ -56,9 +57,15 @@ pub(crate) async fn own(Shared(app): Shared<App>) -> Result<Json<Certificate>, A
 )]
 pub(crate) async fn add(
     Shared(app): Shared<App>,
+    Extension(about): Extension<About>,
     JsonBody(request): JsonBody<TrustRequest>,
 ) -> Result<Json<TrustedNode>, ApiError> {
     let TrustRequest { certificate, tenants } = request;
+    about.say(|| {
+        let node = pages::Certificate::from_pem(certificate.as_bytes())
+            .map_or_else(|_| "?".to_owned(), |of| of.peer().node.to_string());
+        format!("node {node} for {}", tenants.join(", "))
+    });
     let tenants = tenants.iter().map(|tenant| tenant.parse::<Tenant>().map_err(NodeError::from)).collect::<Result<_, _>>()?;
     let added = app.act(move |service| service.trust(&certificate, tenants)).await?;
     Ok(Json(trusted_node(&added)))

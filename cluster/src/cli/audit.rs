@@ -37,7 +37,7 @@ pub(super) enum Verb {
     },
     /// Check that no line was changed, taken out or put in
     ///
-    /// It prints the last line's digest: noted elsewhere, it tells later whether lines were cut off the end.
+    /// It prints which lines are here, and the last one's digest: noted elsewhere, it tells later whether lines were cut off the end.
     #[command(after_help = "Example:\n  farfork audit verify")]
     Verify {
         /// The node's data directory [default: as of `farfork node`]
@@ -69,8 +69,8 @@ pub(crate) async fn list(count: u64, context: &Context) -> Result<ExitCode, CliE
 
 pub(crate) fn verify(data: Option<PathBuf>, output: Output) -> Result<ExitCode, CliError> {
     let data = data.map_or_else(paths::data, Ok)?;
-    let head = audit::verify(&data)?;
-    let raw = serde_json::to_vec(&head).expect("plain data");
-    output.answer(&raw, || format!("{} lines, the last one {}\n", head.seq, head.hash))?;
+    let checked = audit::verify(&data)?;
+    let raw = serde_json::to_vec(&checked).expect("plain data");
+    output.answer(&raw, || format!("lines {} to {}, the last one {}\n", checked.first, checked.last, checked.hash))?;
     Ok(types::ExitCode::Ok.into())
 }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use types::{Digest, Name, Tenant};
+use types::{Digest, FullName, NameError, Tenant};
 
 use axum::http::StatusCode;
 
@@ -136,10 +136,15 @@ pub(super) fn id_or_digest(text: &str) -> Result<String, ShortIdError> {
 
 /// The same, or a template's name.
 fn id_digest_or_name(text: &str) -> Result<String, String> {
-    match (id_or_digest(text), Name::parse(text)) {
+    match (id_or_digest(text), full_name(text)) {
         (Err(_), Err(error)) => Err(error.to_string()),
         _ => Ok(text.to_owned()),
     }
+}
+
+/// A name, or one of a tenant (`team-7/warm`), as it was typed: whose it is without that is for the node to say.
+pub(super) fn full_name(text: &str) -> Result<String, NameError> {
+    FullName::parse(text).map(|_| text.to_owned())
 }
 
 /// An id or its end, checked before a node is asked.
@@ -188,7 +193,7 @@ async fn source(id: &str, context: &Context) -> Result<ForkSource, CliError> {
     }
     let found = match context.client.find(id).await {
         // A name may consist of hex digits.
-        Err(ClientError::Refused { body, .. }) if body.code == "UNKNOWN_ID" && Name::parse(id).is_ok() => {
+        Err(ClientError::Refused { body, .. }) if body.code == "UNKNOWN_ID" && full_name(id).is_ok() => {
             return match context.client.get::<Template>(&format!("/v1/templates/{}", segment(id))).await {
                 Ok(_) => Ok(ForkSource::Template(id.to_owned())),
                 Err(_) => Err(ClientError::Refused { status: StatusCode::NOT_FOUND, body }.into()),

@@ -7,7 +7,7 @@ use types::Name;
 
 use super::client::segment;
 use super::error::CliError;
-use super::fork::id;
+use super::fork::{full_name, id};
 use super::output::{short, table};
 use super::progress::Progress;
 use super::{Context, size};
@@ -59,7 +59,8 @@ Examples:
     #[command(after_help = "Example:\n  farfork image load python-warm")]
     Load {
         /// Its name
-        name: Name,
+        #[arg(value_parser = full_name)]
+        name: String,
     },
     /// Forget an image in memory, or delete a saved one
     #[command(after_help = "\
@@ -94,7 +95,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
             change(&path, format!("saving {name}"), &NameRequest { name: name.into() }, context).await?;
         }
         Verb::Load { name } => {
-            change("/v1/images/load", format!("loading {name}"), &NameRequest { name: name.into() }, context).await?;
+            change("/v1/images/load", format!("loading {name}"), &NameRequest { name }, context).await?;
         }
         Verb::Rm { which } => {
             let which = id_or_name(&which, context).await?;
@@ -119,7 +120,7 @@ fn which(text: &str) -> Result<String, String> {
     if ShortId::parse(text).is_ok() {
         return Ok(text.to_owned());
     }
-    Name::parse(name).map(|_| text.to_owned()).map_err(|error| error.to_string())
+    full_name(name).map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// What only one of them can be is that; what may be both is looked up, and refused if it is.
@@ -178,10 +179,10 @@ mod tests {
 
     #[test]
     fn what_is_neither_id_nor_name_is_refused_before_a_node_is_asked() {
-        for good in ["deadbeef", "python-warm", "name:deadbeef", "DEADBEEF"] {
+        for good in ["deadbeef", "python-warm", "name:deadbeef", "DEADBEEF", "team-7/warm"] {
             assert_eq!(which(good).as_deref(), Ok(good));
         }
-        for bad in ["", "a/b", "name:", "name:../x", "a b", &"x".repeat(300)] {
+        for bad in ["", "a/b/c", "name:", "name:../x", "a b", &"x".repeat(300)] {
             assert!(which(bad).is_err(), "{bad:?}");
         }
     }

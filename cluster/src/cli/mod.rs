@@ -84,14 +84,7 @@ pub struct Global {
     #[arg(long, global = true, env = "FARFORK_SOCKET", value_name = "PATH", help_heading = "Options of every verb")]
     socket: Option<PathBuf>,
     /// Ask what this name stands for (see `farfork context`) [default: the current context, if there is one]
-    #[arg(
-        long,
-        global = true,
-        env = "FARFORK_CONTEXT",
-        value_name = "NAME",
-        help_heading = "Options of every verb",
-        conflicts_with = "socket"
-    )]
+    #[arg(long, global = true, env = "FARFORK_CONTEXT", value_name = "NAME", help_heading = "Options of every verb")]
     context: Option<String>,
     /// How to print answers
     #[arg(long, global = true, value_enum, default_value_t = Output::Table, help_heading = "Options of every verb")]
@@ -99,6 +92,7 @@ pub struct Global {
 }
 
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one, for as long as the program runs")]
 enum Verb {
     Node(node::Arguments),
     Fork(fork::Arguments),

@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use types::Name;
 
 use super::client::segment;
 use super::error::CliError;
+use super::fork::full_name;
 use super::output::{short, table};
 use super::{Context, size};
 use crate::api::wire::{ClusterAnswer, ExplainAnswer};
@@ -53,16 +53,17 @@ pub(super) struct Which {
     node: String,
 }
 
-/// Say where machines of a template would run now, and why
+/// Say where machines of a template, an image or a machine would run now, and why
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   farfork explain python -n 300
-  farfork explain python --limit 1GiB --output json")]
+  farfork explain python --limit 1GiB --output json
+  farfork explain a3d9e37c                 # where this machine is, and where more of its image would be")]
 pub struct ExplainArguments {
-    /// A template of the cluster
-    #[arg(value_parser = Name::parse)]
-    template: Name,
+    /// A template of the cluster, an image's digest, or a machine's id
+    #[arg(value_name = "NAME|DIGEST|ID", value_parser = full_name)]
+    template: String,
     /// How many machines
     #[arg(short = 'n', long, default_value_t = 1)]
     count: u64,
@@ -121,7 +122,7 @@ fn for_people(answer: &ClusterAnswer) -> String {
 
 pub(super) async fn explain(arguments: &ExplainArguments, context: &Context) -> Result<ExitCode, CliError> {
     let limit = arguments.limit.map_or_else(String::new, |limit| format!("&limit_bytes={limit}"));
-    let path = format!("/v1/explain/{}?count={}{limit}", arguments.template, arguments.count);
+    let path = format!("/v1/explain/{}?count={}{limit}", segment(&arguments.template), arguments.count);
     let answer = context.client.get::<ExplainAnswer>(&path).await?;
     context.output.answer(&answer.raw, || {
         let rows = answer.value.nodes.iter().map(|node| {
@@ -130,6 +131,9 @@ pub(super) async fn explain(arguments: &ExplainArguments, context: &Context) -> 
             [node.name.clone(), node.count.to_string(), image, sources, node.why.clone()]
         });
         let mut text = table(["NODE", "GETS", "IMAGE", "FROM", "WHY"], &[1], rows.collect());
+        if let Some(node) = &answer.value.runs_on {
+            text.push_str(&format!("{} runs on {node}\n", arguments.template));
+        }
         if answer.value.left > 0 {
             text.push_str(&format!("{} find no place\n", answer.value.left));
         }

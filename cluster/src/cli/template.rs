@@ -8,10 +8,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use types::Name;
 
 use super::client::segment;
 use super::error::CliError;
+use super::fork::full_name;
 use super::output::{short, table, time};
 use super::progress::Progress;
 use super::{Context, paths, rootfs, size};
@@ -44,7 +44,8 @@ enum Verb {
     #[command(after_help = "Example:\n  farfork template show py")]
     Show {
         /// Its name
-        name: Name,
+        #[arg(value_parser = full_name)]
+        name: String,
     },
     /// Write a template into a file, for `template import` on another host
     #[command(after_help = "\
@@ -53,7 +54,8 @@ Examples:
   farfork template export py - | zstd | ssh B 'zstd -d | farfork template import py -'")]
     Export {
         /// Its name
-        name: Name,
+        #[arg(value_parser = full_name)]
+        name: String,
         /// The file, which must not exist; - is standard output
         file: PathBuf,
     },
@@ -61,7 +63,8 @@ Examples:
     #[command(after_help = "Example:\n  farfork template import py py.img")]
     Import {
         /// The name that it gets
-        name: Name,
+        #[arg(value_parser = full_name)]
+        name: String,
         /// The file; - is standard input
         file: PathBuf,
     },
@@ -69,7 +72,8 @@ Examples:
     #[command(after_help = "Example:\n  farfork template rm py")]
     Rm {
         /// Its name
-        name: Name,
+        #[arg(value_parser = full_name)]
+        name: String,
     },
 }
 
@@ -86,7 +90,8 @@ Examples:
   farfork template build py --rootfs python --memory 256MiB --main 'python3 /usr/lib/farfork/main.py json'")]
 struct Build {
     /// Its name
-    name: Name,
+    #[arg(value_parser = full_name)]
+    name: String,
     /// The root file system: an ext4 image, a directory, a tar archive, an OCI layout, what `docker save` wrote, or `base` or
     /// `python` of `make guest`
     #[arg(long, value_name = "PATH|NAME", default_value = "base")]
@@ -210,7 +215,7 @@ async fn build(build: Build, context: &Context) -> Result<(), CliError> {
     context.output.answer(&answer.raw, || describe(&answer.value))
 }
 
-async fn export(name: &Name, file: PathBuf, context: &Context) -> Result<(), CliError> {
+async fn export(name: &str, file: PathBuf, context: &Context) -> Result<(), CliError> {
     let path = format!("{}/archive", path_of(name));
     if file == Path::new("-") {
         return context.client.download(&path, super::output::print).await;
@@ -239,7 +244,7 @@ async fn export(name: &Name, file: PathBuf, context: &Context) -> Result<(), Cli
     whole
 }
 
-async fn import(name: &Name, file: PathBuf, context: &Context) -> Result<(), CliError> {
+async fn import(name: &str, file: PathBuf, context: &Context) -> Result<(), CliError> {
     let mut input: Box<dyn Read + Send> = if file == Path::new("-") {
         Box::new(std::io::stdin())
     } else {
@@ -294,8 +299,8 @@ fn guest_file(file: &str) -> Result<PathBuf, CliError> {
     })
 }
 
-fn path_of(name: &Name) -> String {
-    format!("/v1/templates/{}", segment(name.as_str()))
+fn path_of(name: &str) -> String {
+    format!("/v1/templates/{}", segment(name))
 }
 
 fn stage_name(stage: crate::node::guest::template::Stage) -> &'static str {

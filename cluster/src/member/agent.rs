@@ -80,6 +80,7 @@ impl Agent {
     fn take_number(&self, number: u64) -> Result<(), DiskError> {
         self.member.disk.write(|writing| writing.put_record(INCARNATION, &number))?;
         self.lock().incarnation = number;
+        self.member.purse.empty(number);
         Ok(())
     }
 

@@ -34,10 +34,16 @@ const SPARE_SHARE: u64 = 8;
 
 /// What this node has been given, and what is about to take some of it.
 #[derive(Default)]
-pub(super) struct Purse(Mutex<Inner>);
+pub(super) struct Purse {
+    inner: Mutex<Inner>,
+    /// Locked while more is asked for: two that ask at once would each be given the same.
+    asking: tokio::sync::Mutex<()>,
+}
 
 #[derive(Default)]
 struct Inner {
+    /// This node's start: a lease is of one.
+    incarnation: u64,
     lease: Option<Lease>,
     /// Of forks under way, which nothing else counts yet.
     in_flight: Resources,
@@ -67,7 +73,13 @@ impl Drop for Room<'_> {
 
 impl Purse {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// This node says of itself that it has started anew: what it had been given is gone.
+    pub(super) fn empty(&self, incarnation: u64) {
+        let mut inner = self.lock();
+        (inner.incarnation, inner.lease) = (incarnation, None);
     }
 
     /// Takes room if the lease has it.
@@ -82,6 +94,13 @@ impl Purse {
         Some(Room { purse: self, room })
     }
 
+    /// What runs, and what is about to.
+    fn wanted(&self, taken: Resources) -> Resources {
+        let mut wanted = taken;
+        wanted += self.lock().in_flight;
+        wanted
+    }
+
     /// Takes room, whatever there is.
     fn take_anyhow(&self, room: Resources) -> Room<'_> {
         self.lock().in_flight += room;
@@ -90,21 +109,29 @@ impl Purse {
 }
 
 impl Membership {
-    /// Takes room for machines that nobody has placed. `taken`: what those take that run here.
+    /// Takes room for machines that nobody has placed. `taken` says what those take that run here.
     ///
     /// # Errors
     /// [`ClusterError`] if the cluster has given the room to others, or wants nothing new here.
-    pub(crate) async fn room_here(&self, count: u64, each_bytes: u64, taken: Resources) -> Result<Room<'_>, ClusterError> {
+    pub(crate) async fn room_here(
+        &self,
+        count: u64,
+        each_bytes: u64,
+        taken: impl Fn() -> Resources,
+    ) -> Result<Room<'_>, ClusterError> {
         let each = Resources { memory_bytes: each_bytes, cpu_millis: EACH_CPU_MILLIS, machines: 1 };
         let room = each.times(count);
-        if let Some(room) = self.purse.take(taken, room, Instant::now()) {
+        if let Some(room) = self.purse.take(taken(), room, Instant::now()) {
             return Ok(room);
         }
-        let mut needed = taken;
-        needed += self.purse.lock().in_flight;
-        needed += room;
-        match self.ask_for(needed).await {
-            Ok(()) => Ok(self.purse.take_anyhow(room)),
+        let _one_at_a_time = self.purse.asking.lock().await;
+        // Who was before may have asked for enough.
+        if let Some(room) = self.purse.take(taken(), room, Instant::now()) {
+            return Ok(room);
+        }
+        let held = self.purse.take_anyhow(room);
+        match self.ask_for(self.purse.wanted(taken())).await {
+            Ok(()) => Ok(held),
             Err(ClusterError::Refused(Refusal::Full(_))) => {
                 let why = format!("{} has given the rest to others", self.name);
                 Err(ClusterError::NoPlace { count, left: count, why })
@@ -113,7 +140,7 @@ impl Membership {
             // Not known there yet, or given up: nothing is placed here meanwhile, and what runs here is told when it is back.
             Err(error) => {
                 tracing::debug!(%error, "forked without a lease");
-                Ok(self.purse.take_anyhow(room))
+                Ok(held)
             }
         }
     }
@@ -121,7 +148,10 @@ impl Membership {
     /// Has machines that are no tasks be allowed so much in all, and some more if there is.
     async fn ask_for(&self, needed: Resources) -> Result<(), ClusterError> {
         let state = self.consensus.stale();
-        let Some(node) = state.nodes.get(&self.node) else { return Err(Refusal::UnknownNode(self.node).into()) };
+        let incarnation = self.purse.lock().incarnation;
+        // What the cluster says of an earlier start is out of date.
+        let node = state.nodes.get(&self.node).filter(|node| node.incarnation == incarnation);
+        let node = node.ok_or(Refusal::UnknownNode(self.node))?;
         let capacity = node.facts.capacity;
         let share = |of: u64| of / SPARE_SHARE;
         let mut generous = needed;
@@ -135,7 +165,7 @@ impl Membership {
             // A lease comes on top of what the cluster was told of when it is granted.
             let command = Command::GrantCapacity {
                 node: self.node,
-                incarnation: node.incarnation,
+                incarnation,
                 resources: wanted.less(node.local),
                 lasts_ms: u64::try_from(TERM.as_millis()).expect("a minute"),
             };
@@ -143,7 +173,10 @@ impl Membership {
             let until = Instant::now() + TERM;
             match self.consensus.propose(None, command, GRANT_WITHIN).await? {
                 Answer::Granted(epoch) => {
-                    self.purse.lock().lease = Some(Lease { epoch, allowed: wanted, until, is_spent: true });
+                    let mut inner = self.purse.lock();
+                    if inner.incarnation == incarnation {
+                        inner.lease = Some(Lease { epoch, allowed: wanted, until, is_spent: true });
+                    }
                     return Ok(());
                 }
                 Answer::Refused(refusal @ Refusal::Full(_)) => last = refusal,
@@ -166,7 +199,8 @@ impl Membership {
                 tracing::debug!(%error, "a lease is not given back: it runs out");
             }
         } else if lease.is_spent && lease.until - now < RENEW_AT {
-            if let Err(error) = self.ask_for(taken).await {
+            let _one_at_a_time = self.purse.asking.lock().await;
+            if let Err(error) = self.ask_for(self.purse.wanted(taken)).await {
                 tracing::debug!(%error, "a lease is not renewed");
             }
             // The next one is renewed if something is forked until then.

@@ -104,7 +104,7 @@ impl PlaceError {
             Self::Whole { .. } => "start the node: farfork node",
             Self::File { .. } => "check the disk and the owner of the data directory",
             Self::Missing { .. } | Self::Damaged { .. } => {
-                "restore the directory from a copy; or join anew with an empty one, after `farfork node rm` of this node's name"
+                "restore that file from a copy, and never raft.redb; or join anew with an empty directory, after `farfork node rm` of this node's name"
             }
             Self::Newer { .. } => "use the newer farfork",
             Self::Taken { .. } => "name another directory with --data, or start the node: it is of its cluster",

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::{ClusterError, EACH_CPU_MILLIS, Membership};
+use crate::api::caller::Caller;
 use crate::api::wire::{ErrorAnswer, ErrorBody, Failure, ForkAnswer, ForkRequest, ForkSource, RemoteSource};
 use crate::api::{ApiError, App, machines};
 use crate::node::service::elsewhere_deadline;
@@ -37,8 +38,14 @@ impl Membership {
     ///
     /// # Errors
     /// [`ApiError`] if none runs.
-    pub async fn fork(&self, app: &App, image: ImageKey, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
-        let began = Instant::now();
+    pub async fn fork(
+        &self,
+        app: &App,
+        caller: &Caller,
+        image: ImageKey,
+        request: ForkRequest,
+    ) -> Result<ForkAnswer, ApiError> {
+        let (began, caller) = (Instant::now(), caller.placed());
         let state = self.read().await?;
         let plan = Self::place(&state, &image, request.count, request.limit_bytes);
         if plan.on.is_empty() {
@@ -50,7 +57,8 @@ impl Membership {
         }
         let parts = plan.on.iter().map(|(node, count)| {
             let request = self.part(&state, &plan, &image, *node, ForkRequest { count: *count, ..request.clone() });
-            async move { (*node, *count, self.fork_on(app, *node, request).await) }
+            let caller = &caller;
+            async move { (*node, *count, self.fork_on(app, caller, *node, request).await) }
         });
         let parts = futures_util::future::join_all(parts).await;
         merged(parts, &no_place(&state, &plan, request.count), plan.left, began)
@@ -71,12 +79,12 @@ impl Membership {
         ForkRequest { from, tenant: Some(image.tenant.to_string()), on: None, ..request }
     }
 
-    async fn fork_on(&self, app: &App, node: NodeId, request: ForkRequest) -> Part {
+    async fn fork_on(&self, app: &App, caller: &Caller, node: NodeId, request: ForkRequest) -> Part {
         if node == self.node() {
             return machines::fork_here(app, request).await.map_err(|error| error.body());
         }
         let within = elsewhere_deadline(request.count);
-        let asking = self.ask_json::<ForkAnswer>(node, None, Method::POST, "/v1/forks", Some(&request));
+        let asking = self.ask_json::<ForkAnswer>(node, Some(caller), Method::POST, "/v1/forks", Some(&request));
         let late = || ClusterError::NoAnswer { node, detail: format!("not within {within:?}") };
         match tokio::time::timeout(within, asking).await.unwrap_or_else(|_| Err(late())) {
             Ok(Ok(answer)) => Ok(answer),

@@ -186,13 +186,8 @@ async fn ask_voters(
     for address in voters {
         match ask_voter(identity, *address, authority, &what).await {
             Err(error) if !matches!(error, JoinError::Refused { .. }) => {
-                // One that may have heard it counts for more than one that has not.
-                let has_heard = !matches!(
-                    error,
-                    JoinError::Unreached(
-                        LinkError::Unreachable { .. } | LinkError::NotTrusted { .. } | LinkError::OtherProtocol { .. }
-                    )
-                );
+                // One that may have heard it counts for more than those that have not, whatever the next ones say.
+                let has_heard = !matches!(error, JoinError::Unreached(_) | JoinError::Clocks { .. });
                 if has_heard || last.is_none() {
                     last = Some(error);
                 }
@@ -211,11 +206,18 @@ async fn ask_voter(
 ) -> Result<Admitted, JoinError> {
     // A certificate that is made by a clock which is far off is good for nothing, and where this host's is, those of others are.
     let clock = join::ask_openly(identity, address, authority, bytes_of(&What::Clock), WITHIN).await;
-    match understood(clock)? {
+    match understood(&clock.map_err(JoinError::Unreached)?)? {
         Reply::Clock { unix_ms } => compare(address, unix_ms)?,
         reply => return Err(other(reply)),
     }
-    match understood(join::ask(identity, address, authority, bytes_of(what), WITHIN).await)? {
+    let asked = join::ask(identity, address, authority, bytes_of(what), WITHIN).await.map_err(|error| match error {
+        LinkError::Unreachable { .. } | LinkError::NotTrusted { .. } | LinkError::OtherProtocol { .. } => {
+            JoinError::Unreached(error)
+        }
+        // It may have heard the question, and done what was asked.
+        error => JoinError::Unable { message: error.to_string() },
+    })?;
+    match understood(&asked)? {
         Reply::Admitted(admitted) => Ok(*admitted),
         reply => Err(other(reply)),
     }
@@ -225,13 +227,8 @@ fn bytes_of(what: &What) -> Bytes {
     postcard::to_stdvec(&Request { version: VERSION, what: what.clone() }).expect("plain data").into()
 }
 
-fn understood(answered: Result<Bytes, LinkError>) -> Result<Reply, JoinError> {
-    let unreached = |error| match error {
-        LinkError::TimedOut { .. } => JoinError::Unable { message: error.to_string() },
-        error => JoinError::Unreached(error),
-    };
-    let bytes = answered.map_err(unreached)?;
-    postcard::from_bytes(&bytes).map_err(|error| JoinError::Unable { message: format!("its answer is none: {error}") })
+fn understood(bytes: &Bytes) -> Result<Reply, JoinError> {
+    postcard::from_bytes(bytes).map_err(|error| JoinError::Unable { message: format!("its answer is none: {error}") })
 }
 
 /// What it means that this is the answer, and not what was asked for.
@@ -326,7 +323,7 @@ impl Membership {
                 Ok(known) => known,
                 Err(reply) => return reply,
             },
-            What::Join { .. } if authority.is_err() => return sealed(),
+            What::Join { .. } | What::Replace { .. } if authority.is_err() => return sealed(),
             What::Join { name, secret } => {
                 let (node, token) = (shown.peer().node, JoinToken::digest(&secret));
                 // Strangers write nothing into the log: only a token does.

@@ -104,6 +104,8 @@ pub enum ClusterError {
     LastVote(NodeId),
     #[error("the cluster has a template called {0}")]
     NameTaken(FullName),
+    #[error("machine {machine} is of an image that only {node} knows: its forks run there")]
+    NotTheClusters { machine: String, node: String },
 }
 
 impl ClusterError {
@@ -127,6 +129,7 @@ impl ClusterError {
             Self::AmbiguousMachine { .. } => "AMBIGUOUS_ID",
             Self::LastVote(_) => "REFUSED",
             Self::NameTaken(_) => "NAME_TAKEN",
+            Self::NotTheClusters { .. } => "UNKNOWN_IMAGE",
         }
     }
 
@@ -145,6 +148,7 @@ impl ClusterError {
             Self::NoAnswer { .. } => "`farfork ls` says what it did; ask again once it is heard",
             Self::AmbiguousMachine { .. } => "give more digits from the end of the id",
             Self::LastVote(_) => "give another node a vote first: nobody could ever decide anything again",
+            Self::NotTheClusters { .. } => "make it known with `farfork image save` or `template build`, and fork that name",
             Self::NameTaken(_) => "take another name, or remove that one (farfork template rm)",
             Self::NodeAway { .. } => "look at that node; `farfork node ls` says whether it is heard",
         };

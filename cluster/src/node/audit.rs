@@ -25,9 +25,10 @@ use utoipa::ToSchema;
 const FILE: &str = "audit.jsonl";
 /// A file of at least this size is set aside.
 const FILE_BYTES_MAX: u64 = 64 << 20;
-/// The most of a text of a client's in a line.
+/// The most characters of a text of a client's in a line, and of a method's.
 const TEXT_MAX: usize = 512;
-/// The most bytes of a line.
+const METHOD_MAX: usize = 16;
+/// The most bytes of a line: of what is in one, each character may be written as six.
 const LINE_BYTES_MAX: u64 = 16 << 10;
 const HASH: &str = ",\"hash\":\"";
 
@@ -67,8 +68,26 @@ pub struct Line {
     pub hash: String,
 }
 
+/// A chain that was checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Checked {
+    /// The number of its first line that is here: files that were set aside may have been taken elsewhere.
+    pub first: u64,
+    /// The number of its last line; 0 if there is none.
+    pub last: u64,
+    /// The last line's digest.
+    pub hash: String,
+}
+
+impl Asked {
+    /// Says that lines are missing.
+    fn of_gap() -> Self {
+        Self { who: "this node".to_owned(), about: Some("lines are missing before this one".to_owned()), ..Self::default() }
+    }
+}
+
 /// How far a chain goes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
     /// The number of the last line; 0 if there is none.
     pub seq: u64,
@@ -144,25 +163,30 @@ impl Audit {
     pub fn write(&self, asked: Asked) -> Result<(), AuditError> {
         let mut log = self.lock();
         let path = self.directory.join(FILE);
-        let written = log.write(asked, &self.directory, &path).map_err(|source| AuditError::File { path, source });
+        let mut write = || -> io::Result<()> {
+            if log.has_failed {
+                log.write(Asked::of_gap(), &self.directory, &path)?;
+            }
+            log.write(asked.clone(), &self.directory, &path)
+        };
+        let written = write();
         log.has_failed = written.is_err();
-        written
+        written.map_err(|source| AuditError::File { path, source })
     }
 
-    /// Whether the last line could not be written, and cannot be now.
+    /// Whether lines can be written: if the last one could not, that is said first.
     ///
     /// # Errors
     /// [`AuditError`].
     pub fn check(&self) -> Result<(), AuditError> {
-        if !self.lock().has_failed {
+        let mut log = self.lock();
+        if !log.has_failed {
             return Ok(());
         }
-        let asked = Asked {
-            who: "this node".to_owned(),
-            about: Some("lines are missing before this one".to_owned()),
-            ..Asked::default()
-        };
-        self.write(asked)
+        let path = self.directory.join(FILE);
+        log.has_failed = log.write(Asked::of_gap(), &self.directory, &path).is_err();
+        let full = || io::Error::other("the last line could not be written, and none can be now");
+        if log.has_failed { Err(AuditError::File { path, source: full() }) } else { Ok(()) }
     }
 
     /// Lines of this log after a number, at most so many.
@@ -195,14 +219,16 @@ impl Audit {
 ///
 /// # Errors
 /// [`AuditError`] at the first line that is not as it was written.
-pub fn verify(directory: &Path) -> Result<Head, AuditError> {
-    let mut head: Option<Head> = None;
+pub fn verify(directory: &Path) -> Result<Checked, AuditError> {
+    let (mut first, mut head): (u64, Option<Head>) = (1, None);
     for path in files(directory)? {
         walk(&path, |number, text| {
             let damaged = |why: String| AuditError::Damaged { path: path.clone(), line: number, why };
             let line = read(text).map_err(damaged)?;
-            // Files that were set aside may have been taken elsewhere: the first one that is here begins.
-            let before = head.clone().unwrap_or(Head { seq: line.0.seq - 1, hash: line.0.previous.clone() });
+            let before = head.clone().unwrap_or_else(|| {
+                first = line.0.seq;
+                Head { seq: first - 1, hash: line.0.previous.clone() }
+            });
             if line.0.seq != before.seq + 1 || line.0.previous != before.hash {
                 return Err(damaged(format!("it does not follow line {}", before.seq)));
             }
@@ -210,7 +236,8 @@ pub fn verify(directory: &Path) -> Result<Head, AuditError> {
             Ok(())
         })?;
     }
-    Ok(head.unwrap_or_else(Head::none))
+    let Head { seq, hash } = head.unwrap_or_else(Head::none);
+    Ok(Checked { first, last: seq, hash })
 }
 
 impl Head {
@@ -231,12 +258,17 @@ impl Good {
 impl Log {
     fn write(&mut self, mut asked: Asked, directory: &Path, path: &Path) -> io::Result<()> {
         if self.bytes >= FILE_BYTES_MAX {
-            std::fs::rename(path, directory.join(format!("audit-{}.jsonl", self.head.seq)))?;
+            match std::fs::rename(path, directory.join(format!("audit-{}.jsonl", self.head.seq))) {
+                // It was set aside the last time, and then no new file could be made.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                renamed => renamed?,
+            }
             self.file = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path)?;
             self.bytes = 0;
         }
-        asked.path = short(&asked.path);
-        asked.about = asked.about.as_deref().map(short);
+        asked.method = short(&asked.method, METHOD_MAX);
+        asked.path = short(&asked.path, TEXT_MAX);
+        asked.about = asked.about.as_deref().map(|about| short(about, TEXT_MAX));
         let since = pages::clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
         let unix_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         let (seq, previous) = (self.head.seq + 1, self.head.hash.clone());
@@ -244,6 +276,7 @@ impl Log {
         let body = serde_json::to_string(&line).expect("plain data");
         let hash = Digest::of(body.as_bytes()).to_string();
         let text = format!("{}{HASH}{hash}\"}}\n", body.strip_suffix('}').expect("an object"));
+        debug_assert!(text.len() as u64 <= LINE_BYTES_MAX, "{} bytes", text.len());
         if let Err(error) = self.file.write_all(text.as_bytes()) {
             // Half a line would be damage to whoever reads it.
             self.file.set_len(self.bytes)?;
@@ -270,8 +303,8 @@ fn read(text: &str) -> Result<Good, String> {
     Ok(Good(Line { hash: hash.to_owned(), ..line }))
 }
 
-fn short(text: &str) -> String {
-    text.chars().take(TEXT_MAX).collect()
+fn short(text: &str, most: usize) -> String {
+    text.chars().take(most).collect()
 }
 
 /// The files of a chain, oldest first.
@@ -321,6 +354,9 @@ fn end_of_lines(file: &File) -> io::Result<u64> {
 /// The last line of a file that ends with this many bytes.
 fn last_line(file: &File, bytes: u64) -> io::Result<Option<String>> {
     let tail = tail(file, bytes)?;
+    if bytes > 0 && tail.iter().filter(|byte| **byte == b'\n').count() < 2 && bytes > tail.len() as u64 {
+        return Err(io::Error::other("it has a line that is longer than any that was written"));
+    }
     let last = tail.strip_suffix(b"\n").and_then(|lines| lines.rsplit(|byte| *byte == b'\n').next());
     Ok(last.map(|line| String::from_utf8_lossy(line).into_owned()))
 }
@@ -358,14 +394,14 @@ mod tests {
             for _ in 0..5 {
                 audit.write(asked("/v1/forks")).unwrap();
             }
-            assert_eq!(verify(place.path()).unwrap().seq, (start + 1) * 5);
+            assert_eq!(verify(place.path()).unwrap().last, (start + 1) * 5);
             let mut file = OpenOptions::new().append(true).open(place.path().join(FILE)).unwrap();
             file.write_all(b"{\"seq\":99,\"half").unwrap();
         }
         let audit = Audit::open(place.path()).unwrap();
         let (lines, head) = audit.lines(13, 10).unwrap();
         assert_eq!(lines.iter().map(|line| line.seq).collect::<Vec<_>>(), [14, 15]);
-        assert_eq!(head, verify(place.path()).unwrap());
+        assert_eq!(Checked { first: 1, last: head.seq, hash: head.hash }, verify(place.path()).unwrap());
         assert_eq!(lines[1].asked, asked("/v1/forks"));
     }
 
@@ -395,13 +431,52 @@ mod tests {
                 }
             }
             std::fs::write(&path, changed.join("\n") + "\n").unwrap();
+            // What is missing at the beginning may have been set aside and taken elsewhere: that is told.
+            if changed.len() < lines.len() && at == 0 {
+                assert_eq!(verify(place.path()).unwrap().first, 2);
+                continue;
+            }
             assert!(matches!(verify(place.path()), Err(AuditError::Damaged { .. })), "seed {seed}: {changed:?}");
         }
         std::fs::write(&path, &whole).unwrap();
-        assert_eq!(verify(place.path()).unwrap().seq, 20);
+        assert_eq!(verify(place.path()).unwrap().last, 20);
         // Not gone on from: the damage would be lost in what follows.
         std::fs::write(&path, format!("{whole}nonsense\n")).unwrap();
         assert!(matches!(Audit::open(place.path()), Err(AuditError::Damaged { .. })));
+    }
+
+    /// Whoever is turned away says what its line has in it.
+    #[test]
+    fn no_request_makes_a_line_that_is_not_found_again() {
+        let place = tempfile::tempdir().unwrap();
+        let audit = Audit::open(place.path()).unwrap();
+        let long = "\u{1}\"\\\u{10FFFF}".repeat(5000);
+        let asked = Asked { method: long.clone(), path: long.clone(), about: Some(long), ..asked("/") };
+        (0..3).for_each(|_| audit.write(asked.clone()).unwrap());
+        Audit::open(place.path()).unwrap().write(asked).unwrap();
+        assert_eq!(verify(place.path()).unwrap().last, 4);
+    }
+
+    #[test]
+    fn lines_that_could_not_be_written_are_told_of() {
+        let place = tempfile::tempdir().unwrap();
+        let audit = Audit::open(place.path()).unwrap();
+        audit.write(asked("/v1/forks")).unwrap();
+        // As on a full disk: nothing can be written by this.
+        let (path, file) = (place.path().join(FILE), File::open("/dev/null").unwrap());
+        let kept = std::mem::replace(&mut audit.lock().file, file);
+        assert!(audit.write(asked("/v1/forks")).is_err() && audit.check().is_err());
+        audit.lock().file = kept;
+        // Whatever is written next: the gap comes first.
+        audit.write(asked("/v1/machines")).unwrap();
+        let (lines, _) = audit.lines(0, 10).unwrap();
+        assert_eq!(lines[1].asked, Asked::of_gap());
+        assert_eq!((lines.len(), verify(place.path()).unwrap().last), (3, 3));
+        // Set aside, and then no new file could be made.
+        audit.lock().bytes = FILE_BYTES_MAX;
+        std::fs::rename(&path, place.path().join("audit-3.jsonl")).unwrap();
+        audit.write(asked("/v1/forks")).unwrap();
+        assert_eq!(verify(place.path()).unwrap().last, 4);
     }
 
     #[test]
@@ -413,10 +488,10 @@ mod tests {
         audit.write(asked("/v1/forks")).unwrap();
         drop(audit);
         assert!(place.path().join("audit-1.jsonl").exists());
-        assert_eq!(verify(place.path()).unwrap().seq, 2);
+        assert_eq!(verify(place.path()).unwrap().last, 2);
         // Killed right after a file was set aside.
         std::fs::rename(place.path().join(FILE), place.path().join("audit-2.jsonl")).unwrap();
         Audit::open(place.path()).unwrap().write(asked("/v1/forks")).unwrap();
-        assert_eq!(verify(place.path()).unwrap().seq, 3);
+        assert_eq!(verify(place.path()).unwrap().last, 3);
     }
 }

@@ -132,6 +132,17 @@ pub enum Answer {
     Forked(PeerForkReport),
 }
 
+impl Answer {
+    /// As a line of a log: a status as of HTTP, and what was done.
+    #[must_use]
+    pub fn in_short(&self) -> (u16, String) {
+        match self {
+            Self::Refused(refusal) => (409, format!("refused: {}", refusal.code)),
+            Self::Forked(report) => (200, format!("{} children, {} failures", report.children.len(), report.failures.len())),
+        }
+    }
+}
+
 impl Order {
     /// The bytes of it, at most [`ORDER_BYTES_MAX`].
     #[must_use]

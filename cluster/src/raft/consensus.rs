@@ -388,10 +388,16 @@ impl Inner {
     }
 
     /// What only who leads can answer.
+    /// What is for voters alone is for those that have registered: one that nobody sees in the list could not be put out either.
+    fn is_heard(&self, peer: &Peer, command: &Command) -> bool {
+        let is_anybodys = command.may_be_proposed_by(peer.node, false);
+        is_anybodys || peer.node == self.me.0 || self.machine.state().nodes.contains_key(&peer.node)
+    }
+
     async fn answer_as_leader(&self, peer: Peer, request: Request, within: Duration) -> Response {
         let deadline = Instant::now() + within;
         match request {
-            Request::Propose { command, .. } if !peer.may_propose(&command) => {
+            Request::Propose { command, .. } if !(peer.may_propose(&command) && self.is_heard(&peer, &command)) => {
                 tracing::warn!(node = %peer.node, %command, "may not propose this");
                 Response::Forbidden
             }

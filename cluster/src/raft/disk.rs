@@ -5,16 +5,18 @@
 //! own place and bytes, so that what is read is what was written there.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use redb::backends::FileBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, Table, TableDefinition};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Entries by their index.
@@ -24,6 +26,17 @@ const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records"
 /// Memory that redb may use; the log is read once, and then written.
 const CACHE_BYTES: usize = 8 << 20;
 const CHECKSUM: usize = 16;
+/// The record of what else there is.
+const INVENTORY: &str = "inventory";
+
+/// Which entries and records there are: what is missing has no checksum that could tell.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Inventory {
+    /// The first entry and the last one.
+    entries: Option<(u64, u64)>,
+    /// By name.
+    records: Vec<String>,
+}
 
 /// Why the file does not do what it is there for.
 #[derive(Clone, Debug, Error)]
@@ -168,31 +181,47 @@ impl Disk {
             other => DiskError::Damaged { what: other.to_string() },
         })?;
         let disk = Self { open: Arc::new(Mutex::new(Open::Good(database))), executor: Executor::Thread };
+        // Nothing is written into what is damaged.
+        disk.check()?;
         // Both tables are there from now on.
         disk.write(|_| Ok(()))?;
-        disk.check()?;
         Ok(disk)
     }
 
-    /// Reads all of it once: damage is found before anything is built on it.
+    /// Reads all of it once: damage is found before anything is built on it. What is missing is told by the inventory that every
+    /// transaction leaves behind.
     fn check(&self) -> Result<(), DiskError> {
         self.with(|database| {
             let reading = database.begin_read().map_err(of_redb)?;
-            let entries = reading.open_table(ENTRIES).map_err(of_redb)?;
-            let mut expected: Option<u64> = None;
+            let tables = (reading.open_table(ENTRIES), reading.open_table(RECORDS));
+            let (entries, records) = match tables {
+                // It was just made.
+                (Err(redb::TableError::TableDoesNotExist(_)), Err(redb::TableError::TableDoesNotExist(_))) => return Ok(()),
+                (entries, records) => (entries.map_err(of_redb)?, records.map_err(of_redb)?),
+            };
+            let mut there = Inventory::default();
             for item in entries.iter().map_err(of_redb)? {
                 let (index, bytes) = item.map_err(of_redb)?;
                 let index = index.value();
-                if expected.is_some_and(|expected| expected != index) {
-                    return Err(DiskError::Damaged { what: format!("entry {} is missing", expected.unwrap_or(0)) });
+                let (first, last) = there.entries.unwrap_or((index, index.wrapping_sub(1)));
+                if last.wrapping_add(1) != index {
+                    return Err(DiskError::Damaged { what: format!("entry {} is missing", last.wrapping_add(1)) });
                 }
                 checked(&place_of_entry(index), bytes.value())?;
-                expected = Some(index + 1);
+                there.entries = Some((first, index));
             }
-            let records = reading.open_table(RECORDS).map_err(of_redb)?;
+            let mut expected = None;
             for item in records.iter().map_err(of_redb)? {
                 let (name, bytes) = item.map_err(of_redb)?;
-                checked(name.value(), bytes.value())?;
+                if name.value() == INVENTORY {
+                    expected = Some(decoded::<Inventory>(INVENTORY, bytes.value())?);
+                } else {
+                    checked(name.value(), bytes.value())?;
+                    there.records.push(name.value().to_owned());
+                }
+            }
+            if expected.as_ref() != Some(&there) {
+                return Err(DiskError::Damaged { what: format!("{there:?} is there, and {expected:?} was written") });
             }
             Ok(())
         })
@@ -210,7 +239,10 @@ impl Disk {
             let written = {
                 let entries = transaction.open_table(ENTRIES).map_err(of_redb)?;
                 let records = transaction.open_table(RECORDS).map_err(of_redb)?;
-                write(&mut Writing { entries, records })?
+                let mut writing = Writing { entries, records };
+                let written = write(&mut writing)?;
+                writing.take_inventory()?;
+                written
             };
             transaction.commit().map_err(of_redb)?;
             Ok(written)
@@ -308,6 +340,20 @@ impl Writing<'_> {
         self.records.insert(name, &*bytes).map(drop).map_err(of_redb)
     }
 
+    /// Notes what is there now.
+    fn take_inventory(&mut self) -> Result<(), DiskError> {
+        let index = |found: Option<(redb::AccessGuard<'_, u64>, _)>| {
+            found.map(|(index, _): (_, redb::AccessGuard<'_, &[u8]>)| index.value())
+        };
+        let (first, last) = (index(self.entries.first().map_err(of_redb)?), index(self.entries.last().map_err(of_redb)?));
+        let mut records = Vec::new();
+        for item in self.records.iter().map_err(of_redb)? {
+            let (name, _) = item.map_err(of_redb)?;
+            records.extend((name.value() != INVENTORY).then(|| name.value().to_owned()));
+        }
+        self.put_record(INVENTORY, &Inventory { entries: first.zip(last), records })
+    }
+
     /// A record, as this transaction has it.
     ///
     /// # Errors
@@ -318,14 +364,32 @@ impl Writing<'_> {
     }
 }
 
+thread_local! {
+    /// Whether a panic of this thread is caught here.
+    static IS_EXPECTED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// redb panics over some damaged files.
 fn caught<T>(work: impl FnOnce() -> T) -> Result<T, DiskError> {
-    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| DiskError::Damaged { what: words_of(&*panic) })
+    static QUIETER: Once = Once::new();
+    // It becomes an error, which says what to do; a backtrace of redb's would only frighten.
+    QUIETER.call_once(|| {
+        let loud = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !IS_EXPECTED.get() {
+                loud(panic);
+            }
+        }));
+    });
+    IS_EXPECTED.set(true);
+    let done = catch_unwind(AssertUnwindSafe(work));
+    IS_EXPECTED.set(false);
+    done.map_err(|panic| DiskError::Damaged { what: words_of(&*panic) })
 }
 
 fn words_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    format!("reading it panicked: {}", text.unwrap_or("without a word"))
+    format!("redb gives it up: {}", text.unwrap_or("without a word"))
 }
 
 fn of_redb(error: impl Into<redb::Error>) -> DiskError {

@@ -101,6 +101,8 @@ pub struct ExplainQuery {
 pub struct ExplainAnswer {
     /// The image that the template points at.
     pub image: String,
+    /// The node that the machine runs on that was asked about, if one was.
+    pub runs_on: Option<String>,
     /// How many find no place.
     pub left: u64,
     /// What was thought of each node.

@@ -7,6 +7,8 @@ use std::time::Duration;
 use thiserror::Error;
 use types::ExitCode;
 
+use crate::node::DataError;
+
 /// Of `farfork up` and `farfork down`.
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "each message says what its fields are")]
@@ -23,6 +25,8 @@ pub enum UpError {
     Newer { file: PathBuf, found: u64, known: u32 },
     #[error("{} cannot be used: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Data(#[from] DataError),
     #[error("{} has {} bytes; the path of a socket has at most 107", path.display(), path.as_os_str().len())]
     TooLong { path: PathBuf },
     #[error("the local cluster in {} has {has}", directory.display())]
@@ -60,6 +64,7 @@ impl UpError {
             }
             Self::Newer { .. } => "use the newer farfork".to_owned(),
             Self::Io { .. } => "name a directory on a local file system that this user may write with --data".to_owned(),
+            Self::Data(error) => error.remedy().to_owned(),
             Self::TooLong { .. } => "name a directory with a shorter path with --data".to_owned(),
             Self::Different { .. } => {
                 "leave these flags out, name another directory with --data, or remove it first with `farfork down --purge`"

@@ -21,15 +21,20 @@ use std::process::ExitCode;
 use clap::Args;
 use rustix::fs::Mode;
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::error::CliError;
 use super::output::{Output, table};
 use super::progress::Progress;
 use super::{INTERRUPTED, paths};
+use crate::member;
 pub use error::UpError;
 use nodes::Nodes;
 use process::Stopped;
 use state::{Directory, State};
+
+/// What a program says when it was ended: 128 and the number of SIGTERM.
+const TERMINATED: u8 = 143;
 
 const COUNT: u8 = 3;
 
@@ -130,9 +135,15 @@ pub(super) fn up(arguments: &Arguments, output: Output) -> Result<ExitCode, CliE
 fn bring_up(nodes: &mut Nodes<'_>) -> Result<Option<ExitCode>, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
     let outcome = runtime.block_on(async {
+        // Heard from here on, also while something is done that does not wait.
+        let listen = |kind| signal(kind).map_err(CliError::Runtime);
+        let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+        let stopped = |code| Ok(Some(ExitCode::from(code)));
         tokio::select! {
+            biased;
+            _ = interrupt.recv() => stopped(INTERRUPTED),
+            _ = terminate.recv() => stopped(TERMINATED),
             up = nodes.bring_up() => up.map(|()| None),
-            _ = tokio::signal::ctrl_c() => Ok(Some(ExitCode::from(INTERRUPTED))),
         }
     });
     if !matches!(outcome, Ok(None))
@@ -172,8 +183,14 @@ impl Arguments {
     }
 
     /// One that was: its nodes are as many as they were, and where they were.
-    fn agree_with(&self, state: State, directory: &Directory) -> Result<State, UpError> {
+    fn agree_with(&self, mut state: State, directory: &Directory) -> Result<State, UpError> {
         let different = |has: String| Err(UpError::Different { directory: directory.path().to_owned(), has });
+        // What an `up` has left that came to nothing binds nobody.
+        let is_begun = state.nodes.iter().any(|node| member::files::is_member(&directory.places(node).data));
+        if !is_begun && state.running()? == 0 {
+            state.stop(directory, |_| true)?;
+            return self.begin().map_err(|error| UpError::io(directory.path(), error));
+        }
         if self.nodes.is_some_and(|count| usize::from(count) != state.nodes.len()) {
             return different(format!("{} nodes", state.nodes.len()));
         }
@@ -255,6 +272,12 @@ mod tests {
         let path = tempfile::tempdir().unwrap();
         let directory = Directory::make(path.path()).unwrap();
         let arguments = |nodes, no_namespaces| Arguments { nodes, data: None, no_namespaces };
+        // One that came to nothing binds nobody.
+        let other = arguments(Some(3), true).agree_with(State::new(5, true).unwrap(), &directory).unwrap();
+        assert_eq!((other.nodes.len(), other.is_isolated), (3, false));
+        let data = directory.places(&State::new(5, true).unwrap().nodes[0]).data;
+        std::fs::create_dir_all(&data).unwrap();
+        std::fs::write(data.join("cluster.json"), "{}").unwrap();
         let agree = |arguments: Arguments| arguments.agree_with(State::new(5, true).unwrap(), &directory);
         assert_eq!(agree(arguments(None, false)).unwrap().nodes.len(), 5);
         assert!(agree(arguments(Some(5), false)).is_ok());

@@ -48,15 +48,22 @@ impl Process {
     /// A handle of it, if it still runs. Whoever gets its id later is not reached by that.
     fn handle(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = (self.pid > 0).then(|| Pid::from_raw(self.pid)).flatten() else { return Ok(None) };
+        // Its number may be a thread's by now, which has no such handle.
+        let is_it = || -> io::Result<bool> {
+            let stat = stat(self.pid)?;
+            Ok(boot()? == self.boot
+                && stat.is_some_and(|(state, started)| started == self.started_ticks && !matches!(state, 'Z' | 'X')))
+        };
+        if !is_it()? {
+            return Ok(None);
+        }
         let handle = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(handle) => handle,
-            Err(Errno::SRCH) => return Ok(None),
+            Err(Errno::SRCH | Errno::NOENT | Errno::INVAL) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        // Looked at after it was opened: what has this start time now had this id then.
-        let is_it = boot()? == self.boot
-            && stat(self.pid)?.is_some_and(|(state, started)| started == self.started_ticks && !matches!(state, 'Z' | 'X'));
-        Ok(is_it.then_some(handle))
+        // Looked at again now that it is open: what has this start time now had this id then.
+        Ok(is_it()?.then_some(handle))
     }
 }
 
@@ -163,6 +170,24 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    /// What had this number may be gone, and a thread have it now.
+    #[test]
+    fn a_number_that_is_a_threads_by_now_is_nobody() {
+        let tid = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let tid = rustix::thread::gettid().as_raw_pid();
+                for boot in [boot().unwrap(), "another".to_owned()] {
+                    assert!(Process { pid: tid, started_ticks: 1, boot }.handle().unwrap().is_none());
+                }
+                let (_, started_ticks) = stat(tid).unwrap().unwrap();
+                assert!(Process { pid: tid, started_ticks, boot: boot().unwrap() }.handle().unwrap().is_none());
+                tid
+            });
+            thread.join().unwrap()
+        });
+        assert_ne!(tid, rustix::process::getpid().as_raw_pid());
+    }
 
     #[test]
     fn fields_are_counted_after_the_name_whatever_that_is() {

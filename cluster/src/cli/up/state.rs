@@ -23,7 +23,7 @@ use types::Name;
 use super::error::UpError;
 use super::network::{self, Namespaces};
 use super::process::Process;
-use crate::node::{DataDirectory, files, kvm};
+use crate::node::{DataDirectory, DataError, files, kvm};
 
 /// Of `up.json`. What a newer farfork has written is not touched.
 const FORMAT: u32 = 1;
@@ -190,13 +190,18 @@ impl Directory {
 
     /// Removes all that `up` has made here, of nodes that do not run; and the directory, if there is nothing else in it.
     pub(super) fn purge(self, state: &State) -> Result<(), UpError> {
-        for node in &state.nodes {
-            let Places { directory, data, .. } = self.places(node);
-            if data.exists()
-                && let Ok(data) = DataDirectory::open(&data)
-            {
-                kvm::remove_groups(&data);
+        // One that somebody else has started is not removed beneath it: nothing is, then.
+        let places = state.nodes.iter().map(|node| self.places(node));
+        let mut opened = Vec::new();
+        for Places { directory, data, .. } in places {
+            let locked = if data.exists() { Some(DataDirectory::open(&data)) } else { None };
+            match locked.transpose() {
+                Err(error @ DataError::Taken { .. }) => return Err(UpError::Data(error)),
+                locked => opened.push((directory, locked.ok().flatten())),
             }
+        }
+        for (directory, data) in opened {
+            data.iter().for_each(kvm::remove_groups);
             gone(&directory, fs::remove_dir_all(&directory))?;
         }
         // The state goes last: what is cut off is begun again.

@@ -11,12 +11,11 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use types::{CpuProfile, Digest, FullName, ImageId, MachineId, PageIndex, Tenant};
 use uuid::Uuid;
@@ -394,22 +393,7 @@ impl Engine for KvmEngine {
     }
 
     fn stored(&self) -> Result<Vec<(FullName, u64)>, EngineError> {
-        let failed = |error| of_store("listing the store", error);
-        let mut stored = Vec::new();
-        for entry in Dir::read_from(&self.store).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let name = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix(SUFFIX));
-            let Some(name) = name.and_then(FullName::of_file_stem) else { continue };
-            match open_stored(&self.store, &name).map(File::from) {
-                // What it takes on disk: the file has holes.
-                Ok(file) => stored.push((name, file.metadata().map_or(0, |metadata| metadata.blocks() * 512))),
-                // Deleted since, or no file that a save made.
-                Err(Errno::NOENT | Errno::LOOP) => {}
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        stored.sort();
-        Ok(stored)
+        self.stored_images()
     }
 
     fn forget(&self, image: ImageId) -> Result<(), EngineError> {

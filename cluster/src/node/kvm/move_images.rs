@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::PoisonError;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags};
@@ -13,7 +13,7 @@ use types::FullName;
 use uuid::Uuid;
 
 use super::errors::{of_load, of_store, unknown_name};
-use super::{KnownImage, KvmEngine, file_name};
+use super::{KnownImage, KvmEngine, SUFFIX, file_name, open_stored};
 use crate::node::engine::{EngineError, ErrorKind, ImageFacts};
 
 /// What a file is called while it comes in; no name of an image's.
@@ -87,6 +87,26 @@ impl KvmEngine {
                 return file.set_len(at).and_then(|()| file.sync_all()).map_err(|error| written(&error));
             }
         }
+    }
+
+    /// Names in the store, with what each file takes on disk in bytes.
+    pub(super) fn stored_images(&self) -> Result<Vec<(FullName, u64)>, EngineError> {
+        let failed = |error| of_store("listing the store", error);
+        let mut stored = Vec::new();
+        for entry in Dir::read_from(&self.store).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix(SUFFIX));
+            let Some(name) = name.and_then(FullName::of_file_stem) else { continue };
+            match open_stored(&self.store, &name).map(File::from) {
+                // What it takes on disk: the file has holes.
+                Ok(file) => stored.push((name, file.metadata().map_or(0, |metadata| metadata.blocks() * 512))),
+                // Deleted since, or no file that a save made.
+                Err(Errno::NOENT | Errno::LOOP) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        stored.sort();
+        Ok(stored)
     }
 
     fn open_beneath(&self, file: &OsString, flags: OFlags, mode: Mode) -> Result<File, Errno> {

@@ -397,7 +397,7 @@ impl<F: Fn()> Drop for OnDrop<F> {
     }
 }
 
-fn check_count(asked: u64) -> Result<(), NodeError> {
+pub(crate) fn check_count(asked: u64) -> Result<(), NodeError> {
     if (1..=COUNT_MAX).contains(&asked) { Ok(()) } else { Err(NodeError::Count { asked, max: COUNT_MAX }) }
 }
 

@@ -14,6 +14,9 @@ fn small(name: &str) -> Cluster {
         cluster.start_with(host, &["--machine-memory", "256MiB"]);
     }
     cluster.settles(2, 2);
+    eventually("both have said how much they have", || {
+        (0..2).all(|host| cluster.row(0, host)["capacity"]["memory_bytes"] == 256 << 20)
+    });
     cluster
 }
 

@@ -34,6 +34,10 @@ fn forks_run_where_the_image_is_and_elsewhere_when_they_must() {
         why.iter().any(|why| why.contains("all there")) && why.iter().any(|why| why.contains("others suit better")),
         "{why:?}"
     );
+    let of_machine = cluster.node(2).json(&["explain", forked["children"][0]["id"].as_str().unwrap()]);
+    assert_eq!((of_machine["runs_on"].clone(), &of_machine["image"]), ("node-0".into(), &explained["image"]));
+    let by_digest = cluster.node(1).json(&["explain", explained["image"].as_str().unwrap()]);
+    assert_eq!((by_digest["runs_on"].clone(), by_digest["nodes"].as_array().unwrap().len()), (Value::Null, 3));
     // Any node lists them, shows them, and ends them.
     let all = ids(&forked["children"]);
     assert_eq!(cluster.node(2).machines(), all);

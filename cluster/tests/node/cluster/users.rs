@@ -26,7 +26,7 @@ impl<'a> User<'a> {
 
     fn cli(&self, arguments: &[&str]) -> Said {
         let mut command = self.cluster.program(self.host, PROGRAM);
-        command.env("FARFORK_CONFIG", self.home.path().join("config.toml")).args(arguments);
+        command.env_remove("FARFORK_SOCKET").env("FARFORK_CONFIG", self.home.path().join("config.toml")).args(arguments);
         Said::of(command.stdin(std::process::Stdio::null()).output().unwrap())
     }
 
@@ -126,6 +126,7 @@ fn users_reach_what_is_their_tenants_and_may_what_their_level_says() {
     {
         assert_eq!(ann.refused(verb), "FORBIDDEN", "{verb:?}");
     }
+    assert_eq!(root.cli(&["--context", "c", "ls"]).code, Some(0), "a context that is typed");
     assert_eq!(root.refused(&["trust", "ls"]), "FORBIDDEN", "of the host alone");
     assert_eq!(root.json(&["user", "ls"])["users"].as_array().unwrap().len(), 3);
     // All of hers, and nobody else's.
@@ -173,6 +174,9 @@ fn a_machine_and_a_template_are_their_tenants_on_every_node() {
     cluster.settles(2, 1);
     let user = User::on(&cluster, 0);
     user.context("c", &lead, port(&cluster, 0));
+    crate::support::eventually("its templates are found again", || {
+        user.cli(&["fork", "warm"]).code == Some(0) && cluster.node(0).cli(&["fork", "warm"]).code == Some(0)
+    });
     assert_eq!(user.json(&["fork", "warm"])["image"]["tenant"], "team-7");
     assert_eq!(cluster.node(0).json(&["fork", "warm"])["image"]["tenant"], "default");
     user.json(&["template", "rm", "warm"]);
@@ -247,6 +251,15 @@ fn who_is_not_known_is_not_let_in() {
     let silent: Vec<TcpStream> = (0..50).map(|_| run_on(&cluster, address)).collect();
     assert_eq!(user.json(&["--context", "good", "whoami"])["who"], "user ann");
     drop(silent);
+    // Who hangs up before the answer is written down too.
+    let body = br#"{"from":{"guest":"probe"},"count":3}"#;
+    let mut hasty = std::os::unix::net::UnixStream::connect(&node.socket).unwrap();
+    write!(hasty, "POST /v1/forks HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len()).unwrap();
+    hasty.write_all(body).unwrap();
+    drop(hasty);
+    crate::support::eventually("it is written down", || {
+        node.json(&["audit", "ls", "-n", "1000"])["lines"].to_string().contains("3 of Guest")
+    });
     // Who was turned away is written down, and what is written down cannot be changed.
     let lines = node.json(&["audit", "ls", "-n", "1000"])["lines"].clone();
     assert!(lines.to_string().contains("a stranger"), "{lines}");

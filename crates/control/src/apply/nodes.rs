@@ -154,7 +154,11 @@ pub fn check_replace(state: &State, old: NodeId, (new, proven): (NodeId, Digest)
         if (lost.by, lost.proven) != (new, proven) {
             return Err(Refusal::Replaced { node: old, by: lost.by });
         }
-        return if state.revoked.contains(&new) { Err(Refusal::Revoked(new)) } else { Ok(lost.role) };
+        return match (state.revoked.contains(&new), state.removed.contains_key(&new)) {
+            (true, _) => Err(Refusal::Revoked(new)),
+            (_, true) => Err(Refusal::UnknownNode(new)),
+            _ => Ok(lost.role),
+        };
     }
     if state.revoked.contains(&old) {
         return Err(Refusal::Revoked(old));

@@ -107,22 +107,6 @@ pub enum Command {
         /// Its name.
         name: Name,
     },
-    /// Somebody may ask over HTTPS.
-    AddUser {
-        /// Who.
-        name: Name,
-        /// Of what shows who it is.
-        credential: Digest,
-        /// What it may ask for.
-        rights: Rights,
-        /// For how long, in milliseconds; `None`: until it is removed.
-        lasts_ms: Option<u64>,
-    },
-    /// Somebody may ask no more.
-    RemoveUser {
-        /// Who.
-        name: Name,
-    },
     /// A node may never take part again.
     Revoke {
         /// Which.
@@ -243,6 +227,22 @@ pub enum Command {
         new: NodeId,
         /// The digest of the key that it has proven to have.
         proven: Digest,
+    },
+    /// Somebody may ask over HTTPS.
+    AddUser {
+        /// Who.
+        name: Name,
+        /// Of what shows who it is.
+        credential: Digest,
+        /// What it may ask for.
+        rights: Rights,
+        /// For how long, in milliseconds; `None`: until it is removed.
+        lasts_ms: Option<u64>,
+    },
+    /// Somebody may ask no more.
+    RemoveUser {
+        /// Who.
+        name: Name,
     },
 }
 

@@ -59,18 +59,18 @@ pub enum Refusal {
     OtherName(Name),
     #[error("another node is named {0}")]
     NameTaken(Name),
-    #[error("there is a user {0} already, with this name or this credential")]
-    UserExists(Name),
-    #[error("no user {0}")]
-    UnknownUser(Name),
-    #[error("only an admin is of all tenants")]
-    NoTenant,
     #[error("key {0} came with another request before")]
     KeyReused(Key),
     #[error("node {by} has taken the place of node {node}")]
     Replaced { node: NodeId, by: NodeId },
     #[error("node {0} is the only voter")]
     LastVoter(NodeId),
+    #[error("there is a user {0} already, with this name or this credential")]
+    UserExists(Name),
+    #[error("no user {0}")]
+    UnknownUser(Name),
+    #[error("only an admin is of all tenants")]
+    NoTenant,
 }
 
 impl Refusal {

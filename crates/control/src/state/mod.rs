@@ -34,8 +34,6 @@ pub struct State {
     pub revoked: BTreeSet<NodeId>,
     /// What lets a node in, by the digest of its secret, until it is out of date.
     pub tokens: BTreeMap<Digest, Token>,
-    /// Who may ask over HTTPS.
-    pub users: BTreeMap<Name, User>,
     /// Images that somebody holds, or that a template or job refers to.
     pub images: BTreeMap<ImageKey, Image>,
     /// Names that point at images.
@@ -46,6 +44,8 @@ pub struct State {
     pub keys: BTreeMap<Key, Remembered>,
     /// Nodes that were revoked since they lost their logs, and who each is now.
     pub replaced: BTreeMap<NodeId, Replaced>,
+    /// Who may ask over HTTPS.
+    pub users: BTreeMap<Name, User>,
 }
 
 /// The answer to a request that was carried out.

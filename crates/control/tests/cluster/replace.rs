@@ -54,6 +54,7 @@ fn a_node_that_lost_its_log_comes_back_once_under_another_id() {
     cluster.run(again).unwrap();
     // One that was forgotten since begins anew.
     cluster.run(Command::Remove { node: node(22) }).unwrap();
+    assert_eq!(cluster.run(replace(12, 22, 9)), Err(Refusal::UnknownNode(node(22))), "by an old request nobody comes back");
     cluster.run(Command::Register { node: node(22), incarnation: 2, facts, images: vec![] }).unwrap();
     assert!(!cluster.state.nodes[&node(22)].is_cordoned);
 }
