@@ -90,9 +90,21 @@ pub enum Executor {
 }
 
 enum Open {
-    Good(Database),
+    Good(Closing),
     /// What was found; nothing is read or written any more.
     Bad(DiskError),
+}
+
+/// A database that is closed when it is dropped, which writes, and so may be the first to find damage.
+struct Closing(Option<Database>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let database = self.0.take();
+        if let Err(error) = caught(move || drop(database)) {
+            tracing::error!(%error, "closing the log");
+        }
+    }
 }
 
 /// A transaction that writes.
@@ -114,7 +126,7 @@ impl Disk {
         // It gets its name when all of it is there. What a start before this one has left is none of a member's.
         let new = path.with_extension("new");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&new).map_err(failed)?;
-        let disk = Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))?;
+        let disk = Self::over(path, true, |builder| builder.create_with_backend(FileBackend::new(file)?))?;
         std::fs::rename(&new, path).map_err(failed)?;
         let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
@@ -136,7 +148,7 @@ impl Disk {
         if file.metadata().map_err(failed)?.len() == 0 {
             return Err(DiskError::Damaged { what: format!("{} is empty", path.display()) });
         }
-        Self::over(path, |builder| builder.create_with_backend(FileBackend::new(file)?))
+        Self::over(path, false, |builder| builder.create_with_backend(FileBackend::new(file)?))
     }
 
     /// The same over something else than a file: for the tests that cut the power.
@@ -144,7 +156,7 @@ impl Disk {
     /// # Errors
     /// [`DiskError`].
     pub fn open_on(backend: impl StorageBackend) -> Result<Self, DiskError> {
-        Self::over(Path::new("(not a file)"), |builder| builder.create_with_backend(backend))
+        Self::over(Path::new("(not a file)"), true, |builder| builder.create_with_backend(backend))
     }
 
     /// The same, with its part done there.
@@ -170,6 +182,7 @@ impl Disk {
 
     fn over(
         path: &Path,
+        may_be_new: bool,
         open: impl FnOnce(&mut redb::Builder) -> Result<Database, redb::DatabaseError>,
     ) -> Result<Self, DiskError> {
         let opened = caught(|| open(Database::builder().set_cache_size(CACHE_BYTES)))?;
@@ -180,9 +193,9 @@ impl Disk {
             }
             other => DiskError::Damaged { what: other.to_string() },
         })?;
-        let disk = Self { open: Arc::new(Mutex::new(Open::Good(database))), executor: Executor::Thread };
+        let disk = Self { open: Arc::new(Mutex::new(Open::Good(Closing(Some(database))))), executor: Executor::Thread };
         // Nothing is written into what is damaged.
-        disk.check()?;
+        disk.check(may_be_new)?;
         // Both tables are there from now on.
         disk.write(|_| Ok(()))?;
         Ok(disk)
@@ -190,13 +203,14 @@ impl Disk {
 
     /// Reads all of it once: damage is found before anything is built on it. What is missing is told by the inventory that every
     /// transaction leaves behind.
-    fn check(&self) -> Result<(), DiskError> {
+    fn check(&self, may_be_new: bool) -> Result<(), DiskError> {
         self.with(|database| {
             let reading = database.begin_read().map_err(of_redb)?;
             let tables = (reading.open_table(ENTRIES), reading.open_table(RECORDS));
             let (entries, records) = match tables {
-                // It was just made.
-                (Err(redb::TableError::TableDoesNotExist(_)), Err(redb::TableError::TableDoesNotExist(_))) => return Ok(()),
+                (Err(redb::TableError::TableDoesNotExist(_)), Err(redb::TableError::TableDoesNotExist(_))) if may_be_new => {
+                    return Ok(());
+                }
                 (entries, records) => (entries.map_err(of_redb)?, records.map_err(of_redb)?),
             };
             let mut there = Inventory::default();
@@ -300,14 +314,12 @@ impl Disk {
     fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, DiskError>) -> Result<T, DiskError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let database = match &*open {
-            Open::Good(database) => database,
+            Open::Good(Closing(database)) => database.as_ref().expect("it is there until it is dropped"),
             Open::Bad(error) => return Err(error.clone()),
         };
         let outcome = caught(|| work(database)).and_then(|outcome| outcome);
         if let Err(error) = &outcome {
-            let database = std::mem::replace(&mut *open, Open::Bad(error.clone()));
-            // Closing it may find the same.
-            drop(caught(move || drop(database)));
+            *open = Open::Bad(error.clone());
         }
         outcome
     }
