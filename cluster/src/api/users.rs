@@ -76,7 +76,10 @@ pub(crate) async fn add(
         return Err(ApiError::bad_request("a tenant, and all tenants"));
     }
     let rights = Rights { level: request.level, tenant };
-    about.say(|| format!("user {name}, {:?}, tenant {:?}", rights.level, rights.tenant.as_ref().map(types::Tenant::as_str)));
+    about.say(|| {
+        let tenant = rights.tenant.as_ref().map_or("all tenants", types::Tenant::as_str);
+        format!("user {name}, {:?} of {tenant}", rights.level)
+    });
     let (token, credential) = match &request.certificate {
         Some(pem) => {
             let digest = pages::https::key_digest_of_pem(pem.as_bytes());

@@ -137,10 +137,11 @@ pub(crate) async fn whoami(context: &Context) -> Result<ExitCode, CliError> {
 }
 
 fn how_to_ask(of: &UserAnswer) -> String {
-    let url = of.url.as_deref().unwrap_or("https://HOST:PORT");
+    let hint = "this node does not answer users: start it, or others, with --https ADDRESS:PORT\n";
+    let (url, hint) = of.url.as_deref().map_or(("https://HOST:PORT", hint), |url| (url, ""));
     let shows = if of.token.is_some() { "--token-file -" } else { "--certificate PATH --key PATH" };
     let name = &of.name;
-    format!("{name} asks with: farfork context add NAME --url {url} --authority {} {shows}\n", of.authority)
+    format!("{hint}{name} asks with: farfork context add NAME --url {url} --authority {} {shows}\n", of.authority)
 }
 
 fn word(level: Level) -> String {
