@@ -181,7 +181,11 @@ impl Membership {
                 }
                 Answer::Refused(refusal @ Refusal::Full(_)) => last = refusal,
                 Answer::Refused(refusal) => return Err(refusal.into()),
-                answer => unreachable!("a lease is granted or refused, and not {answer:?}"),
+                // Who leads answers another question: nothing was granted.
+                answer => {
+                    tracing::warn!(?answer, "no answer to a request for a lease");
+                    return Err(Refusal::UnknownNode(self.node).into());
+                }
             }
         }
         Err(last.into())

@@ -38,6 +38,8 @@ struct Inner {
     starting: HashMap<MachineId, Option<Ended>>,
     ended: VecDeque<MachineId>,
     running: usize,
+    /// What those are counted as together, in bytes.
+    claimed_bytes: u64,
 }
 
 /// A machine that runs or ran here.
@@ -141,6 +143,7 @@ impl Registry {
     pub fn started(&self, machine: Machine) -> Option<Ended> {
         let mut inner = self.lock();
         let id = machine.forked.id;
+        inner.claimed_bytes += machine.claim_bytes;
         inner.machines.insert(id, machine);
         inner.running += 1;
         inner.starting.remove(&id).flatten()
@@ -192,7 +195,9 @@ impl Registry {
         let Some(machine) = inner.machines.get_mut(&id) else { return };
         debug_assert!(matches!(machine.state, MachineState::Ending), "{id} was not claimed");
         machine.state = MachineState::Ended { ended, at: pages::clock::wall(), console };
+        let claim_bytes = machine.claim_bytes;
         inner.running -= 1;
+        inner.claimed_bytes -= claim_bytes;
         inner.ended.push_back(id);
         if inner.ended.len() > ENDED_MAX
             && let Some(oldest) = inner.ended.pop_front()
@@ -326,8 +331,7 @@ impl Registry {
     #[must_use]
     pub fn taken(&self) -> (u64, u64) {
         let inner = self.lock();
-        let running = inner.machines.values().filter(|machine| !matches!(machine.state, MachineState::Ended { .. }));
-        running.fold((0, 0), |(machines, bytes), machine| (machines + 1, bytes + machine.claim_bytes))
+        (inner.running as u64, inner.claimed_bytes)
     }
 
     /// How many there are.
@@ -441,6 +445,7 @@ mod tests {
         let registry = Registry::default();
         let full = id(0xABCD_1234).to_string();
         assert_eq!(registry.started(machine(id(0xABCD_1234))), None);
+        assert_eq!(registry.taken(), (1, 1 << 20));
         assert_eq!(registry.claim("1234").unwrap(), id(0xABCD_1234));
         assert!(matches!(registry.claim(&full), Err(NodeError::Ended { reason: Reason::Killed, .. })));
         assert!(!registry.says_ended(id(0xABCD_1234), &by_itself()));
@@ -449,6 +454,7 @@ mod tests {
         registry.ended(id(0xABCD_1234), by_itself(), Arc::from([]));
         assert!(matches!(registry.running_machine(&full), Err(NodeError::Ended { reason: Reason::GuestShutdown, .. })));
         assert_eq!(registry.counts(), Counts { running: 0, ended: 1, images: 0 });
+        assert_eq!(registry.taken(), (0, 0));
     }
 
     #[test]
