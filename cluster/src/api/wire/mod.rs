@@ -2,11 +2,16 @@
 //! they do not know. Times are milliseconds since 1970, durations microseconds, sizes bytes.
 
 mod cluster;
+mod jobs;
 mod remote;
 mod template;
 mod users;
 
 pub use cluster::{ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest};
+pub use jobs::{
+    Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer, TaskCounts,
+    TaskFrom, TaskLog, TaskResult, TaskRun, Work,
+};
 pub use remote::{
     Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
     settled_in_short,
