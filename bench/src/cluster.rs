@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use control::command::{Answer, Command, Entry};
+use control::command::{Answer, Command, Entry, Kept};
 use control::leader::{Heard, tend};
 use control::place::{Plan, Tier, Verdict, Wanted, plan};
 use control::reconcile::{Action, Observed, Run, Seen, reconcile};
@@ -204,16 +204,7 @@ fn log_of_a_job(report: &mut Report, count: u32) -> Result<()> {
     let mut dice = fastrand::Rng::with_seed(u64::from(count));
     let mut now = Tick(1000);
     let job = JobId(Uuid::from_u128(1));
-    let spec = JobSpec {
-        image: key(),
-        count,
-        command: vec!["true".to_owned()],
-        each: each(),
-        spread: Spread::Spread,
-        labels: BTreeMap::new(),
-        retries: 2,
-        deadline: None,
-    };
+    let spec = JobSpec::new(key(), count, each());
     let mut written = Written::default();
     written.apply(&mut state, now, Command::Submit { job, spec })?;
     let began = now;
@@ -225,7 +216,8 @@ fn log_of_a_job(report: &mut Report, count: u32) -> Result<()> {
         }
         for agent in &mut agents {
             for (task, _) in agent.ends.iter().filter(|(_, end)| **end <= now) {
-                agent.observed.tasks.get_mut(task).expect("it runs").ended = Some(Outcome::Exited(0));
+                agent.observed.tasks.get_mut(task).expect("it runs").ended =
+                    Some((Outcome::Exited(0), Kept::HereAnd(agent.id)));
             }
             for action in reconcile(&state, agent.id, &agent.observed) {
                 match action {

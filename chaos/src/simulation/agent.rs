@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use control::command::Command;
+use control::command::{Command, Kept};
 use control::reconcile::{Action, Observed, Run, Seen, reconcile};
 use control::state::{ImageFacts, ImageKey, JobId, NodeFacts, Outcome, Resources};
 use control::{State, Tick};
@@ -123,7 +123,7 @@ pub(super) fn step(world: &mut World, node: usize, consensus: &mut Consensus) ->
     let agent = &mut world.agents[node];
     for (task, (_, outcome)) in agent.ends.iter().filter(|(_, (end, _))| *end <= now) {
         if let Some(run) = agent.observed.tasks.get_mut(task) {
-            run.ended = Some(*outcome);
+            run.ended = Some((*outcome, Kept::Here));
         }
     }
     if agent.next_look <= now {

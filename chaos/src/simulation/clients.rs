@@ -120,7 +120,7 @@ impl Clients {
             10 => Command::ReturnCapacity { node: id, epoch: state.epoch },
             11 => Command::Cordon { node: id, is_cordoned: dice.bool() },
             12 => Command::Drain { node: id, is_draining: dice.bool() },
-            _ => Command::Submit { job: JobId(Uuid::from_u128(u128::from(self.drawn) + 1)), spec: spec(key, dice, world.now) },
+            _ => Command::Submit { job: JobId(Uuid::from_u128(u128::from(self.drawn) + 1)), spec: spec(key, dice) },
         };
         self.ask(world.now, command);
     }
@@ -152,15 +152,12 @@ fn resources(machines: u64) -> Resources {
     Resources { memory_bytes: machines * 10 * MIB, cpu_millis: machines * 100, machines }
 }
 
-fn spec(image: ImageKey, dice: &mut fastrand::Rng, now: Tick) -> JobSpec {
+fn spec(image: ImageKey, dice: &mut fastrand::Rng) -> JobSpec {
     JobSpec {
-        image,
-        count: dice.u32(1..25),
-        command: Vec::new(),
-        each: resources(1),
         spread: if dice.bool() { Spread::Spread } else { Spread::Pack },
-        labels: BTreeMap::new(),
-        retries: 2,
-        deadline: (dice.u8(..) < 100).then(|| Tick(now.0 + dice.u64(500..60_000))),
+        lasts_ms: (dice.u8(..) < 100).then(|| dice.u64(500..60_000)),
+        max_parallel: (dice.u8(..) < 60).then(|| dice.u32(1..10)),
+        replicas: dice.u8(1..4),
+        ..JobSpec::new(image, dice.u32(1..25), resources(1))
     }
 }

@@ -49,20 +49,24 @@ fn step(before: &State, after: &State) -> Result<u64, String> {
         if job.tasks == after.tasks {
             continue;
         }
+        let placed = after.tasks.counts().placed;
+        if job.spec.max_parallel.is_some_and(|max| placed > max) {
+            return Err(format!("{placed} tasks of job {id} are placed, of at most {:?}", job.spec.max_parallel));
+        }
         for task in 0..job.spec.count {
             match (job.tasks.get(task), after.tasks.get(task)) {
-                (Some(old @ Task::Done(_)), new) if new != Some(old) => {
+                (Some(old @ Task::Done { .. }), new) if new != Some(old) => {
                     return Err(format!("task {id}/{task} had ended with {old:?}, and became {new:?}"));
                 }
-                (Some(Task::Waiting { .. }), Some(Task::Done(Outcome::Exited(_)))) => {
+                (Some(Task::Waiting { .. }), Some(Task::Done { outcome: Outcome::Exited(_), .. })) => {
                     return Err(format!("task {id}/{task} was nobody's, and has a result"));
                 }
-                (Some(Task::Placed { epoch, .. }), Some(Task::Done(Outcome::Exited(said))))
-                    if said != status(*id, task, epoch) =>
+                (Some(Task::Placed { epoch, .. }), Some(Task::Done { outcome: Outcome::Exited(said), output }))
+                    if said != status(*id, task, epoch) || output.is_none_or(|output| output.epoch != epoch) =>
                 {
                     return Err(format!("task {id}/{task} has the result of another order than {epoch:?}"));
                 }
-                (Some(Task::Waiting { .. } | Task::Placed { .. }), Some(Task::Done(_))) => ended += 1,
+                (Some(Task::Waiting { .. } | Task::Placed { .. }), Some(Task::Done { .. })) => ended += 1,
                 _ => {}
             }
         }

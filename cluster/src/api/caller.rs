@@ -66,6 +66,8 @@ enum Need {
     Cluster,
     /// To be a user of this host.
     Host,
+    /// To be another node, for itself.
+    Node,
 }
 
 impl Caller {
@@ -171,6 +173,9 @@ impl Caller {
             Need::Host if !matches!(self.who, Who::Uid(_)) => {
                 Err(ApiError::forbidden(&self.who, "this is for users of the node's host, by its socket"))
             }
+            Need::Node if !matches!(self.who, Who::Node(_)) => {
+                Err(ApiError::forbidden(&self.who, "this is what nodes ask one another"))
+            }
             Need::Cluster | Need::Host if *rights != Rights::ALL => {
                 Err(ApiError::forbidden(&self.who, "this is for admins of all tenants"))
             }
@@ -200,6 +205,12 @@ fn need(method: &Method, route: &str) -> Need {
     let changes = *method != Method::GET;
     match route {
         "/v1/trust" | "/v1/trust/own" | "/v1/trust/{id}" | "/v1/audit" => Need::Host,
+        "/v1/between/outputs"
+        | "/v1/between/outputs/read"
+        | "/v1/between/payloads/{digest}"
+        | "/v1/between/jobs/{job}"
+        | "/v1/between/jobs/{job}/tasks/{task}" => Need::Node,
+        "/v1/jobs" | "/v1/jobs/{id}" | "/v1/jobs/{id}/cancel" if changes => Need::Level(Level::Submit),
         "/v1/forks"
         | "/v1/machines/kill"
         | "/v1/machines/{id}/branch"
@@ -219,6 +230,13 @@ fn need(method: &Method, route: &str) -> Need {
         | "/v1/images"
         | "/v1/images/{id}"
         | "/v1/explain/{name}"
+        | "/v1/jobs"
+        | "/v1/jobs/{id}"
+        | "/v1/jobs/{id}/events"
+        | "/v1/jobs/{id}/results"
+        | "/v1/jobs/{id}/tasks/{task}"
+        | "/v1/jobs/{id}/tasks/{task}/log"
+        | "/v1/jobs/{id}/tasks/{task}/files"
         | "/v1/node"
         | "/v1/whoami"
         | "/v1/openapi.json"
@@ -310,6 +328,9 @@ mod tests {
             (&post, "/v1/users", [false, false, false, true]),
             (&post, "/v1/what/comes/next", [false, false, false, true]),
             (&get, "/v1/trust", [false; 4]),
+            (&post, "/v1/jobs", [false, true, true, true]),
+            (&delete, "/v1/jobs/{id}", [false, true, true, true]),
+            (&get, "/v1/jobs/{id}/results", [true; 4]),
         ];
         for (method, route, may) in table {
             assert_eq!(callers.each_ref().map(|caller| caller.check(need(method, route)).is_ok()), may, "{method} {route}");

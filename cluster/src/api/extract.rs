@@ -26,6 +26,37 @@ impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
     }
 }
 
+/// The same, of a body that may be large: a job with its inputs and files. Few of them are read at a time.
+pub struct LargeJsonBody<T>(pub T);
+
+/// The most bytes of such a body, and how long it may take to come.
+pub const LARGE_BODY_BYTES_MAX: usize = 64 << 20;
+const LARGE_BODY_WITHIN: Duration = Duration::from_secs(60);
+
+impl<T: DeserializeOwned> FromRequest<App> for LargeJsonBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let limits = app.limits();
+        let bytes = if announced(&request).is_some_and(|bytes| bytes <= limits.body_bytes_max) {
+            read(request, limits.body_bytes_max, limits.read_deadline).await?
+        } else {
+            let _turn = app.large_body().await;
+            read(request, LARGE_BODY_BYTES_MAX, LARGE_BODY_WITHIN).await?
+        };
+        serde_json::from_slice(&bytes).map(Self).map_err(|error| ApiError::bad_json(&error))
+    }
+}
+
+/// The body that another node sends.
+pub(super) async fn bytes_of(app: &App, request: Request, bytes_max: usize) -> Result<Bytes, ApiError> {
+    read(request, bytes_max, app.limits().read_deadline).await
+}
+
+fn announced(request: &Request) -> Option<usize> {
+    request.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// The one parameter of a path.
 pub struct PathText(pub String);
 
@@ -53,8 +84,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryOf<T> {
 async fn read(request: Request, bytes_max: usize, deadline: Duration) -> Result<Bytes, ApiError> {
     /// So much of a body that is too long is read and thrown away, so that its sender gets to see the answer.
     const DISCARDED_MAX: usize = 4 << 20;
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|announced: usize| announced > bytes_max + DISCARDED_MAX) {
+    if announced(&request).is_some_and(|announced| announced > bytes_max + DISCARDED_MAX) {
         return Err(ApiError::body_too_large(bytes_max));
     }
     let all = collect(request.into_body(), bytes_max, bytes_max + DISCARDED_MAX);

@@ -126,7 +126,16 @@ pub(crate) async fn branch(
 ) -> Result<Json<ForkAnswer>, ApiError> {
     let id = app.machine_of(&caller, id).await?;
     let BranchRequest { count, limit_bytes, network } = request;
-    let order = ForkOrder { from: ForkFrom::Machine(id), count, limit_bytes, verify: false, network, tenant: None, on: None };
+    let order = ForkOrder {
+        from: ForkFrom::Machine(id),
+        count,
+        limit_bytes,
+        verify: false,
+        network,
+        tenant: None,
+        on: None,
+        is_task: false,
+    };
     Ok(Json(forked(&app, order).await?))
 }
 
@@ -299,7 +308,7 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
     };
     let tenant = tenant.map(|tenant| tenant.parse::<Tenant>()).transpose()?;
     let on = on.map(|on| on.parse::<NodeAddress>()).transpose()?;
-    Ok(ForkOrder { from, count, limit_bytes, verify, network, tenant, on })
+    Ok(ForkOrder { from, count, limit_bytes, verify, network, tenant, on, is_task: false })
 }
 
 fn fork_answer(report: &ForkReport) -> ForkAnswer {

@@ -13,18 +13,22 @@
 //! | [`caller`] | who asks, and what that one may |
 //! | [`audit`] | writes down who asked for what |
 //! | [`routes`] | every path, with what each route shares |
-//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`node`] | handlers |
+//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`jobs`], [`job_tasks`], [`node`] | handlers |
+//! | [`between`] | what nodes ask one another for jobs |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
 //! | [`error`] | refusals and failures as status and body |
 //! | [`extract`] | what a request holds, read within limits |
 
 pub mod archive;
 pub mod audit;
+pub mod between;
 pub mod caller;
 pub mod cluster;
 pub mod error;
 pub mod extract;
 pub mod images;
+pub mod job_tasks;
+pub mod jobs;
 pub mod kill;
 pub mod machines;
 pub mod node;

@@ -9,7 +9,7 @@ use axum::extract::{MatchedPath, Request};
 use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use axum::{Extension, Router};
 use control::State;
 use control::command::{Command, Refusal};
@@ -23,8 +23,9 @@ use uuid::Uuid;
 use super::audit::Strangers;
 use super::caller::{self, Caller, Who};
 use super::error::ApiError;
-use super::{archive, audit, cluster, images, kill, machines, node, templates, trust, users};
+use super::{archive, audit, between, cluster, images, job_tasks, jobs, kill, machines, node, templates, trust, users};
 use crate::cli::client::segment;
+use crate::jobs::Jobs;
 use crate::member::agent::facts_of;
 use crate::member::{ClusterError, Membership};
 use crate::node::audit::{Asked, Audit};
@@ -48,6 +49,8 @@ struct Shared {
     /// Calls of other nodes. None of them waits for another node's line, as verbs do: two nodes that ask one another do not wait
     /// in a circle.
     orders: Calls,
+    /// Calls for tasks of jobs: as many as come, for placement counts them.
+    work: Calls,
     /// Connections that were handed over to guests' agents.
     handed_over: Arc<Semaphore>,
     limits: Limits,
@@ -55,10 +58,14 @@ struct Shared {
     started: Instant,
     /// This node's part in a cluster, if it has one.
     member: OnceLock<Arc<Membership>>,
+    /// What it has for jobs of that cluster.
+    jobs: OnceLock<Jobs>,
     /// Where it is written down who asked for what.
     audit: OnceLock<Audit>,
     /// Where it answers users of its cluster.
     https: OnceLock<SocketAddr>,
+    /// Turns to send a large body.
+    large_bodies: Semaphore,
     /// Locked while it is looked for a user that this node does not know.
     unknown_users: tokio::sync::Mutex<()>,
     /// Turned away of late.
@@ -76,6 +83,9 @@ const UNKNOWN_USER_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long other nodes may take to remove their file of a template.
 const REMOVE_WITHIN: Duration = Duration::from_secs(3);
+
+/// Large bodies that are read at once: each may be in memory twice.
+const LARGE_BODIES_MAX: usize = 4;
 
 /// How much a node takes on.
 #[derive(Clone, Copy, Debug)]
@@ -118,18 +128,22 @@ impl App {
         let line = || Calls::new(limits.calls_max, limits.queued_max);
         let handed_over = Arc::new(Semaphore::new(limits.connections_max));
         let (verbs, looks, orders) = (line(), line(), line());
+        let work = Calls::new(limits.calls_max, usize::MAX);
         let shared = Shared {
             service,
             verbs,
             looks,
             orders,
+            work,
             handed_over,
             limits,
             node,
             started: Instant::now(),
             member: OnceLock::new(),
+            jobs: OnceLock::new(),
             audit: OnceLock::new(),
             https: OnceLock::new(),
+            large_bodies: Semaphore::new(LARGE_BODIES_MAX),
             unknown_users: tokio::sync::Mutex::default(),
             strangers: Arc::default(),
         };
@@ -139,6 +153,19 @@ impl App {
     /// From now on this node is of a cluster.
     pub fn join(&self, member: Arc<Membership>) {
         self.shared.member.get_or_init(|| member);
+    }
+
+    /// From now on it runs tasks of jobs.
+    pub fn runs(&self, jobs: Jobs) {
+        self.shared.jobs.get_or_init(|| jobs);
+    }
+
+    /// What this node has for jobs.
+    ///
+    /// # Errors
+    /// [`ClusterError::Alone`].
+    pub fn jobs(&self) -> Result<&Jobs, ClusterError> {
+        self.shared.jobs.get().ok_or(ClusterError::Alone)
     }
 
     /// From now on it is written down there who asks for what.
@@ -273,6 +300,20 @@ impl App {
         Ok(self.shared.looks.run(move || question(&service)).await?)
     }
 
+    /// Does something for a task of a job, when it is its turn, to its end.
+    pub(crate) async fn work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Service) -> Result<T, NodeError> + Send + 'static,
+    ) -> Result<T, NodeError> {
+        let service = Arc::clone(&self.shared.service);
+        self.shared.work.run(move || work(&service)).await
+    }
+
+    /// A turn to send a large body.
+    pub(super) async fn large_body(&self) -> tokio::sync::SemaphorePermit<'_> {
+        self.shared.large_bodies.acquire().await.expect("never closed")
+    }
+
     /// Does what another node asks, when it is its turn, to its end.
     pub async fn order(&self, peer: NodeId, bytes: Vec<u8>) -> Answer {
         let service = Arc::clone(&self.shared.service);
@@ -291,9 +332,9 @@ impl App {
 
     /// Refuses calls from now on and waits for those that have begun, at most so long. Whether all have ended.
     pub(crate) async fn stop(&self, deadline: Duration) -> bool {
-        let Shared { verbs, looks, orders, .. } = &*self.shared;
-        let ended = tokio::join!(verbs.stop(deadline), looks.stop(deadline), orders.stop(deadline));
-        ended == (true, true, true)
+        let Shared { verbs, looks, orders, work, .. } = &*self.shared;
+        let ended = tokio::join!(verbs.stop(deadline), looks.stop(deadline), orders.stop(deadline), work.stop(deadline));
+        ended == (true, true, true, true)
     }
 
     /// The right to one more connection with a guest's agent.
@@ -337,6 +378,19 @@ pub fn router(app: App) -> Router {
         .route("/v1/trust/{id}", delete(trust::remove))
         .route("/v1/cluster", get(cluster::show))
         .route("/v1/cluster/tokens", post(cluster::token))
+        .route("/v1/jobs", get(jobs::list).post(jobs::submit))
+        .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::remove))
+        .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
+        .route("/v1/jobs/{id}/events", get(jobs::events))
+        .route("/v1/jobs/{id}/results", get(job_tasks::results))
+        .route("/v1/jobs/{id}/tasks/{task}", get(job_tasks::task))
+        .route("/v1/jobs/{id}/tasks/{task}/log", get(job_tasks::log))
+        .route("/v1/jobs/{id}/tasks/{task}/files", get(job_tasks::files))
+        .route("/v1/between/outputs", put(between::keep_outputs))
+        .route("/v1/between/outputs/read", post(between::read_outputs))
+        .route("/v1/between/payloads/{digest}", get(between::read_payload).put(between::keep_payload))
+        .route("/v1/between/jobs/{job}", get(between::here))
+        .route("/v1/between/jobs/{job}/tasks/{task}", get(between::printed))
         .route("/v1/users", get(users::list).post(users::add))
         .route("/v1/users/{name}", delete(users::remove))
         .route("/v1/whoami", get(users::whoami))
@@ -401,6 +455,16 @@ pub fn openapi_json() -> String {
         cluster::change,
         cluster::remove,
         cluster::explain,
+        jobs::submit,
+        jobs::list,
+        jobs::show,
+        jobs::cancel,
+        jobs::remove,
+        jobs::events,
+        job_tasks::results,
+        job_tasks::task,
+        job_tasks::log,
+        job_tasks::files,
         users::list,
         users::add,
         users::remove,

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::Context;
 use super::error::CliError;
 use super::fork::id;
-use super::guest::{Guest, GuestError};
+use super::guest::{self, GuestError};
 use super::progress::Progress;
 
 /// Pieces between the disk and the guest at any time.
@@ -78,7 +78,7 @@ async fn put(from: &Path, id: &str, path: String, context: &Context) -> Result<(
     let input = |source| CliError::Input { file: from.to_owned(), source };
     let metadata = from.symlink_metadata().map_err(input)?;
     let name = from.canonicalize().map_err(input)?.file_name().map_or_else(|| "root".into(), ToOwned::to_owned);
-    let mut guest = Guest::connect(id, context).await?;
+    let mut guest = guest::connect(id, context).await?;
     guest.says.say(&ToAgent::Put { path }).await?;
     let (sender, mut pieces) = mpsc::channel(AHEAD);
     let source = from.to_owned();
@@ -111,7 +111,7 @@ async fn get(id: &str, path: String, to: PathBuf, context: &Context) -> Result<(
     if !to.is_dir() {
         return Err(output(io::ErrorKind::NotADirectory.into()));
     }
-    let mut guest = Guest::connect(id, context).await?;
+    let mut guest = guest::connect(id, context).await?;
     // What was asked for, and nothing else that the guest may send along.
     let asked = Path::new(&path).file_name().map_or_else(|| "root".into(), ToOwned::to_owned);
     guest.says.say(&ToAgent::Get { path }).await?;

@@ -17,6 +17,7 @@ use super::rootfs::RootfsError;
 use super::up::UpError;
 use crate::api::SocketError;
 use crate::api::wire::{ErrorAnswer, ErrorBody};
+use crate::jobs::store::StoreError;
 use crate::member;
 use crate::member::files::PlaceError;
 use crate::node::audit::AuditError;
@@ -60,6 +61,9 @@ pub enum CliError {
     /// Who asked a node for what.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// Outputs of jobs cannot be kept.
+    #[error(transparent)]
+    Outputs(#[from] StoreError),
     /// The local cluster did not come up, or down.
     #[error(transparent)]
     Up(#[from] UpError),
@@ -173,6 +177,7 @@ impl CliError {
             | Self::Place(_)
             | Self::Node(_)
             | Self::Audit(_)
+            | Self::Outputs(_)
             | Self::Runtime(_)
             | Self::Print(_) => Code::Refused,
             Self::Guest(_) | Self::Lost { .. } | Self::Gone { .. } | Self::Late { .. } => Code::Refused,
@@ -194,6 +199,7 @@ impl CliError {
             Self::Node(error) => (error.code(), error.remedy()),
             Self::Context(error) => ("CONTEXT", error.remedy()),
             Self::Audit(error) => ("AUDIT", error.remedy().to_owned()),
+            Self::Outputs(error) => ("OUTPUTS", error.remedy().to_owned()),
             Self::Up(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),

@@ -2,15 +2,14 @@
 
 use std::process::ExitCode;
 
-use agent::protocol::{FromAgent, MAIN_MESSAGE_MAX, ToAgent};
 use clap::Args;
-use serde::{Deserialize, Serialize};
 
 use super::Context;
 use super::error::CliError;
 use super::fork::id;
-use super::guest::{Guest, GuestError};
+use super::guest::{self, GuestError};
 use super::output::{Output, print};
+use crate::node::guest::words::{Evaluate, Evaluated};
 
 /// Evaluate an expression in a machine's warm main process
 ///
@@ -30,31 +29,10 @@ pub struct Arguments {
     code: String,
 }
 
-/// As docs/guests.md describes it.
-#[derive(Serialize)]
-struct Request<'a> {
-    op: &'static str,
-    code: &'a str,
-}
-
-#[derive(Deserialize)]
-struct Answer {
-    ok: bool,
-    #[serde(default)]
-    value: Option<String>,
-    #[serde(default)]
-    stdout: String,
-    #[serde(default)]
-    error: String,
-    #[serde(default)]
-    traceback: String,
-}
-
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CliError> {
-    let mut guest = Guest::connect(&arguments.id, context).await?;
-    let request = serde_json::to_vec(&Request { op: "eval", code: &arguments.code }).expect("text");
-    let raw = ask(&mut guest, &request).await?;
-    let answer: Answer = serde_json::from_slice(&raw).map_err(|_| GuestError::Nonsense)?;
+    let mut guest = guest::connect(&arguments.id, context).await?;
+    let raw = guest.ask(&Evaluate::bytes(&arguments.code)).await?;
+    let answer: Evaluated = serde_json::from_slice(&raw).map_err(|_| GuestError::Nonsense)?;
     if context.output == Output::Json {
         print(&raw)?;
         print(b"\n")?;
@@ -69,22 +47,4 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
         }
     }
     Ok(if answer.ok { ExitCode::SUCCESS } else { ExitCode::from(1) })
-}
-
-/// A request to the main process, and its answer.
-async fn ask(guest: &mut Guest, request: &[u8]) -> Result<Vec<u8>, GuestError> {
-    if request.len() > MAIN_MESSAGE_MAX {
-        return Err(GuestError::Refused(format!("the code has more than {MAIN_MESSAGE_MAX} bytes")));
-    }
-    let bytes = u32::try_from(request.len()).expect("at most 1 MiB");
-    guest.says.say(&ToAgent::Ask { bytes }).await?;
-    guest.says.say_data(request).await?;
-    let FromAgent::Reply { bytes } = guest.hears.hear().await? else { return Err(GuestError::Nonsense) };
-    let len = usize::try_from(bytes).ok().filter(|len| *len <= MAIN_MESSAGE_MAX).ok_or(GuestError::Nonsense)?;
-    let mut answer = Vec::new();
-    while answer.len() < len {
-        let FromAgent::Data(piece) = guest.hears.hear().await? else { return Err(GuestError::Nonsense) };
-        answer.extend(piece);
-    }
-    if answer.len() == len { Ok(answer) } else { Err(GuestError::Nonsense) }
 }

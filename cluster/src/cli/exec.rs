@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::Context;
 use super::error::CliError;
 use super::fork::id;
-use super::guest::{Guest, GuestError, Hears};
+use super::guest::{self, Guest, GuestError, Hears};
 
 /// Run a program in a machine
 ///
@@ -64,7 +64,7 @@ fn variable(text: &str) -> Result<(String, String), String> {
 
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CliError> {
     let Arguments { id, interactive, tty, detach, env, workdir, user, program } = arguments;
-    let mut guest = Guest::connect(&id, context).await?;
+    let mut guest = guest::connect(&id, context).await?;
     // Raw until this is dropped, however that comes about.
     let raw = (tty && interactive).then(Raw::enter).flatten();
     let terminal = tty.then(size);

@@ -14,9 +14,11 @@ use super::error::CliError;
 use super::node::Arguments;
 use super::paths;
 use crate::api::{self, App};
+use crate::jobs::Jobs;
 use crate::member::agent::Agent;
 use crate::member::files::{Member, PlaceError};
 use crate::member::{Doors, Membership, Settings};
+use crate::node::engine::EngineError;
 use crate::node::offer::Store;
 use crate::node::peers::Answer;
 use crate::node::quic::{Credentials, Joined, Listening, Serve};
@@ -50,6 +52,12 @@ pub(super) struct Cluster {
 pub(super) fn open(arguments: &Arguments, data: &DataDirectory) -> Result<Parts, CliError> {
     let Some(options) = &arguments.fake_engine else { return open_real(arguments, data) };
     let engine = Arc::new(crate::node::fake::FakeEngine::new(options.clone()));
+    if Member::open(data)?.is_some() {
+        // Only its engine is a fake: what the cluster agrees on, and how, is not.
+        return open_with(arguments, data, |credentials| {
+            Ok((engine, crate::node::fake_network::no_offers(credentials.trust.clone())))
+        });
+    }
     let (network, listener) = crate::node::fake_network::open(&arguments.network_settings(), data)?;
     let serve = Box::new(move |app: App| {
         if let Some(listener) = listener {
@@ -70,6 +78,14 @@ pub(super) fn open(arguments: &Arguments, data: &DataDirectory) -> Result<Parts,
 }
 
 fn open_real(arguments: &Arguments, data: &DataDirectory) -> Result<Parts, CliError> {
+    open_with(arguments, data, |credentials| kvm::open(data, &arguments.network_settings(), credentials))
+}
+
+fn open_with(
+    arguments: &Arguments,
+    data: &DataDirectory,
+    engine: impl FnOnce(&Credentials) -> Result<(Arc<dyn Engine>, Arc<Store>), EngineError>,
+) -> Result<Parts, CliError> {
     let settings = arguments.network_settings();
     let member = Member::open(data)?;
     if member.is_some() && settings.listen.is_none() {
@@ -79,7 +95,7 @@ fn open_real(arguments: &Arguments, data: &DataDirectory) -> Result<Parts, CliEr
         });
     }
     let credentials = Credentials::open(data, member.as_ref().map(|member| &member.root))?;
-    let (engine, offers) = kvm::open(data, &settings, &credentials)?;
+    let (engine, offers) = engine(&credentials)?;
     let doors = Doors::default();
     let services = member.as_ref().map(|member| doors.services(member.sealed.is_some())).unwrap_or_default();
     let (network, client, server) = Joined::open(&settings, data, &credentials, &offers, services)?.split();
@@ -110,10 +126,13 @@ impl Cluster {
         let grants = Arc::clone(&membership);
         offers.grant_by(move |node, tenant, image| grants.may_read(node, tenant, image));
         app.join(Arc::clone(&membership));
+        let jobs = Jobs::begin(data.path(), app, &membership)?;
+        let tasks = Arc::clone(&jobs.tasks);
+        app.runs(jobs);
         Membership::serve(&doors, api::router(app.clone()));
         let profile = app.look(|service| Ok(service.cpu())).await.expect("it looks at nothing");
         tracing::info!(name = %membership.name(), "of a cluster");
-        let agent = Agent::begin(membership, app.clone(), profile, capacity).map_err(PlaceError::from)?;
+        let agent = Agent::begin(membership, app.clone(), profile, capacity, tasks).map_err(PlaceError::from)?;
         tokio::spawn(Arc::clone(&agent).renew(Arc::clone(data)));
         tokio::spawn(Arc::clone(&agent).note_voters(Arc::clone(data)));
         tokio::spawn(agent.run());

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use control::State;
 use control::command::{Answer, Command};
@@ -15,6 +15,7 @@ use types::{CpuProfile, Epoch, FullName, NodeId};
 use super::files::Place;
 use super::{EACH_CPU_MILLIS, Membership, join};
 use crate::api::App;
+use crate::jobs::tasks::Tasks;
 use crate::node::DataDirectory;
 use crate::node::quic::CERTIFICATE;
 use crate::node::service::{HeldImage, expected_dirty};
@@ -24,6 +25,8 @@ use crate::raft::{DiskError, Standing};
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Between two looks, however much happens.
 const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(50);
+/// Between two reports: each is an entry of the log.
+const REPORT_AT_MOST_EVERY: Duration = Duration::from_millis(250);
 const PROPOSE_WITHIN: Duration = Duration::from_secs(3);
 const ALIVE_WITHIN: Duration = Duration::from_secs(1);
 /// What is left of a certificate when the next one is asked for.
@@ -38,6 +41,7 @@ pub struct Agent {
     app: App,
     profile: CpuProfile,
     capacity: Resources,
+    tasks: Arc<Tasks>,
     inner: Mutex<Inner>,
 }
 
@@ -51,6 +55,7 @@ struct Inner {
     failed: BTreeSet<(ImageKey, Epoch)>,
     is_out: bool,
     has_said_that_it_stopped: bool,
+    last_report: Option<Instant>,
     revoked: BTreeSet<NodeId>,
 }
 
@@ -70,8 +75,14 @@ impl Agent {
     ///
     /// # Errors
     /// [`DiskError`] if the start cannot be noted: its reports could be taken for those of an earlier one.
-    pub fn begin(member: Arc<Membership>, app: App, profile: CpuProfile, capacity: Resources) -> Result<Arc<Self>, DiskError> {
-        let agent = Self { member, app, profile, capacity, inner: Mutex::default() };
+    pub fn begin(
+        member: Arc<Membership>,
+        app: App,
+        profile: CpuProfile,
+        capacity: Resources,
+        tasks: Arc<Tasks>,
+    ) -> Result<Arc<Self>, DiskError> {
+        let agent = Self { member, app, profile, capacity, tasks, inner: Mutex::default() };
         let last: Option<u64> = agent.member.disk.record(INCARNATION)?;
         agent.take_number(last.unwrap_or(0) + 1)?;
         Ok(Arc::new(agent))
@@ -81,6 +92,8 @@ impl Agent {
         self.member.disk.write(|writing| writing.put_record(INCARNATION, &number))?;
         self.lock().incarnation = number;
         self.member.purse.empty(number);
+        // What ran was ordered from the start before this one.
+        self.tasks.end_all();
         Ok(())
     }
 
@@ -102,7 +115,21 @@ impl Agent {
         loop {
             self.look().await;
             tokio::time::sleep(LOOK_AT_MOST_EVERY).await;
-            let _ = tokio::time::timeout(LOOK_EVERY, self.member.consensus.changed()).await;
+            let news = async {
+                tokio::select! {
+                    () = self.member.consensus.changed() => {}
+                    () = self.tasks.news.notified() => {}
+                }
+            };
+            let _ = tokio::time::timeout(self.until_next_look(), news).await;
+        }
+    }
+
+    /// A report that was put off is made when it may be.
+    fn until_next_look(&self) -> Duration {
+        match self.lock().last_report {
+            Some(last) if last.elapsed() < REPORT_AT_MOST_EVERY => REPORT_AT_MOST_EVERY - last.elapsed(),
+            _ => LOOK_EVERY,
         }
     }
 
@@ -209,6 +236,7 @@ impl Agent {
             remedy = "start it again if it was removed; let it join anew, with an empty data directory, if it was revoked",
             "this node is out of its cluster: its machines are ended"
         );
+        self.tasks.end_all();
         match self.app.act(|service| service.kill_all()).await {
             Ok(()) => self.lock().is_out = true,
             Err(error) => tracing::warn!(?error, "some machines stay, and are tried again"),
@@ -236,9 +264,18 @@ impl Agent {
         let local = Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines };
         self.member.tend_lease(&state, local).await;
         let observed = self.observed(&state, &held, local);
+        let (mut orders, mut others) = (Vec::new(), Vec::new());
         for action in reconcile(&state, self.member.node, &observed) {
+            match action {
+                Action::Start { job, task, epoch } => orders.push((job, task, epoch)),
+                other => others.push(other),
+            }
+        }
+        self.tasks.start(&orders, &state);
+        for action in others {
             self.carry_out(action, &state, &held).await;
         }
+        self.tasks.tidy(&state);
     }
 
     /// A revoked node is not talked to any more, once it has lost its vote: taking that away may need its own word.
@@ -272,7 +309,7 @@ impl Agent {
             incarnation: inner.incarnation,
             images: images.collect(),
             failed: inner.failed.clone(),
-            tasks: BTreeMap::new(),
+            tasks: self.tasks.observed(),
             local,
         }
     }
@@ -289,14 +326,19 @@ impl Agent {
                 tracing::info!(image = %key, is_done = dropped.is_ok(), "let go, as the cluster says");
             }
             Action::Report(report) => {
+                let last = self.lock().last_report.replace(Instant::now());
+                if last.is_some_and(|last| last.elapsed() < REPORT_AT_MOST_EVERY) {
+                    self.lock().last_report = last;
+                    return;
+                }
                 if let Err(error) = self.member.consensus.propose(None, report, PROPOSE_WITHIN).await {
                     tracing::debug!(%error, "not reported yet");
                 }
             }
-            // Nobody can submit a job yet, so no state has tasks.
-            Action::Start { job, task, .. } | Action::End { job, task } | Action::Forget { job, task } => {
-                tracing::error!(%job, task, "this version runs no tasks");
-            }
+            Action::End { job, task } => self.tasks.end(job, task),
+            Action::Forget { job, task } => self.tasks.forget(job, task),
+            // They are begun together.
+            Action::Start { job, task, epoch } => self.tasks.start(&[(job, task, epoch)], state),
         }
     }
 

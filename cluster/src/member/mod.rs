@@ -38,6 +38,7 @@ use thiserror::Error;
 use types::{Digest, FullName, Name, NodeId, Tenant};
 use uuid::Uuid;
 
+use crate::jobs::store::StoreError;
 use crate::node::quic::Late;
 use crate::node::short_id::ShortId;
 use crate::node::{DataDirectory, NodeError};
@@ -104,6 +105,18 @@ pub enum ClusterError {
     LastVote(NodeId),
     #[error("the cluster has a template called {0}")]
     NameTaken(FullName),
+    #[error("the job is not kept: {0}")]
+    NotKept(String),
+    #[error("no job {0}")]
+    UnknownJob(String),
+    #[error("{given} names {count} jobs")]
+    AmbiguousJob { given: String, count: usize },
+    #[error("no node that answers has the output of task {task} of job {job}")]
+    OutputLost { job: String, task: u32 },
+    #[error(transparent)]
+    Outputs(#[from] StoreError),
+    #[error("job {job} has no task {task}")]
+    UnknownTask { job: String, task: u32 },
     #[error("machine {machine} is of an image that only {node} knows: its forks run there")]
     NotTheClusters { machine: String, node: String },
 }
@@ -127,6 +140,12 @@ impl ClusterError {
             Self::NodeAway { .. } => "UNREACHABLE",
             Self::NoAnswer { .. } => "NO_ANSWER",
             Self::AmbiguousMachine { .. } => "AMBIGUOUS_ID",
+            Self::NotKept(_) => "NO_QUORUM",
+            Self::UnknownJob(_) | Self::UnknownTask { .. } => "UNKNOWN_JOB",
+            Self::AmbiguousJob { .. } => "AMBIGUOUS_ID",
+            Self::OutputLost { .. } => "OUTPUT_LOST",
+            Self::Outputs(StoreError::Full { .. }) => "STORE_FULL",
+            Self::Outputs(StoreError::Io { .. }) => "STORE",
             Self::LastVote(_) => "REFUSED",
             Self::NameTaken(_) => "NAME_TAKEN",
             Self::NotTheClusters { .. } => "UNKNOWN_IMAGE",
@@ -146,6 +165,12 @@ impl ClusterError {
             Self::NoRandomness => "look whether the system gives randomness (getrandom)",
             Self::NoPlace { .. } => "`farfork explain` says what each node lacks; ask for fewer, or add nodes",
             Self::NoAnswer { .. } => "`farfork ls` says what it did; ask again once it is heard",
+            Self::NotKept(_) => "submit it again with the same key; look which voters run and have room on their disks",
+            Self::UnknownJob(_) => "`farfork job ls` lists jobs; they are forgotten a day after they ended",
+            Self::AmbiguousJob { .. } => "give more digits from the end of the id",
+            Self::OutputLost { .. } => "start the nodes again that ran it (`farfork explain` names them), or submit it anew",
+            Self::Outputs(error) => error.remedy(),
+            Self::UnknownTask { .. } => "tasks are numbered from 0: `farfork job show` says how many there are",
             Self::AmbiguousMachine { .. } => "give more digits from the end of the id",
             Self::LastVote(_) => "give another node a vote first: nobody could ever decide anything again",
             Self::NotTheClusters { .. } => "make it known with `farfork image save` or `template build`, and fork that name",

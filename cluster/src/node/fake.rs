@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,6 +19,7 @@ use super::engine::{
     Ended, Engine, EngineError, ErrorKind, ForkOptions, ForkStages, Forked, FreezeFacts, Guest, ImageFacts, OpenOrder,
     PoolFacts, Proof, Residency, SourceFacts, SourceState, Usage,
 };
+use super::fake_guest::{self, Crash};
 
 /// How it misbehaves. As text: `fork_ms=500,fail_every=3`.
 #[derive(Clone, Debug, Default)]
@@ -40,8 +42,12 @@ pub struct FakeOptions {
     pub settle: Duration,
     /// Whether the holders of images are lost half way.
     pub loses_sources: bool,
+    /// Whether an image can be opened wherever its holders listen.
+    pub opens_all: bool,
 }
 
+/// Enough for an agent that only pretends: there are thousands.
+const GUEST_STACK: usize = 256 << 10;
 /// What an image that was opened has to fetch.
 const OPENED_BYTES: u64 = 16 << 20;
 
@@ -86,6 +92,7 @@ impl FromStr for FakeOptions {
                 "kill_panics" => options.kill_panics = number != 0,
                 "store_full" => options.store_full = number != 0,
                 "settle_ms" => options.settle = Duration::from_millis(number),
+                "opens_all" => options.opens_all = number != 0,
                 "loses_sources" => options.loses_sources = number != 0,
                 _ => return Err(format!("{key:?} is no option")),
             }
@@ -210,7 +217,9 @@ impl Engine for FakeEngine {
         // A holder that can be reached is one that listens.
         let connect = |holder: &SocketAddr| TcpStream::connect_timeout(holder, Duration::from_secs(5));
         let reached = order.holders.iter().map(|holder| (*holder, connect(holder)));
-        let holders: Vec<SocketAddr> = reached.filter_map(|(holder, stream)| stream.is_ok().then_some(holder)).collect();
+        let is_open = |stream: bool| stream || self.options.opens_all;
+        let holders: Vec<SocketAddr> =
+            reached.filter_map(|(holder, stream)| is_open(stream.is_ok()).then_some(holder)).collect();
         if holders.is_empty() {
             return Err(error(ErrorKind::Unreachable, "no holder of the image can be reached"));
         }
@@ -279,6 +288,23 @@ impl Engine for FakeEngine {
             copied_extents: 16,
         };
         Ok((facts, freeze))
+    }
+
+    fn connect(&self, machine: MachineId) -> Result<UnixStream, EngineError> {
+        let state = self.lock();
+        let (_, ended) = state.machines.get(&machine).ok_or_else(|| unknown_machine(&machine))?;
+        if let Some(ended) = ended {
+            return Err(error(ErrorKind::Ended(ended.reason), &ended.detail));
+        }
+        let (ours, its) = UnixStream::pair().map_err(|source| error(ErrorKind::Exhausted, &source.to_string()))?;
+        let say = state.say.clone();
+        let crash: Crash = Box::new(move |reason| {
+            // Nobody listens any more when the node stops.
+            let _ = say.send((machine, Ended { reason, detail: "told to".to_owned() }));
+        });
+        let spawned = std::thread::Builder::new().stack_size(GUEST_STACK).spawn(move || fake_guest::serve(its, &crash));
+        spawned.map_err(|source| error(ErrorKind::Exhausted, &source.to_string()))?;
+        Ok(ours)
     }
 
     fn verify(&self, machine: MachineId) -> Result<Proof, EngineError> {

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::data::DataDirectory;
 use super::network::{Network, NetworkSettings};
+use super::offer::{Catalogue, Offered, Store};
 use super::peers::{ANSWER_BYTES_MAX, Answer, ORDER_BYTES_MAX, Order, PeerError, PeerForkOrder, PeerForkReport, Peers};
 use super::trust::{Certificate, CertificateError, Certificates, Role, TrustError, TrustStore, Trusted};
 
@@ -91,6 +92,18 @@ impl Peers for FakePeers {
         let bytes = ask().map_err(|error| no_answer(error.to_string()))?;
         Answer::decode(&bytes).map_err(|error| no_answer(error.to_string()))?.report(address)
     }
+}
+
+/// What a fake engine in a real cluster offers: no pages, for it has none.
+#[must_use]
+pub fn no_offers(trust: pages::Trust) -> Arc<Store> {
+    struct Empty;
+    impl Catalogue for Empty {
+        fn find(&self, _tenant: &types::Tenant, _image: Digest) -> Option<Offered> {
+            None
+        }
+    }
+    Store::new(Arc::new(Empty), trust, control::lease::LeaseKey::new([7; 32]))
 }
 
 /// Certificates that say what they say.

@@ -18,6 +18,8 @@ pub mod error;
 #[cfg(feature = "testing")]
 pub mod fake;
 #[cfg(feature = "testing")]
+mod fake_guest;
+#[cfg(feature = "testing")]
 pub mod fake_network;
 pub(crate) mod files;
 #[cfg(feature = "testing")]

@@ -40,6 +40,8 @@ struct Inner {
     running: usize,
     /// What those are counted as together, in bytes.
     claimed_bytes: u64,
+    /// How many of those that run are tasks of jobs.
+    tasks: usize,
 }
 
 /// A machine that runs or ran here.
@@ -59,6 +61,8 @@ pub struct Machine {
     pub limit_bytes: Option<u64>,
     /// How much of its own it is counted as, in bytes.
     pub claim_bytes: u64,
+    /// Whether it runs a task of a job: the cluster counts those itself.
+    pub is_task: bool,
     /// Pages that it has proved to be its image's.
     pub verified_pages: Option<u64>,
     /// What it reported when it was told who it is: a Linux guest.
@@ -143,7 +147,11 @@ impl Registry {
     pub fn started(&self, machine: Machine) -> Option<Ended> {
         let mut inner = self.lock();
         let id = machine.forked.id;
-        inner.claimed_bytes += machine.claim_bytes;
+        if machine.is_task {
+            inner.tasks += 1;
+        } else {
+            inner.claimed_bytes += machine.claim_bytes;
+        }
         inner.machines.insert(id, machine);
         inner.running += 1;
         inner.starting.remove(&id).flatten()
@@ -195,9 +203,13 @@ impl Registry {
         let Some(machine) = inner.machines.get_mut(&id) else { return };
         debug_assert!(matches!(machine.state, MachineState::Ending), "{id} was not claimed");
         machine.state = MachineState::Ended { ended, at: pages::clock::wall(), console };
-        let claim_bytes = machine.claim_bytes;
+        let (claim_bytes, is_task) = (machine.claim_bytes, machine.is_task);
         inner.running -= 1;
-        inner.claimed_bytes -= claim_bytes;
+        if is_task {
+            inner.tasks -= 1;
+        } else {
+            inner.claimed_bytes -= claim_bytes;
+        }
         inner.ended.push_back(id);
         if inner.ended.len() > ENDED_MAX
             && let Some(oldest) = inner.ended.pop_front()
@@ -327,11 +339,11 @@ impl Registry {
         self.lock().images.values().cloned().collect()
     }
 
-    /// How many machines run, and what they are counted as together, in bytes.
+    /// How many machines run that are no tasks of jobs, and what they are counted as together, in bytes.
     #[must_use]
     pub fn taken(&self) -> (u64, u64) {
         let inner = self.lock();
-        (inner.running as u64, inner.claimed_bytes)
+        ((inner.running - inner.tasks) as u64, inner.claimed_bytes)
     }
 
     /// How many there are.
@@ -419,6 +431,7 @@ mod tests {
             created: pages::clock::wall(),
             limit_bytes: None,
             claim_bytes: 1 << 20,
+            is_task: false,
             verified_pages: None,
             readiness: None,
             state: MachineState::Running,

@@ -382,7 +382,7 @@ thread_local! {
 }
 
 /// redb panics over some damaged files.
-fn caught<T>(work: impl FnOnce() -> T) -> Result<T, DiskError> {
+pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, DiskError> {
     static QUIETER: Once = Once::new();
     // It becomes an error, which says what to do; a backtrace of redb's would only frighten.
     QUIETER.call_once(|| {
@@ -404,7 +404,7 @@ fn words_of(panic: &(dyn Any + Send)) -> String {
     format!("redb gives it up: {}", text.unwrap_or("without a word"))
 }
 
-fn of_redb(error: impl Into<redb::Error>) -> DiskError {
+pub(crate) fn of_redb(error: impl Into<redb::Error>) -> DiskError {
     match error.into() {
         redb::Error::Io(error) if !is_cut_short(&error) => DiskError::Io(error.to_string()),
         redb::Error::PreviousIo => DiskError::Io("an earlier write failed".to_owned()),
@@ -413,7 +413,7 @@ fn of_redb(error: impl Into<redb::Error>) -> DiskError {
 }
 
 /// The disk is good; what redb expects there is not.
-fn is_cut_short(error: &io::Error) -> bool {
+pub(crate) fn is_cut_short(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData)
 }
 
@@ -421,12 +421,12 @@ fn place_of_entry(index: u64) -> String {
     format!("entry {index}")
 }
 
-fn encoded(place: &str, value: &impl Serialize) -> Vec<u8> {
+pub(crate) fn encoded(place: &str, value: &impl Serialize) -> Vec<u8> {
     let body = postcard::to_stdvec(value).expect("what is kept is plain data");
     [&checksum(place, &body)[..], &body].concat()
 }
 
-fn decoded<T: DeserializeOwned>(place: &str, bytes: &[u8]) -> Result<T, DiskError> {
+pub(crate) fn decoded<T: DeserializeOwned>(place: &str, bytes: &[u8]) -> Result<T, DiskError> {
     let body = checked(place, bytes)?;
     match postcard::take_from_bytes(body) {
         Ok((value, [])) => Ok(value),

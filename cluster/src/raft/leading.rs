@@ -21,6 +21,8 @@ use super::{Member, Types};
 
 /// How often who leads looks at everything.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Between two looks, however much happens.
+const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(50);
 /// How long one look may wait for what it proposes.
 const PROPOSE_WITHIN: Duration = Duration::from_secs(3);
 /// How long a change of members may take.
@@ -60,7 +62,13 @@ impl Leading {
 /// Looks at everything, for as long as there is a member.
 pub(super) async fn run(member: Weak<Inner>) {
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(LOOK_AT_MOST_EVERY).await;
+        let Some(mut metrics) = member.upgrade().map(|inner| inner.raft.metrics()) else { return };
+        // What is agreed on may have made room, or something to place.
+        let applied = |metrics: &RaftMetrics<Types>| metrics.last_applied;
+        let before = applied(&metrics.borrow_watched());
+        let news = async { while applied(&metrics.borrow_watched()) == before && metrics.changed().await.is_ok() {} };
+        let _ = tokio::time::timeout(LOOK_EVERY - LOOK_AT_MOST_EVERY, news).await;
         let Some(inner) = member.upgrade() else { return };
         inner.look().await;
     }

@@ -9,7 +9,7 @@ use types::NodeId;
 
 use crate::clock::Tick;
 use crate::command::Command;
-use crate::place::{Verdict, home, is_cut_off, place, plan, rescue, wanted};
+use crate::place::{Verdict, home, is_cut_off, place_all, plan, rescue, wanted};
 use crate::state::{Image, ImageKey, Job, Life, Resources, State, Task};
 
 /// A node that was not heard for so long is suspected,
@@ -53,8 +53,9 @@ pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
     for (key, image) in &state.images {
         images(state, key, image, needed.contains(key), now, &mut commands);
     }
-    let running = state.jobs.iter().filter(|(_, job)| job.ended.is_none());
-    commands.extend(running.filter_map(|(id, job)| place(state, *id, job).or_else(|| make_room(state, job))));
+    let (placed, left) = place_all(state);
+    commands.extend(placed);
+    commands.extend(left.iter().filter_map(|id| make_room(state, &state.jobs[id])));
     let is_over = state.users.values().any(|user| user.until.is_some_and(|until| until <= now));
     if commands.is_empty() && (is_over || now - state.time >= NOTE_EVERY && waits_for_time(state)) {
         commands.push(Command::Note);
@@ -95,12 +96,12 @@ fn images(state: &State, key: &ImageKey, image: &Image, is_needed: bool, now: Ti
             commands.push(Command::LetGo { key: key.clone(), node: *id });
         }
     }
-    // What only nodes have that are being drained goes to another.
-    let is_on_its_way = image.holders.keys().any(|id| stays(id) && crate::apply::leads_to_all(image, *id));
+    // What only nodes have that are being drained goes to another; and to as many as its jobs say.
+    let on_their_way = image.holders.keys().filter(|id| stays(id) && crate::apply::leads_to_all(image, **id)).count();
     let is_on_drained = image.settled().any(|id| is_draining(&id));
+    let replicas = running(state, key).map(|job| usize::from(job.spec.replicas)).max().unwrap_or(0);
     if is_needed
-        && is_on_drained
-        && !is_on_its_way
+        && on_their_way < replicas.max(usize::from(is_on_drained))
         && let Some((node, sources)) = home(state, key)
     {
         commands.push(Command::Open { key: key.clone(), node, sources });
@@ -129,14 +130,20 @@ fn make_room(state: &State, job: &Job) -> Option<Command> {
     })
 }
 
+/// Jobs of an image that go on.
+fn running<'a>(state: &'a State, key: &'a ImageKey) -> impl Iterator<Item = &'a Job> {
+    state.jobs.values().filter(move |job| job.ended.is_none() && job.spec.image == *key)
+}
+
 fn has_tasks(state: &State, key: &ImageKey, id: NodeId) -> bool {
-    let of_image = state.jobs.values().filter(|job| job.ended.is_none() && job.spec.image == *key);
-    of_image.flat_map(|job| job.tasks.iter()).any(|(_, task)| matches!(task, Task::Placed { node, .. } if node == id))
+    running(state, key)
+        .flat_map(|job| job.tasks.iter())
+        .any(|(_, task)| matches!(task, Task::Placed { node, .. } if node == id))
 }
 
 /// Whether something happens in time that nothing else would bring about.
 fn waits_for_time(state: &State) -> bool {
-    let has_deadline = state.jobs.values().any(|job| job.ended.is_none() && job.spec.deadline.is_some());
+    let has_deadline = state.jobs.values().any(|job| job.ended.is_none() && job.deadline.is_some());
     let is_stranded = state.images.values().any(|image| image.stranded.is_some() && !image.holders.is_empty());
     let is_waited_for = state
         .jobs

@@ -109,12 +109,16 @@ pub enum Tier {
 /// Chooses for each of `wanted.count` machines a node.
 #[must_use]
 pub fn plan(state: &State, wanted: &Wanted<'_>) -> Plan {
+    plan_beside(state, &state.usage(), wanted)
+}
+
+/// The same, where so much is taken of each node.
+fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Wanted<'_>) -> Plan {
     let Some(image) = state.images.get(wanted.image) else { return Plan { left: wanted.count, ..Plan::default() } };
-    let usage = state.usage();
     let mut plan = Plan { left: wanted.count, ..Plan::default() };
     let mut rooms: BTreeMap<Tier, Vec<(NodeId, u64)>> = BTreeMap::new();
     for id in state.nodes.keys() {
-        match look_at(state, image, *id, wanted, state.free(*id, &usage)) {
+        match look_at(state, image, *id, wanted, state.free(*id, usage)) {
             Ok((tier, room)) => {
                 plan.verdicts.insert(*id, Verdict::NotNeeded { room, tier });
                 rooms.entry(tier).or_default().push((*id, room));
@@ -262,9 +266,49 @@ impl<'a> Tree<'a> {
     }
 }
 
+/// Places what waits of jobs, the oldest first.
+///
+/// Says also which jobs have tasks that find no place. Of those that want the same only one is looked at.
+#[must_use]
+pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
+    let mut running: Vec<(&JobId, &Job)> = state.jobs.iter().filter(|(_, job)| job.ended.is_none()).collect();
+    running.sort_by_key(|(id, job)| (job.submitted, **id));
+    let mut usage = state.usage();
+    let (mut commands, mut left, mut in_vain) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for (id, job) in running {
+        let spec = &job.spec;
+        let wants = (&spec.image, spec.each, &spec.labels);
+        if job.tasks.counts().waiting == 0 || in_vain.contains(&wants) {
+            continue;
+        }
+        match place_beside(state, &usage, *id, job) {
+            Some((command, taken)) => {
+                taken.into_iter().for_each(|(node, more)| *usage.entry(node).or_default() += more);
+                commands.push(command);
+            }
+            None if job.may_place() > 0 => {
+                in_vain.insert(wants);
+                left.push(*id);
+            }
+            None => {}
+        }
+    }
+    (commands, left)
+}
+
 /// Places what waits of a job. `None` if nothing does, or nothing can be placed.
 #[must_use]
 pub fn place(state: &State, id: JobId, job: &Job) -> Option<Command> {
+    place_beside(state, &state.usage(), id, job).map(|(command, _)| command)
+}
+
+/// The same, and what that takes of each node.
+fn place_beside(
+    state: &State,
+    usage: &BTreeMap<NodeId, Resources>,
+    id: JobId,
+    job: &Job,
+) -> Option<(Command, Vec<(NodeId, Resources)>)> {
     let mut groups: BTreeMap<Option<NodeId>, Vec<Range<u32>>> = BTreeMap::new();
     for (range, task) in job.tasks.iter() {
         if let Task::Waiting { not_on, .. } = task {
@@ -273,10 +317,15 @@ pub fn place(state: &State, id: JobId, job: &Job) -> Option<Command> {
     }
     // One group at a time: what the next has left depends on it.
     groups.into_iter().find_map(|(not_on, waiting)| {
-        let count = waiting.iter().map(|range| u64::from(range.end - range.start)).sum();
-        let plan = plan(state, &wanted(job, count, not_on));
+        let count: u64 = waiting.iter().map(|range| u64::from(range.end - range.start)).sum();
+        let count = count.min(u64::from(job.may_place()));
+        let plan = plan_beside(state, usage, &wanted(job, count, not_on));
         let on = ranges(&plan.on, waiting);
-        (!on.is_empty()).then_some(Command::Place { job: id, opens: plan.opens, on })
+        let image_bytes = state.images.get(&job.spec.image).map_or(0, |image| image.facts.data_bytes);
+        let image = Resources { memory_bytes: image_bytes, ..Resources::default() };
+        let tasks = plan.on.iter().map(|(node, count)| (*node, job.spec.each.times(*count)));
+        let taken = tasks.chain(plan.opens.iter().map(|(node, _)| (*node, image))).collect();
+        (!on.is_empty()).then_some((Command::Place { job: id, opens: plan.opens, on }, taken))
     })
 }
 

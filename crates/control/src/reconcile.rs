@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use types::{Epoch, NodeId};
 
-use crate::command::{Command, Results};
+use crate::command::{Command, Ended, Kept};
 use crate::state::{Hold, Holder, ImageKey, JobId, Life, Outcome, Resources, State, Task};
 
 /// Progress is told when so much of it is new.
@@ -42,8 +42,8 @@ pub struct Seen {
 pub struct Run {
     /// Of the order.
     pub epoch: Epoch,
-    /// How it ended, if it has.
-    pub ended: Option<Outcome>,
+    /// How it ended, and where its output is, if it has.
+    pub ended: Option<(Outcome, Kept)>,
 }
 
 /// Something to do.
@@ -146,8 +146,8 @@ pub fn reconcile(state: &State, id: NodeId, observed: &Observed) -> Vec<Action> 
 }
 
 /// Adds what is to be done about tasks; says which ended and are to be reported.
-fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Action>) -> Vec<(JobId, Results)> {
-    let mut ended: BTreeMap<JobId, Results> = BTreeMap::new();
+fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Action>) -> Vec<Ended> {
+    let mut ended: BTreeMap<(JobId, Kept), Vec<(u32, Epoch, Outcome)>> = BTreeMap::new();
     let mut results = 0;
     let order_of = |job: JobId, task: u32| match state.jobs.get(&job).and_then(|job| job.tasks.get(task)) {
         Some(Task::Placed { node, epoch, .. }) if node == id => Some(epoch),
@@ -156,9 +156,9 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
     for ((job, task), run) in &observed.tasks {
         let (job, task) = (*job, *task);
         match (order_of(job, task) == Some(run.epoch), run.ended) {
-            (true, Some(outcome)) if results < RESULTS_MAX => {
+            (true, Some((outcome, kept))) if results < RESULTS_MAX => {
                 results += 1;
-                ended.entry(job).or_default().push((task, run.epoch, outcome));
+                ended.entry((job, kept)).or_default().push((task, run.epoch, outcome));
             }
             (true, _) => {}
             (false, Some(_)) => actions.push(Action::Forget { job, task }),
@@ -181,5 +181,5 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
             }
         }
     }
-    ended.into_iter().collect()
+    ended.into_iter().map(|((job, kept), tasks)| Ended { job, kept, tasks }).collect()
 }

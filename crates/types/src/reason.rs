@@ -44,11 +44,13 @@ pub enum Reason {
     JailViolation,
     /// The kernel of the guest panicked.
     GuestPanic,
+    /// The node could not fork a child for the task.
+    ForkFailed,
 }
 
 impl Reason {
     /// Every reason, in the order of the list.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Killed,
         Self::GuestShutdown,
         Self::GuestTripleFault,
@@ -66,6 +68,7 @@ impl Reason {
         Self::WorkerCrashed,
         Self::JailViolation,
         Self::GuestPanic,
+        Self::ForkFailed,
     ];
 
     /// The code that logs, CLI and API show.
@@ -89,6 +92,7 @@ impl Reason {
             Self::WorkerCrashed => "WORKER_CRASHED",
             Self::JailViolation => "JAIL_VIOLATION",
             Self::GuestPanic => "GUEST_PANIC",
+            Self::ForkFailed => "FORK_FAILED",
         }
     }
 }

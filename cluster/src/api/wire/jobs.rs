@@ -212,8 +212,6 @@ pub struct JobHere {
     pub wire_bytes: u64,
     /// All bytes of the image that are not zero.
     pub image_bytes: u64,
-    /// Outputs that it keeps.
-    pub outputs: u64,
 }
 
 /// How a task ended. Results are a JSON object a line.

@@ -2,7 +2,8 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | [`talk`] | a conversation with the agent of a guest |
+//! | [`talk`] | a conversation with the agent of a guest: one request, by a thread that waits |
+//! | [`words`] | a conversation of many requests, by a task |
 //! | [`identity`] | what a child is told before code of users runs in it, and what it reports |
 //! | [`network`] | the addresses that guests are given |
 //! | [`template`] | what a template is built from, and how that went |
@@ -11,6 +12,7 @@ pub mod identity;
 pub mod network;
 pub mod talk;
 pub mod template;
+pub mod words;
 
 use types::Reason;
 

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use control::state::ImageKey;
 use types::{CpuProfile, Digest, FullName, ImageId, Tenant};
 
-use super::{ForkFrom, ForkOrder, Service};
+use super::{ForkFrom, ForkOrder, ImageView, Service};
 use crate::node::engine::OpenOrder;
 use crate::node::error::NodeError;
 use crate::node::registry::{Image, Origin};
@@ -51,6 +51,16 @@ impl Service {
         let key = ImageKey { tenant: tenant.clone(), digest };
         let is_good = residency.failed.is_none();
         Ok(is_good.then(|| HeldImage { id, key, percent: residency.settled_percent(), data_bytes: residency.data_bytes }))
+    }
+
+    /// The image that a cluster knows by this.
+    ///
+    /// # Errors
+    /// [`NodeError::UnknownImage`].
+    pub fn image_of_key(&self, key: &ImageKey) -> Result<ImageView, NodeError> {
+        let is_it = |image: &Image| image.facts.tenant == key.tenant && image.facts.digest == Some(key.digest);
+        let image = self.registry.images().into_iter().find(is_it);
+        image.map(|image| self.view(image)).ok_or_else(|| NodeError::UnknownImage { id: key.digest.to_string() })
     }
 
     /// An image in memory by its id, digest or name, with its digest.

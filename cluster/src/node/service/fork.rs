@@ -41,6 +41,8 @@ pub struct ForkOrder {
     pub tenant: Option<Tenant>,
     /// The node that the children are to run on. `None`: this one.
     pub on: Option<NodeAddress>,
+    /// Whether they run tasks of a job.
+    pub is_task: bool,
 }
 
 /// What a fork starts from. Ids are as the client gave them.
@@ -265,6 +267,7 @@ impl Service {
             created: pages::clock::wall(),
             limit_bytes: order.limit_bytes,
             claim_bytes,
+            is_task: order.is_task,
             verified_pages: None,
             readiness: None,
             state: MachineState::Running,

@@ -51,6 +51,7 @@ impl Service {
             network: order.network,
             tenant: Some(order.tenant.clone()),
             on: None,
+            is_task: false,
         })?;
         if began.elapsed() >= order.deadline {
             let ids: Vec<String> = report.children.iter().map(|child| child.forked.id.to_string()).collect();

@@ -8,6 +8,7 @@ mod execs;
 mod faults;
 mod forks;
 mod histories;
+mod jobs;
 mod local;
 mod repair;
 mod stage;

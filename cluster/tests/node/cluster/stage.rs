@@ -20,6 +20,8 @@ pub(super) struct Cluster {
     passphrase: TempDir,
     /// By how many seconds each host's clock is off, when a program is started there.
     clocks: Vec<i64>,
+    /// What is on the command line of every node.
+    pub(super) always: Vec<String>,
 }
 
 /// A disk that is unmounted with the test.
@@ -56,6 +58,18 @@ impl Cluster {
         cluster
     }
 
+    /// The same, of which only the engines are fakes.
+    pub(super) fn of_fakes(name: &str, nodes: usize, voters: usize) -> Self {
+        let mut cluster = Self::apart(name, nodes);
+        cluster.always = vec!["--fake-engine".to_owned(), "opens_all=1".to_owned()];
+        cluster.begin(0);
+        for index in 1..nodes {
+            cluster.admit(index, index < voters);
+        }
+        cluster.settles(nodes, voters);
+        cluster
+    }
+
     /// Hosts without nodes.
     pub(super) fn apart(name: &str, hosts: usize) -> Self {
         let network = Network::new(name, hosts).unwrap();
@@ -69,7 +83,15 @@ impl Cluster {
         let ports = (0..hosts).map(port).collect();
         let directories = (0..hosts).map(|_| Some(tempfile::tempdir().unwrap())).collect();
         let nodes = (0..hosts).map(|_| None).collect();
-        Self { network, ports, nodes, directories, passphrase: tempfile::tempdir().unwrap(), clocks: vec![0; hosts] }
+        Self {
+            network,
+            ports,
+            nodes,
+            directories,
+            passphrase: tempfile::tempdir().unwrap(),
+            clocks: vec![0; hosts],
+            always: Vec::new(),
+        }
     }
 
     pub(super) fn is_isolated(&self) -> bool {
@@ -152,12 +174,21 @@ impl Cluster {
     pub(super) fn start_with(&mut self, host: usize, more: &[&str]) {
         let directory = self.directories[host].take().unwrap_or_else(|| panic!("node {host} runs"));
         let address = self.address(host);
-        self.nodes[host] = Some(Node::start_by(self.command(host), directory, &[&["--listen", &address], more].concat()));
+        let always: Vec<&str> = self.always.iter().map(String::as_str).collect();
+        let arguments = [&["--listen", &address], &always[..], more].concat();
+        self.nodes[host] = Some(Node::start_by(self.command(host), directory, &arguments));
     }
 
     /// Does something where a host's node is reached from.
     pub(super) fn run_in<T: Send>(&self, host: usize, work: impl FnOnce() -> T + Send) -> T {
         self.network.host(host).run_in(work)
+    }
+
+    /// Waits until a node that was told to has ended.
+    pub(super) fn wait(&mut self, host: usize) {
+        let mut node = self.nodes[host].take().unwrap_or_else(|| panic!("node {host} does not run"));
+        node.wait();
+        self.directories[host] = Some(node.crash());
     }
 
     /// Ends a node as a crash would.

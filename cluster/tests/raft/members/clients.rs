@@ -10,7 +10,7 @@ use std::time::Duration;
 use chaos::linearizable::{Call, What, check};
 use control::State;
 use control::command::{Answer, Command, Key};
-use control::state::{ImageFacts, ImageKey, JobId, JobSpec, Life, Node, Resources, Spread};
+use control::state::{ImageFacts, ImageKey, JobId, JobSpec, Life, Node, Resources};
 use farfork::raft::{Consensus, ConsensusError};
 use types::{CpuProfile, Digest, Name, NodeId, Tenant};
 use uuid::Uuid;
@@ -168,16 +168,7 @@ impl Caller {
                 if !matches!(self.consensus.propose(None, add, WITHIN).await, Ok(Answer::Done)) {
                     return;
                 }
-                let spec = JobSpec {
-                    image: image(number),
-                    count: 3,
-                    command: Vec::new(),
-                    each: EACH,
-                    spread: Spread::Spread,
-                    labels: BTreeMap::new(),
-                    retries: 2,
-                    deadline: None,
-                };
+                let spec = JobSpec::new(image(number), 3, EACH);
                 (Register::Job(id), 1, Command::Submit { job: JobId(id), spec })
             }
             _ => return self.look().await,

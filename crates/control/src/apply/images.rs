@@ -142,7 +142,7 @@ pub(super) fn gone(state: &mut State, id: NodeId, key: &ImageKey, epoch: Epoch) 
     for job in state.jobs.values_mut().filter(|job| job.spec.image == *key && job.ended.is_none()) {
         let retries = job.spec.retries;
         job.tasks.change(0..job.spec.count, |task| match task {
-            Task::Placed { node, .. } if node == id => jobs::tried(task, Reason::PageSourceLost.into(), retries),
+            Task::Placed { node, .. } if node == id => jobs::tried(task, Reason::PageSourceLost.into(), None, retries),
             other => other,
         });
     }

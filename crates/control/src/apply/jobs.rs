@@ -1,15 +1,18 @@
 //! Rules about jobs and their tasks.
 
 use std::ops::Range;
+use std::time::Duration;
 
-use types::{Epoch, NodeId, Reason};
+use types::{NodeId, Reason};
 
 use super::{Flaws, Outcomes, images};
-use crate::command::{Answer, Refusal};
-use crate::state::{Holder, Job, JobId, JobSpec, Outcome, Resources, State, Task, Tasks};
+use crate::command::{Answer, Ended, Kept, Refusal};
+use crate::state::{Holder, Job, JobId, JobSpec, Outcome, Output, Resources, State, Task, Tasks};
 
 /// The most tasks of one job.
-pub(super) const TASKS_MAX: u32 = 1_000_000;
+pub const TASKS_MAX: u32 = 1_000_000;
+/// The most jobs at a time, with those that ended within a day.
+pub const JOBS_MAX: usize = 20_000;
 
 impl From<Reason> for Outcome {
     fn from(reason: Reason) -> Self {
@@ -18,6 +21,10 @@ impl From<Reason> for Outcome {
 }
 
 pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
+    // Sent again by who does not know what became of it.
+    if let Some(job) = state.jobs.get(&id) {
+        return if job.spec.request == spec.request { Ok(Answer::Done) } else { Err(Refusal::JobExists(id)) };
+    }
     if !(1..=TASKS_MAX).contains(&spec.count) {
         return Err(Refusal::BadCount { count: spec.count, max: TASKS_MAX });
     }
@@ -25,13 +32,14 @@ pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
     if memory_bytes == 0 || cpu_millis == 0 || machines != 1 {
         return Err(Refusal::BadResources);
     }
-    if state.jobs.contains_key(&id) {
-        return Err(Refusal::JobExists(id));
+    if state.jobs.len() >= JOBS_MAX {
+        return Err(Refusal::TooManyJobs { max: JOBS_MAX });
     }
     let image = state.images.get(&spec.image).filter(|image| image.holders.values().any(Holder::is_kept));
     image.ok_or_else(|| Refusal::UnknownImage(spec.image.clone()))?;
     let tasks = Tasks::new(spec.count);
-    state.jobs.insert(id, Job { spec: spec.clone(), submitted: state.time, tasks, ended: None });
+    let deadline = spec.lasts_ms.map(|ms| state.time + Duration::from_millis(ms));
+    state.jobs.insert(id, Job { spec: spec.clone(), submitted: state.time, deadline, tasks, ended: None });
     Ok(Answer::Done)
 }
 
@@ -57,6 +65,7 @@ pub(super) fn place(
     let epoch = state.draw_epoch();
     let mut usage = state.usage();
     let (mut placed, mut left) = (0u32, 0u32);
+    let mut at_a_time = state.jobs[&id].may_place();
     for (node, range) in on {
         let is_held = state.images.get(&key).is_some_and(|image| image.holders.get(node).is_some_and(Holder::is_kept));
         let is_open = state.nodes.get(node).is_some_and(crate::state::Node::is_open);
@@ -68,7 +77,8 @@ pub(super) fn place(
         for (part, task) in job.tasks.within(range.clone()) {
             let Task::Waiting { attempt, .. } = task else { continue };
             let len = part.end - part.start;
-            let some = u32::try_from(room.min(u64::from(len))).expect("at most a u32");
+            let some = u32::try_from(room.min(u64::from(len.min(at_a_time)))).expect("at most a u32");
+            at_a_time -= some;
             job.tasks.change(part.start..part.start + some, |_| Task::Placed { node: *node, attempt, epoch });
             room -= u64::from(some);
             (placed, left) = (placed.saturating_add(some), left.saturating_add(len - some));
@@ -94,36 +104,52 @@ pub(super) fn forget(state: &mut State, id: JobId) -> Outcomes {
     Ok(Answer::Done)
 }
 
-/// A node says that a task has ended. It counts if the task is that node's by the same order, and only once.
-pub(super) fn ended(state: &mut State, id: NodeId, job: JobId, task: u32, of: Epoch, outcome: Outcome, flaws: Flaws) {
-    let Some(job) = state.jobs.get_mut(&job) else { return };
-    let Some(Task::Placed { node, epoch, .. }) = job.tasks.get(task) else {
-        if flaws.ignores_fences && task < job.spec.count {
-            job.tasks.change(task..task + 1, |_| Task::Done(outcome));
+/// A node says that tasks have ended. It counts if a task is that node's by the same order, and only once.
+pub(super) fn ended(state: &mut State, id: NodeId, ended: &Ended, flaws: Flaws) {
+    let Some(job) = state.jobs.get_mut(&ended.job) else { return };
+    for (task, of, outcome) in &ended.tasks {
+        let (task, outcome) = (*task, *outcome);
+        let output = |copy| Some(Output { epoch: *of, node: id, copy });
+        let output = match ended.kept {
+            Kept::Nowhere => None,
+            Kept::Here => output(None),
+            Kept::HereAnd(other) => output(Some(other)),
+        };
+        match job.tasks.get(task) {
+            Some(Task::Placed { node, epoch, .. }) if flaws.ignores_fences || (node == id && epoch == *of) => {
+                let retries = job.spec.retries;
+                job.tasks.change(task..task + 1, |task| tried(task, outcome, output, retries));
+            }
+            Some(_) if flaws.ignores_fences => job.tasks.change(task..task + 1, |_| Task::Done { outcome, output }),
+            _ => {}
         }
-        return;
-    };
-    if flaws.ignores_fences || (node == id && epoch == of) {
-        let retries = job.spec.retries;
-        job.tasks.change(task..task + 1, |task| tried(task, outcome, retries));
     }
 }
 
 /// What becomes of a task of which a try has ended so.
-pub(super) fn tried(task: Task, outcome: Outcome, retries: u32) -> Task {
+pub(super) fn tried(task: Task, outcome: Outcome, output: Option<Output>, retries: u32) -> Task {
     match task {
         Task::Placed { node, attempt, .. } if outcome.may_be_tried_again() && attempt < retries => {
             Task::Waiting { attempt: attempt + 1, not_on: Some(node) }
         }
-        _ => Task::Done(outcome),
+        _ => Task::Done { outcome, output },
     }
 }
 
 /// What becomes of a task that is ended from outside: nothing, if it has ended.
 pub(super) fn ended_by(task: Task, reason: Reason) -> Task {
     match task {
-        Task::Done(_) => task,
-        Task::Waiting { .. } | Task::Placed { .. } => Task::Done(reason.into()),
+        Task::Done { .. } => task,
+        Task::Waiting { .. } | Task::Placed { .. } => Task::ended(reason.into()),
+    }
+}
+
+impl Job {
+    /// How many more of its tasks may be placed.
+    #[must_use]
+    pub fn may_place(&self) -> u32 {
+        let Some(max) = self.spec.max_parallel else { return u32::MAX };
+        max.saturating_sub(self.tasks.counts().placed)
     }
 }
 

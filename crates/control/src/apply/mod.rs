@@ -11,6 +11,7 @@ use std::time::Duration;
 use types::{Digest, Reason};
 
 pub(crate) use images::leads_to_all;
+pub use jobs::{JOBS_MAX, TASKS_MAX};
 pub use nodes::check_replace;
 
 use crate::clock::Tick;
@@ -108,9 +109,7 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
             reporter.local = local.unwrap_or(reporter.local);
             progress.iter().for_each(|(key, epoch, percent)| images::progress(state, *node, key, *epoch, *percent));
             // Results first: what ended before its image went has ended.
-            for (job, tasks) in ended {
-                tasks.iter().for_each(|(task, epoch, outcome)| jobs::ended(state, *node, *job, *task, *epoch, *outcome, flaws));
-            }
+            ended.iter().for_each(|ended| jobs::ended(state, *node, ended, flaws));
             gone.iter().for_each(|(key, epoch)| images::gone(state, *node, key, *epoch));
             Ok(Answer::Done)
         }
@@ -129,11 +128,11 @@ fn advance(state: &mut State, at: Tick) {
     let stranded: Vec<_> = stranded.map(|(key, _)| key.clone()).collect();
     for job in state.jobs.values_mut().filter(|job| job.ended.is_none()) {
         let all = 0..job.spec.count;
-        if job.spec.deadline.is_some_and(|deadline| deadline <= now) {
+        if job.deadline.is_some_and(|deadline| deadline <= now) {
             job.tasks.change(all, |task| jobs::ended_by(task, Reason::DeadlineExceeded));
         } else if stranded.contains(&job.spec.image) {
             job.tasks.change(all, |task| match task {
-                Task::Waiting { .. } => Task::Done(Outcome::Failed(Reason::PageSourceLost)),
+                Task::Waiting { .. } => Task::ended(Outcome::Failed(Reason::PageSourceLost)),
                 other => other,
             });
         }

@@ -251,7 +251,7 @@ fn lose(state: &mut State, id: NodeId) {
     for job in state.jobs.values_mut().filter(|job| job.ended.is_none()) {
         let retries = job.spec.retries;
         job.tasks.change(0..job.spec.count, |task| match task {
-            Task::Placed { node, .. } if node == id => jobs::tried(task, Reason::NodeLost.into(), retries),
+            Task::Placed { node, .. } if node == id => jobs::tried(task, Reason::NodeLost.into(), None, retries),
             other => other,
         });
     }

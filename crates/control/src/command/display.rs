@@ -65,8 +65,7 @@ impl fmt::Display for Command {
                 write!(f, "node {node} reports:")?;
                 progress.iter().try_for_each(|(key, _, percent)| write!(f, " image {key} at {percent} %"))?;
                 gone.iter().try_for_each(|(key, _)| write!(f, " image {key} gone"))?;
-                let tasks = ended.iter().flat_map(|(job, tasks)| tasks.iter().map(move |task| (job, task)));
-                tasks.into_iter().try_for_each(|(job, (task, _, outcome))| write!(f, " task {job}/{task} {outcome:?}"))
+                ended.iter().try_for_each(|ended| write!(f, " {} tasks of job {}", ended.tasks.len(), ended.job))
             }
         }
     }

@@ -214,8 +214,8 @@ pub enum Command {
         progress: Vec<(ImageKey, Epoch, u8)>,
         /// Images that are not there any more, or never came.
         gone: Vec<(ImageKey, Epoch)>,
-        /// Tasks that ended, by job.
-        ended: Vec<(JobId, Results)>,
+        /// Tasks that ended.
+        ended: Vec<Ended>,
         /// What machines take there that are no tasks, if that has changed.
         local: Option<Resources>,
     },
@@ -246,8 +246,27 @@ pub enum Command {
     },
 }
 
-/// How tasks of a job ended, each by the order that it ended of.
-pub type Results = Vec<(u32, Epoch, Outcome)>;
+/// Tasks of a job that ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Of which job.
+    pub job: JobId,
+    /// Where their outputs are.
+    pub kept: Kept,
+    /// Which, by the order that each ended of, and how.
+    pub tasks: Vec<(u32, Epoch, Outcome)>,
+}
+
+/// Where the outputs of tasks are that a node has run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Kept {
+    /// There are none: what was to print them never ran.
+    Nowhere,
+    /// On that node.
+    Here,
+    /// On that node, and on this other one.
+    HereAnd(NodeId),
+}
 
 /// What is answered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -47,8 +47,10 @@ pub enum Refusal {
     BadCount { count: u32, max: u32 },
     #[error("a task has to take some memory, some of a CPU, and one machine")]
     BadResources,
-    #[error("job {0} is there already")]
+    #[error("job {0} was submitted with another request")]
     JobExists(JobId),
+    #[error("there are {max} jobs already")]
+    TooManyJobs { max: usize },
     #[error("job {0} has not ended")]
     JobRuns(JobId),
     #[error("the token is none of this cluster's, was used, or is out of date")]
@@ -96,7 +98,8 @@ impl Refusal {
             Self::Full(_) => "wait, or ask for less",
             Self::BadCount { .. } => "submit several jobs",
             Self::BadResources => "say what each task takes",
-            Self::JobExists(_) => "draw another id",
+            Self::JobExists(_) => "draw a key for each request",
+            Self::TooManyJobs { .. } => "wait, or have some forgotten that have ended: farfork job rm",
             Self::JobRuns(_) => "cancel it first",
             Self::BadToken => "make a new one on a voter: farfork cluster token NAME",
             Self::NodeExists(_) => "let it join with an empty data directory: that gives it an id of its own",

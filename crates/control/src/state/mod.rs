@@ -14,9 +14,9 @@ use types::{Digest, Epoch, Name, NodeId, Tenant};
 use crate::clock::Tick;
 use crate::command::{Answer, Key};
 pub use image::{Hold, Holder, Image, ImageFacts, ImageKey};
-pub use job::{Job, JobId, JobSpec, Spread};
+pub use job::{About, Job, JobId, JobSpec, Spread, Work};
 pub use node::{CapacityLease, Life, Node, NodeFacts, Replaced, Resources, Role, Token};
-pub use tasks::{Outcome, Task, Tasks};
+pub use tasks::{Counts, Outcome, Output, Task, Tasks};
 pub use user::{Level, Rights, User};
 
 /// See the module.

@@ -109,7 +109,7 @@ pub struct CapacityLease {
 }
 
 /// What machines take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Resources {
     /// Memory in bytes.
     pub memory_bytes: u64,

@@ -27,7 +27,44 @@ pub enum Task {
         epoch: Epoch,
     },
     /// It is at its end, and stays there.
-    Done(Outcome),
+    Done {
+        /// How it ended.
+        outcome: Outcome,
+        /// Where what it has printed is, if it has run.
+        output: Option<Output>,
+    },
+}
+
+/// Where the output of a task is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Output {
+    /// Of the order that it is of: tries that did not count may have left others.
+    pub epoch: Epoch,
+    /// The node that ran it.
+    pub node: NodeId,
+    /// The other node that has it.
+    pub copy: Option<NodeId>,
+}
+
+/// How many tasks of a job are where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// To be placed.
+    pub waiting: u32,
+    /// A node's.
+    pub placed: u32,
+    /// Ended with status 0.
+    pub succeeded: u32,
+    /// Ended otherwise.
+    pub failed: u32,
+}
+
+impl Task {
+    /// One that ended so, without output.
+    #[must_use]
+    pub fn ended(outcome: Outcome) -> Self {
+        Self::Done { outcome, output: None }
+    }
 }
 
 /// How a task ended.
@@ -135,10 +172,26 @@ impl Tasks {
         }
     }
 
+    /// How many are where.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        for (range, task) in self.iter() {
+            let count = match task {
+                Task::Waiting { .. } => &mut counts.waiting,
+                Task::Placed { .. } => &mut counts.placed,
+                Task::Done { outcome: Outcome::Exited(0), .. } => &mut counts.succeeded,
+                Task::Done { .. } => &mut counts.failed,
+            };
+            *count += range.end - range.start;
+        }
+        counts
+    }
+
     /// Whether all are at their end.
     #[must_use]
     pub fn are_done(&self) -> bool {
-        self.starts.values().all(|task| matches!(task, Task::Done(_)))
+        self.starts.values().all(|task| matches!(task, Task::Done { .. }))
     }
 
     /// Whether it is as it should be: neighbours differ, and all are within.

@@ -1,5 +1,6 @@
 //! The cluster's state, rule by rule.
 
+mod jobs;
 mod places;
 mod replace;
 mod rules;
@@ -9,8 +10,8 @@ mod users;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use control::command::{Answer, Command, Entry, Key, Refusal, Results};
-use control::state::{Holder, ImageFacts, ImageKey, JobId, JobSpec, NodeFacts, Outcome, Resources, Spread, State, Task};
+use control::command::{Answer, Command, Ended, Entry, Kept, Key, Refusal};
+use control::state::{Holder, ImageFacts, ImageKey, JobId, JobSpec, NodeFacts, Outcome, Resources, State, Task};
 use control::{Tick, apply};
 use types::{CpuProfile, Digest, Epoch, Name, NodeId, Tenant};
 use uuid::Uuid;
@@ -59,16 +60,12 @@ pub(crate) fn node_facts(number: u128, room: u64) -> NodeFacts {
 }
 
 pub(crate) fn spec(count: u32) -> JobSpec {
-    JobSpec {
-        image: key(1),
-        count,
-        command: vec!["true".into()],
-        each: machines(1),
-        spread: Spread::Spread,
-        labels: BTreeMap::new(),
-        retries: 2,
-        deadline: None,
-    }
+    JobSpec::new(key(1), count, machines(1))
+}
+
+/// Tasks that ended, with outputs nowhere.
+pub(crate) fn of(job: JobId, tasks: Vec<(u32, Epoch, Outcome)>) -> Ended {
+    Ended { job, kept: Kept::Nowhere, tasks }
 }
 
 impl Cluster {
@@ -147,7 +144,7 @@ impl Cluster {
         on: u128,
         progress: Vec<(ImageKey, Epoch, u8)>,
         gone: Vec<(ImageKey, Epoch)>,
-        ended: Vec<(JobId, Results)>,
+        ended: Vec<Ended>,
     ) -> Result<Answer, Refusal> {
         let incarnation = self.state.nodes.get(&node(on)).map_or(1, |node| node.incarnation);
         self.run(Command::Report { node: node(on), incarnation, progress, gone, ended, local: None })
@@ -179,6 +176,6 @@ impl Cluster {
 
     pub(crate) fn ends(&mut self, on: u128, job: JobId, task: u32, outcome: Outcome) {
         let Task::Placed { epoch, .. } = self.task(job, task) else { panic!("{:?}", self.task(job, task)) };
-        self.report(on, vec![], vec![], vec![(job, vec![(task, epoch, outcome)])]).unwrap();
+        self.report(on, vec![], vec![], vec![of(job, vec![(task, epoch, outcome)])]).unwrap();
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use control::command::Command;
+use control::command::Kept;
 use control::leader::{Heard, LOST_AFTER, SUSPECT_AFTER, UNNEEDED_AFTER, tend};
 use control::place::{DEGREE, Plan, Tier, Verdict, ZONE, plan, wanted};
 use control::reconcile::{Action, Observed, Run, Seen, reconcile};
@@ -205,15 +206,15 @@ fn a_node_becomes_what_the_state_says() {
 
     // A child of an order before, one that has ended, one that was taken note of, and an image of nobody's.
     observed.tasks.insert((id, 0), Run { epoch: types::Epoch(order.0 - 1), ended: None });
-    observed.tasks.insert((id, 1), Run { epoch: order, ended: Some(Outcome::Exited(3)) });
-    observed.tasks.insert((job(9), 0), Run { epoch: order, ended: Some(Outcome::Exited(3)) });
+    observed.tasks.insert((id, 1), Run { epoch: order, ended: Some((Outcome::Exited(3), Kept::Nowhere)) });
+    observed.tasks.insert((job(9), 0), Run { epoch: order, ended: Some((Outcome::Exited(3), Kept::Nowhere)) });
     observed.images.insert(key(7), Seen { percent: 100, sources: vec![] });
     let actions = reconcile(&cluster.state, node(2), &observed);
     assert!(actions.contains(&Action::End { job: id, task: 0 }), "{actions:?}");
     assert!(actions.contains(&Action::Forget { job: job(9), task: 0 }) && actions.contains(&Action::Drop { key: key(7) }));
     let Some(Action::Report(report)) = actions.last() else { panic!("{actions:?}") };
     cluster.run(report.clone()).unwrap();
-    assert_eq!(cluster.task(id, 1), Task::Done(Outcome::Exited(3)));
+    assert_eq!(cluster.task(id, 1), Task::ended(Outcome::Exited(3)));
     assert_eq!(cluster.holder(2).unwrap().percent, 50);
 
     // An order that it cannot carry out, and one to let go.

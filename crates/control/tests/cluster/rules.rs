@@ -49,7 +49,7 @@ fn a_newer_start_of_a_node_ends_the_older_one() {
         incarnation: 1,
         progress: vec![],
         gone: vec![],
-        ended: vec![(id, vec![(0, epoch, Outcome::Exited(0))])],
+        ended: vec![super::of(id, vec![(0, epoch, Outcome::Exited(0))])],
         local: None,
     };
     assert_eq!(cluster.run(late), Err(Refusal::OldStart { node: node(1), given: 1, current: 2 }));
@@ -84,29 +84,29 @@ fn a_result_counts_once_and_only_of_the_order_that_is_in_force() {
     let id = cluster.submit(spec(3));
     cluster.place(id, &[(1, 0..3)]);
     let Task::Placed { epoch, .. } = cluster.task(id, 0) else { panic!() };
-    let ended = |task, epoch, status| vec![(id, vec![(task, epoch, Outcome::Exited(status))])];
+    let ended = |task, epoch, status| vec![super::of(id, vec![(task, epoch, Outcome::Exited(status))])];
     // Another node, another order, a task that there is not, a job that there is not.
     cluster.report(2, vec![], vec![], ended(0, epoch, 1)).unwrap();
     cluster.report(1, vec![], vec![], ended(0, Epoch(epoch.0 - 1), 1)).unwrap();
     cluster.report(1, vec![], vec![], ended(99, epoch, 1)).unwrap();
-    cluster.report(1, vec![], vec![], vec![(job(77), vec![(0, epoch, Outcome::Exited(1))])]).unwrap();
+    cluster.report(1, vec![], vec![], vec![super::of(job(77), vec![(0, epoch, Outcome::Exited(1))])]).unwrap();
     assert!(matches!(cluster.task(id, 0), Task::Placed { .. }));
     cluster.report(1, vec![], vec![], ended(0, epoch, 7)).unwrap();
     cluster.report(1, vec![], vec![], ended(0, epoch, 8)).unwrap();
-    assert_eq!(cluster.task(id, 0), Task::Done(Outcome::Exited(7)));
+    assert_eq!(cluster.task(id, 0), Task::ended(Outcome::Exited(7)));
     // What is ours to blame is tried again, so often; what is the task's own is not.
     for attempt in 0..3 {
         assert!(matches!(cluster.task(id, 1), Task::Placed { attempt: tried, .. } if tried == attempt));
         cluster.ends(1, id, 1, Outcome::Failed(Reason::WorkerCrashed));
         cluster.place(id, &[(1, 1..2)]);
     }
-    assert_eq!(cluster.task(id, 1), Task::Done(Outcome::Failed(Reason::WorkerCrashed)));
+    assert_eq!(cluster.task(id, 1), Task::ended(Outcome::Failed(Reason::WorkerCrashed)));
     cluster.ends(1, id, 2, Outcome::Failed(Reason::Oom));
-    assert_eq!(cluster.task(id, 2), Task::Done(Outcome::Failed(Reason::Oom)));
+    assert_eq!(cluster.task(id, 2), Task::ended(Outcome::Failed(Reason::Oom)));
     assert!(cluster.state.jobs[&id].ended.is_some());
     assert_eq!(cluster.place(id, &[(1, 0..3)]), (0, 0), "a job that has ended");
     cluster.lose(1);
-    assert_eq!(cluster.task(id, 0), Task::Done(Outcome::Exited(7)));
+    assert_eq!(cluster.task(id, 0), Task::ended(Outcome::Exited(7)));
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn what_nobody_can_complete_ends_when_leases_have_run_out() {
     cluster.wait(STRANDED_MAX - Duration::from_millis(1));
     assert!(matches!(cluster.task(id, 1), Task::Waiting { .. }));
     cluster.wait(Duration::from_millis(1));
-    assert_eq!(cluster.task(id, 1), Task::Done(Outcome::Failed(Reason::PageSourceLost)));
+    assert_eq!(cluster.task(id, 1), Task::ended(Outcome::Failed(Reason::PageSourceLost)));
     let order = cluster.holder(2).unwrap().epoch;
     assert!(!cluster.holder(2).unwrap().is_kept());
     cluster.is_gone(2, order);
@@ -197,18 +197,17 @@ fn what_nobody_can_complete_ends_when_leases_have_run_out() {
 #[test]
 fn deadlines_and_cancelling_end_what_has_not_ended() {
     let mut cluster = Cluster::new(1, 10);
-    let deadline = Some(cluster.now() + Duration::from_secs(5));
-    let id = cluster.submit(super::JobSpec { deadline, ..spec(3) });
+    let id = cluster.submit(super::JobSpec { lasts_ms: Some(5000), ..spec(3) });
     cluster.place(id, &[(1, 0..2)]);
     cluster.ends(1, id, 0, Outcome::Exited(0));
     cluster.wait(Duration::from_secs(5));
-    let late = Task::Done(Outcome::Failed(Reason::DeadlineExceeded));
-    assert_eq!([cluster.task(id, 0), cluster.task(id, 1), cluster.task(id, 2)], [Task::Done(Outcome::Exited(0)), late, late]);
+    let late = Task::ended(Outcome::Failed(Reason::DeadlineExceeded));
+    assert_eq!([cluster.task(id, 0), cluster.task(id, 1), cluster.task(id, 2)], [Task::ended(Outcome::Exited(0)), late, late]);
     let other = cluster.submit(spec(2));
     assert_eq!(cluster.run(Command::Forget { job: other }), Err(Refusal::JobRuns(other)));
     cluster.place(other, &[(1, 0..1)]);
     cluster.run(Command::Cancel { job: other }).unwrap();
-    assert!((0..2).all(|task| cluster.task(other, task) == Task::Done(Outcome::Failed(Reason::Killed))));
+    assert!((0..2).all(|task| cluster.task(other, task) == Task::ended(Outcome::Failed(Reason::Killed))));
     cluster.run(Command::Forget { job: other }).unwrap();
     assert!(!cluster.state.jobs.contains_key(&other));
     let nothing = control::state::Resources { memory_bytes: 0, ..machines(1) };
@@ -274,8 +273,7 @@ fn a_deadline_that_passes_with_a_request_that_comes_again_ends_its_job() {
     let request = Key(Uuid::from_u128(7));
     let cordon = Command::Cordon { node: node(1), is_cordoned: true };
     cluster.entry(Some(request), cordon.clone()).unwrap();
-    let deadline = Some(cluster.now() + Duration::from_secs(5));
-    let id = cluster.submit(super::JobSpec { deadline, ..spec(1) });
+    let id = cluster.submit(super::JobSpec { lasts_ms: Some(5000), ..spec(1) });
     cluster.pass(Duration::from_secs(5));
     cluster.entry(Some(request), cordon).unwrap();
     assert_eq!(cluster.state.jobs[&id].ended, Some(cluster.now()));
@@ -302,8 +300,8 @@ fn a_result_counts_that_comes_with_the_news_that_its_image_is_gone() {
     cluster.place(id, &[(1, 0..1)]);
     let Task::Placed { epoch, .. } = cluster.task(id, 0) else { panic!() };
     let gone = vec![(key(1), cluster.holder(1).unwrap().epoch)];
-    cluster.report(1, vec![], gone, vec![(id, vec![(0, epoch, Outcome::Exited(0))])]).unwrap();
-    assert_eq!(cluster.task(id, 0), Task::Done(Outcome::Exited(0)));
+    cluster.report(1, vec![], gone, vec![super::of(id, vec![(0, epoch, Outcome::Exited(0))])]).unwrap();
+    assert_eq!(cluster.task(id, 0), Task::ended(Outcome::Exited(0)));
 }
 
 #[test]

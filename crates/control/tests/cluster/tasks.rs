@@ -7,8 +7,8 @@ fn task(kind: u8) -> Task {
     match kind % 4 {
         0 => Task::Waiting { attempt: 0, not_on: None },
         1 => Task::Waiting { attempt: 1, not_on: None },
-        2 => Task::Done(Outcome::Exited(0)),
-        _ => Task::Done(Outcome::Exited(1)),
+        2 => Task::ended(Outcome::Exited(0)),
+        _ => Task::ended(Outcome::Exited(1)),
     }
 }
 
@@ -38,6 +38,6 @@ proptest! {
             let parts: Vec<Task> = tasks.within(range.clone()).into_iter().flat_map(|(part, task)| part.map(move |_| task)).collect();
             prop_assert_eq!(parts.len(), range.len().min((count.saturating_sub(range.start)) as usize));
         }
-        prop_assert_eq!(tasks.are_done(), list.iter().all(|task| matches!(task, Task::Done(_))));
+        prop_assert_eq!(tasks.are_done(), list.iter().all(|task| matches!(task, Task::Done { .. })));
     }
 }

@@ -1,0 +1,338 @@
+//! Finds payloads and outputs again, on whichever node they are.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::http::Method;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use control::State;
+use control::state::{Job, JobId, JobSpec, Outcome, Output, Task, Work};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use types::{Digest, NodeId};
+
+use super::payload::{Payload, PayloadError};
+use super::record::{Record, Try};
+use super::store::{Store, StoreError};
+use crate::api::wire::{TaskResult, TaskRun};
+use crate::member::{ClusterError, Membership, fork::name_of};
+
+/// Where another node is asked for outputs.
+pub const OUTPUTS: &str = "/v1/between/outputs/read";
+/// Where another node is asked for, or given, a payload: this and its digest.
+pub const PAYLOADS: &str = "/v1/between/payloads/";
+/// The most bytes of outputs in one answer, unless one alone has more.
+pub const ANSWER_BYTES: usize = 8 << 20;
+/// The most outputs that are asked for at once.
+const AT_ONCE: usize = 512;
+/// How long another node may take to answer.
+const ASK_WITHIN: Duration = Duration::from_secs(5);
+/// Payloads in memory.
+const CACHED: usize = 4;
+
+/// Why the payload of a job is not here.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum PayloadLost {
+    #[error("no node that answers has what the job's tasks do ({0})")]
+    Nowhere(Digest),
+    #[error("what the job's tasks do is not understood: {0}")]
+    Malformed(#[from] PayloadError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What tasks do, by job.
+#[derive(Clone)]
+pub struct Payloads {
+    store: Arc<Store>,
+    member: Arc<Membership>,
+    recent: Arc<Mutex<VecDeque<(Digest, Arc<Payload>)>>>,
+}
+
+impl Payloads {
+    /// Of this node.
+    #[must_use]
+    pub fn new(store: Arc<Store>, member: Arc<Membership>) -> Self {
+        Self { store, member, recent: Arc::default() }
+    }
+
+    /// What the tasks of a job do. It is fetched from another node if need be, and kept here.
+    ///
+    /// # Errors
+    /// [`PayloadLost`].
+    pub async fn of(&self, spec: &JobSpec) -> Result<Arc<Payload>, PayloadLost> {
+        let digest = match &spec.work {
+            Work::Here(bytes) => return Ok(Arc::new(Payload::decode(bytes)?)),
+            Work::Kept(digest) => *digest,
+        };
+        let recent = |payloads: &VecDeque<(Digest, Arc<Payload>)>| {
+            payloads.iter().find(|(known, _)| *known == digest).map(|(_, payload)| Arc::clone(payload))
+        };
+        if let Some(known) = recent(&self.recent.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(known);
+        }
+        let bytes = match self.stored(digest).await? {
+            Some(bytes) => bytes,
+            None => self.fetch(digest).await?,
+        };
+        let payload = Arc::new(Payload::decode(&bytes)?);
+        let mut payloads = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if recent(&payloads).is_none() {
+            payloads.push_back((digest, Arc::clone(&payload)));
+            if payloads.len() > CACHED {
+                payloads.pop_front();
+            }
+        }
+        Ok(payload)
+    }
+
+    async fn stored(&self, digest: Digest) -> Result<Option<Vec<u8>>, StoreError> {
+        let store = Arc::clone(&self.store);
+        blocking(move || store.payload(digest)).await
+    }
+
+    async fn fetch(&self, digest: Digest) -> Result<Vec<u8>, PayloadLost> {
+        let path = format!("{PAYLOADS}{digest}");
+        for node in self.member.others() {
+            let asked = self.member.ask_node(node, None, Method::GET, &path, None);
+            let Ok(Ok((status, bytes))) = tokio::time::timeout(ASK_WITHIN, asked).await else { continue };
+            if status.is_success() && Digest::of(&bytes) == digest {
+                let (store, kept) = (Arc::clone(&self.store), bytes.to_vec());
+                // The next one asks again, if this node cannot keep it.
+                let kept = blocking(move || store.put_payload(&kept)).await;
+                kept.map(drop).unwrap_or_else(|error| tracing::warn!(%error, "a payload is not kept"));
+                return Ok(bytes.to_vec());
+            }
+        }
+        Err(PayloadLost::Nowhere(digest))
+    }
+
+    /// Puts a payload on this node's disk and on those of others, until a majority of the voters has it.
+    ///
+    /// # Errors
+    /// [`StoreError`] of this node, or [`ClusterError`] if no majority keeps it in time.
+    pub async fn spread(&self, payload: Vec<u8>) -> Result<Digest, SpreadError> {
+        let (store, here) = (Arc::clone(&self.store), payload.clone());
+        let digest = blocking(move || store.put_payload(&here)).await?;
+        let voters = self.member.consensus.voters();
+        let mut have = usize::from(voters.contains(&self.member.node()));
+        let asks = self.member.others().into_iter().map(|node| {
+            let (member, payload) = (Arc::clone(&self.member), payload.clone());
+            let path = format!("{PAYLOADS}{digest}");
+            // They go on where nobody waits for them any more: those nodes need it as well.
+            tokio::spawn(async move {
+                let asked = member.ask_node(node, None, Method::PUT, &path, Some(payload)).await;
+                asked.is_ok_and(|(status, _)| status.is_success()).then_some(node)
+            })
+        });
+        let mut asks: futures_util::stream::FuturesUnordered<_> = asks.collect();
+        let until = tokio::time::Instant::now() + SPREAD_WITHIN;
+        while have <= voters.len() / 2 {
+            match tokio::time::timeout_at(until, futures_util::StreamExt::next(&mut asks)).await {
+                Ok(Some(Ok(Some(node)))) => have += usize::from(voters.contains(&node)),
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return Err(SpreadError::NoMajority { have, voters: voters.len() }),
+            }
+        }
+        Ok(digest)
+    }
+}
+
+/// How long a payload may take to reach a majority.
+const SPREAD_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why a payload is not where it has to be.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "each message says what its fields are")]
+pub enum SpreadError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{have} of {voters} voters keep what the job's tasks do, where a majority has to")]
+    NoMajority { have: usize, voters: usize },
+}
+
+/// A question for outputs.
+#[derive(Serialize, Deserialize)]
+pub struct Asked {
+    /// Which tries.
+    pub tries: Vec<Try>,
+}
+
+/// Its answer: those that are there, from the first on, as many as are told at once.
+#[derive(Serialize, Deserialize)]
+pub struct Told {
+    /// What is kept of them.
+    pub records: Vec<(Try, Record)>,
+}
+
+/// Outputs, wherever they are.
+#[derive(Clone)]
+pub struct Results {
+    store: Arc<Store>,
+    member: Arc<Membership>,
+}
+
+impl Results {
+    /// As this node finds them.
+    #[must_use]
+    pub fn new(store: Arc<Store>, member: Arc<Membership>) -> Self {
+        Self { store, member }
+    }
+
+    /// What is kept of these tasks. Of each that is missing in the answer nobody has anything who answers.
+    pub async fn records(&self, job: JobId, wanted: &[(u32, Output)]) -> BTreeMap<u32, Record> {
+        let mut found = BTreeMap::new();
+        // By whom to ask: first the node that ran it, then the one that has a copy.
+        for of_copy in [false, true] {
+            let mut by_node: BTreeMap<NodeId, Vec<Try>> = BTreeMap::new();
+            for (task, output) in wanted.iter().filter(|(task, _)| !found.contains_key(task)) {
+                let of = Try { job, task: *task, epoch: output.epoch, node: output.node };
+                let at = if of_copy { output.copy } else { Some(output.node) };
+                if let Some(at) = at {
+                    by_node.entry(at).or_default().push(of);
+                }
+            }
+            let asks = by_node.into_iter().map(|(node, tries)| self.at(node, tries));
+            for records in futures_util::future::join_all(asks).await {
+                found.extend(records.into_iter().map(|(of, record)| (of.task, record)));
+            }
+        }
+        found
+    }
+
+    async fn at(&self, node: NodeId, tries: Vec<Try>) -> Vec<(Try, Record)> {
+        let mut found = Vec::new();
+        for tries in tries.chunks(AT_ONCE) {
+            let mut left = tries.to_vec();
+            while !left.is_empty() {
+                let told = if node == self.member.node() {
+                    let (store, asked) = (Arc::clone(&self.store), left.clone());
+                    let read = blocking(move || store.get(&asked, ANSWER_BYTES)).await;
+                    read.inspect_err(|error| tracing::error!(%error, "outputs are not read")).ok()
+                } else {
+                    self.ask(node, &left).await
+                };
+                let Some(mut told) = told else { return found };
+                told.retain(|(of, _)| left.contains(of));
+                let Some((last, _)) = told.last() else { break };
+                // In the order that they were asked for in: those before the last that are missing are not there.
+                let at = left.iter().position(|of| of == last).map_or(left.len(), |at| at + 1);
+                left.drain(..at);
+                found.append(&mut told);
+            }
+        }
+        found
+    }
+
+    async fn ask(&self, node: NodeId, tries: &[Try]) -> Option<Vec<(Try, Record)>> {
+        let asked = postcard::to_stdvec(&Asked { tries: tries.to_vec() }).expect("plain data");
+        let asking = self.member.ask_node(node, None, Method::POST, OUTPUTS, Some(asked));
+        match tokio::time::timeout(ASK_WITHIN, asking).await {
+            Ok(Ok((status, bytes))) if status.is_success() => {
+                let told: Result<Told, _> = postcard::from_bytes(&bytes);
+                told.inspect_err(|error| tracing::warn!(%node, %error, "its outputs are not understood"))
+                    .ok()
+                    .map(|told| told.records)
+            }
+            Ok(Ok((status, _))) => {
+                tracing::warn!(%node, %status, "does not tell outputs");
+                None
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(%node, %error, "cannot be asked for outputs");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// How these tasks of a job ended, in words; those that have not are left out.
+    pub async fn of(&self, state: &State, id: JobId, job: &Job, tasks: &[u32], payload: Option<&Payload>) -> Vec<TaskResult> {
+        let ended: Vec<(u32, Outcome, Option<Output>)> = tasks
+            .iter()
+            .filter_map(|task| match job.tasks.get(*task)? {
+                Task::Done { outcome, output } => Some((*task, outcome, output)),
+                Task::Waiting { .. } | Task::Placed { .. } => None,
+            })
+            .collect();
+        let wanted: Vec<(u32, Output)> = ended.iter().filter_map(|(task, _, output)| Some((*task, (*output)?))).collect();
+        let mut records = self.records(id, &wanted).await;
+        let results = ended.into_iter().map(|(task, outcome, output)| {
+            let input = payload.and_then(|payload| payload.inputs.of(task)).map(str::to_owned);
+            let record = records.remove(&task);
+            let is_output_lost = output.is_some() && record.is_none();
+            let node = output.map(|output| name_of(state, output.node)).unwrap_or_default();
+            TaskResult { is_output_lost, ..result(task, outcome, input, record, node) }
+        });
+        results.collect()
+    }
+}
+
+/// How a task ended, in words.
+fn result(task: u32, outcome: Outcome, input: Option<String>, record: Option<Record>, node: String) -> TaskResult {
+    let (status, reason) = match outcome {
+        Outcome::Exited(status) => (Some(status), None),
+        Outcome::Failed(reason) => (None, Some(reason.code().to_owned())),
+    };
+    let mut result = TaskResult {
+        task,
+        input,
+        is_success: status == Some(0),
+        status,
+        reason,
+        detail: None,
+        stdout: None,
+        stdout_base64: None,
+        stderr: None,
+        stderr_base64: None,
+        value: None,
+        cut_bytes: 0,
+        files_bytes: 0,
+        is_output_lost: false,
+        run: None,
+    };
+    let Some(record) = record else { return result };
+    (result.stdout, result.stdout_base64) = text(record.printed.stdout);
+    (result.stderr, result.stderr_base64) = text(record.printed.stderr);
+    result.detail = record.detail;
+    result.value = record.value;
+    result.cut_bytes = record.printed.cut_bytes;
+    result.files_bytes = record.files.len() as u64;
+    result.run = Some(TaskRun {
+        attempt: record.attempt,
+        node,
+        machine: record.machine,
+        from: record.from,
+        first_us: record.first_us,
+        ready_us: record.ready_us,
+        done_us: record.done_us,
+        began_ms: record.began_ms,
+    });
+    result
+}
+
+/// As text, or in base64 if it is none; nothing if it is empty.
+fn text(bytes: Vec<u8>) -> (Option<String>, Option<String>) {
+    match String::from_utf8(bytes) {
+        Ok(text) if text.is_empty() => (None, None),
+        Ok(text) => (Some(text), None),
+        Err(error) => (None, Some(BASE64_STANDARD.encode(error.as_bytes()))),
+    }
+}
+
+/// Does what waits for the disk where that holds nobody up.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let panicked = |error: tokio::task::JoinError| StoreError::Io { path: "jobs.redb".into(), cause: error.to_string() };
+    tokio::task::spawn_blocking(work).await.map_err(panicked)?
+}
+
+impl From<SpreadError> for ClusterError {
+    fn from(error: SpreadError) -> Self {
+        Self::NotKept(error.to_string())
+    }
+}

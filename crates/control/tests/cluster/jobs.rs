@@ -1,0 +1,103 @@
+//! What jobs ask for beyond their number of tasks.
+
+use control::command::{Answer, Command, Ended, Kept, Refusal};
+use control::leader::{Heard, tend};
+use control::place::place_all;
+use control::state::{Counts, JobSpec, Outcome, Output, Task};
+use types::{Digest, Reason};
+
+use super::{Cluster, job, key, node, spec};
+
+fn tended(cluster: &mut Cluster) -> Vec<Command> {
+    let commands = tend(&cluster.state, &Heard::since(cluster.now()), cluster.now());
+    for command in &commands {
+        cluster.run(command.clone()).unwrap();
+    }
+    commands
+}
+
+#[test]
+fn a_job_that_is_submitted_again_is_the_same_job_and_another_one_is_refused() {
+    let mut cluster = Cluster::new(1, 10);
+    let submit =
+        |job, request: &[u8], count| Command::Submit { job, spec: JobSpec { request: Digest::of(request), ..spec(count) } };
+    cluster.run(submit(job(1), b"one", 3)).unwrap();
+    cluster.place(job(1), &[(1, 0..2)]);
+    let before = cluster.state.jobs.clone();
+    // As it was put, whatever has become of what it named.
+    assert_eq!(cluster.run(submit(job(1), b"one", 4)), Ok(Answer::Done));
+    assert_eq!(cluster.run(submit(job(1), b"two", 3)), Err(Refusal::JobExists(job(1))));
+    assert_eq!(cluster.state.jobs, before);
+}
+
+#[test]
+fn no_more_tasks_are_placed_at_a_time_than_a_job_wants() {
+    let mut cluster = Cluster::new(2, 10);
+    let id = cluster.submit(JobSpec { max_parallel: Some(3), ..spec(8) });
+    let counts = |cluster: &Cluster| cluster.state.jobs[&id].tasks.counts();
+    tended(&mut cluster);
+    assert_eq!(counts(&cluster), Counts { waiting: 5, placed: 3, ..Counts::default() });
+    assert_eq!(place_all(&cluster.state), (vec![], vec![]), "nothing is wrong with those that wait");
+    // A plan of before: what it would place beyond the limit waits on.
+    assert_eq!(cluster.place(id, &[(1, 3..8)]), (0, 5));
+    cluster.ends(1, id, 0, Outcome::Exited(0));
+    cluster.ends(1, id, 1, Outcome::Exited(1));
+    tended(&mut cluster);
+    assert_eq!(counts(&cluster), Counts { waiting: 3, placed: 3, succeeded: 1, failed: 1 });
+}
+
+#[test]
+fn the_oldest_job_is_placed_first_and_what_finds_no_place_is_looked_at_once() {
+    let mut cluster = Cluster::new(1, 4);
+    let first = cluster.submit(spec(3));
+    cluster.pass(std::time::Duration::from_millis(1));
+    let others: Vec<_> = (0..5).map(|_| cluster.submit(spec(2))).collect();
+    let (commands, left) = place_all(&cluster.state);
+    let placed: Vec<_> = commands
+        .iter()
+        .map(|command| match command {
+            Command::Place { job, on, .. } => (*job, on.clone()),
+            other => panic!("{other}"),
+        })
+        .collect();
+    assert_eq!(placed, [(first, vec![(node(1), 0..3)]), (others[0], vec![(node(1), 0..1)])], "what is taken counts at once");
+    assert_eq!(left, [others[1]]);
+}
+
+#[test]
+fn an_image_is_on_as_many_nodes_as_its_jobs_want_while_they_go_on() {
+    let mut cluster = Cluster::new(3, 10);
+    let id = cluster.submit(JobSpec { replicas: 2, ..spec(1) });
+    tended(&mut cluster);
+    tended(&mut cluster);
+    let holders = |cluster: &Cluster| cluster.state.images[&key(1)].holders.len();
+    assert_eq!(holders(&cluster), 2, "the task runs where it is, and another node reads it");
+    assert_eq!(tended(&mut cluster), []);
+    cluster.lose(2);
+    tended(&mut cluster);
+    assert_eq!(holders(&cluster), 2, "another one, for the one that is lost");
+    // As many as there are, if there are fewer.
+    cluster.lose(3);
+    assert_eq!((tended(&mut cluster), holders(&cluster)), (vec![], 1));
+    assert!(cluster.state.jobs[&id].ended.is_none());
+}
+
+#[test]
+fn the_state_says_where_the_output_of_a_task_is_and_of_which_order() {
+    let mut cluster = Cluster::new(2, 10);
+    let id = cluster.submit(JobSpec { retries: 1, ..spec(2) });
+    cluster.place(id, &[(1, 0..2)]);
+    let Task::Placed { epoch, .. } = cluster.task(id, 0) else { panic!() };
+    let lost = Outcome::Failed(Reason::OutputLost);
+    let ended = |task, outcome, kept| vec![Ended { job: id, kept, tasks: vec![(task, epoch, outcome)] }];
+    cluster.report(1, vec![], vec![], ended(0, Outcome::Exited(0), Kept::HereAnd(node(2)))).unwrap();
+    cluster.report(1, vec![], vec![], ended(1, lost, Kept::Nowhere)).unwrap();
+    let output = Some(Output { epoch, node: node(1), copy: Some(node(2)) });
+    assert_eq!(cluster.task(id, 0), Task::Done { outcome: Outcome::Exited(0), output });
+    // What has run and is nowhere runs again; and ends so when its tries are used up.
+    assert_eq!(cluster.task(id, 1), Task::Waiting { attempt: 1, not_on: Some(node(1)) });
+    cluster.open(2, &[1]).unwrap();
+    cluster.place(id, &[(2, 1..2)]);
+    cluster.ends(2, id, 1, lost);
+    assert_eq!(cluster.task(id, 1), Task::ended(lost));
+}
