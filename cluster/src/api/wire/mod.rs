@@ -9,8 +9,8 @@ mod users;
 
 pub use cluster::{ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest};
 pub use jobs::{
-    Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer, TaskCounts,
-    TaskFrom, TaskLog, TaskResult, TaskRun, Work,
+    Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer,
+    TaskCounts, TaskFrom, TaskLog, TaskResult, TaskRun, Work,
 };
 pub use remote::{
     Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
