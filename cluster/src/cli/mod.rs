@@ -17,6 +17,8 @@ pub mod error;
 pub mod eval;
 pub mod exec;
 pub mod fork;
+#[cfg(feature = "testing")]
+pub mod fuzzing;
 pub mod guest;
 pub mod image;
 pub mod job;
