@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use super::error::JobError;
-use super::limits::REQUEST_MAX;
+use super::limits::{REQUEST_MAX, TASKS_MAX};
 use super::stream::{Events, Lines, Seen};
 use crate::api::wire::{JobAnswer, JobRequest};
 use crate::cli::client::{Answer, Client, ClientError};
@@ -152,7 +152,7 @@ impl<'a> Following<'a> {
     ) -> Result<(), CliError> {
         /// Ends of the stream that brought nothing, of a job that has ended.
         const EMPTY_MAX: u32 = 3;
-        let (mut seen, mut failing, mut empty) = (Seen::new(tasks), Failing::new(self.patience.follow), 0);
+        let (mut seen, mut failing, mut empty) = (self.seen_none(tasks)?, Failing::new(self.patience.follow), 0);
         while let Some(first) = seen.first_missing() {
             let before = seen.count();
             match self.read_results(true, first, &mut seen, &mut failing, &mut take).await {
@@ -177,7 +177,7 @@ impl<'a> Following<'a> {
         tasks: u32,
         mut take: impl FnMut(&[u8], Heard) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
-        let (mut seen, mut failing) = (Seen::new(tasks), Failing::new(self.patience.follow));
+        let (mut seen, mut failing) = (self.seen_none(tasks)?, Failing::new(self.patience.follow));
         loop {
             let first = seen.first_missing().unwrap_or(0);
             match self.read_results(false, first, &mut seen, &mut failing, &mut take).await {
@@ -185,6 +185,13 @@ impl<'a> Following<'a> {
                 Err(error) => self.again(error, &mut failing).await?,
             }
         }
+    }
+
+    fn seen_none(&self, tasks: u32) -> Result<Seen, JobError> {
+        if tasks > TASKS_MAX {
+            return Err(JobError::Nonsense { job: self.job, why: format!("{tasks} tasks") });
+        }
+        Ok(Seen::new(tasks))
     }
 
     /// One connection's worth of them.

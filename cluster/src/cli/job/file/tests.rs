@@ -142,3 +142,15 @@ fn a_list_of_too_many_inputs_is_refused() {
     let text = format!("inputs.list = [{}]", "'',".repeat(TASKS_MAX as usize + 1));
     assert!(parsed(&text).unwrap_err().to_string().contains("1000001 tasks"));
 }
+
+#[test]
+fn each_job_file_of_the_documentation_is_taken() {
+    let docs = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/jobs.md")).unwrap();
+    let blocks = docs.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let specs: Vec<Spec> = blocks.map(|text| parsed(text).unwrap_or_else(|error| panic!("{error}\n{text}"))).collect();
+    assert!(specs.len() >= 7, "{} examples", specs.len());
+    assert!(specs.iter().all(|spec| spec.inputs.is_some()));
+    // The line that it shows is what is said.
+    let error = parsed("\n\nretries = \"two\"").unwrap_err().to_string();
+    assert!(docs.contains(error.trim_start_matches("jobs/")), "{error}");
+}

@@ -315,6 +315,8 @@ async fn results_that_make_no_sense_or_never_come_are_no_endless_wait() {
     }
     let server = Server::start(Script { job: Some(samples::job(4, 4, 0)), ..Script::default() });
     let client = server.client();
+    let error = Following::new(&client, job(), SHORT).results(u32::MAX, |_, _| Ok(())).await.unwrap_err();
+    assert!(matches!(error, CliError::Job(JobError::Nonsense { .. })), "{error}");
     let error = Following::new(&client, job(), SHORT).results(4, |_, _| Ok(())).await.unwrap_err();
     assert!(matches!(error, CliError::Job(JobError::Missing { missing: 4, .. })), "{error}");
 }
