@@ -92,6 +92,25 @@ pub struct Answer<T> {
     pub value: T,
 }
 
+/// An answer that comes piece by piece.
+#[derive(Debug)]
+pub struct Pieces(Incoming);
+
+impl Pieces {
+    /// The next one; none at the end. A call that is dropped loses nothing.
+    ///
+    /// # Errors
+    /// [`ClientError::Lost`] if it was broken off.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        while let Some(frame) = self.0.frame().await {
+            if let Ok(data) = frame?.into_data() {
+                return Ok(Some(data));
+            }
+        }
+        Ok(None)
+    }
+}
+
 /// What an id turned out to be.
 #[derive(Clone, Debug)]
 pub enum Found {
@@ -141,8 +160,15 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<Answer<T>, ClientError> {
-        let body = serde_json::to_vec(body).expect("requests are maps with text keys");
-        self.call(Method::POST, path, body.into()).await
+        self.post_bytes(path, serde_json::to_vec(body).expect("requests are maps with text keys").into()).await
+    }
+
+    /// POST of JSON that was written before, and may be sent again.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post_bytes<T: DeserializeOwned>(&self, path: &str, body: Bytes) -> Result<Answer<T>, ClientError> {
+        self.call(Method::POST, path, body).await
     }
 
     /// Finds out what `id` is the end of.
@@ -189,22 +215,28 @@ impl Client {
         path: &str,
         mut each: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
+        let mut pieces = self.open(path).await?;
+        while let Some(piece) = pieces.next().await? {
+            each(&piece)?;
+        }
+        Ok(())
+    }
+
+    /// GET of an answer that comes piece by piece. It has begun when this returns.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn open(&self, path: &str) -> Result<Pieces, ClientError> {
         let (mut sender, connection) = self.connect().await?;
         tokio::spawn(connection);
         let request = self.request(Method::GET, path).body(Full::new(Bytes::new()));
-        let response = sender.send_request(request.map_err(|_| ClientError::Request)?).await.map_err(ClientError::from)?;
+        let response = sender.send_request(request.map_err(|_| ClientError::Request)?).await?;
         let status = response.status();
-        let mut body = response.into_body();
+        let body = response.into_body();
         if !status.is_success() {
-            let raw = body.collect().await.map_err(ClientError::from)?.to_bytes();
-            return Err(refused(status, &raw)?.into());
+            return Err(refused(status, &body.collect().await?.to_bytes())?);
         }
-        while let Some(frame) = body.frame().await {
-            if let Ok(data) = frame.map_err(ClientError::from)?.into_data() {
-                each(&data)?;
-            }
-        }
-        Ok(())
+        Ok(Pieces(body))
     }
 
     /// PUT of a body that comes piece by piece.
@@ -339,6 +371,8 @@ pub enum ClientError {
     Request,
     #[error("the node broke off: {0}")]
     Lost(#[from] hyper::Error),
+    #[error("the node does not answer for {} s", within.as_secs())]
+    Late { within: Duration },
     #[error("the node's answer ({status}) is not understood: {source}")]
     Answer { status: StatusCode, source: serde_json::Error },
     #[error("{}", body.message)]
@@ -350,7 +384,7 @@ impl ClientError {
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::NoNode { .. } | Self::NoCluster { .. } | Self::Lost(_) => ExitCode::Unreachable,
+            Self::NoNode { .. } | Self::NoCluster { .. } | Self::Lost(_) | Self::Late { .. } => ExitCode::Unreachable,
             Self::Request => ExitCode::Usage,
             Self::Refused { status: StatusCode::BAD_REQUEST, .. } => ExitCode::Usage,
             // Another node is it that cannot be reached.
@@ -373,6 +407,7 @@ impl ClientError {
             }
             Self::Request => body("USAGE", "give the token that `farfork user add` printed".to_owned()),
             Self::Lost(_) => body("NODE_LOST", "look into the node's log; `farfork ls` shows what it did".to_owned()),
+            Self::Late { .. } => body("NO_ANSWER", "look whether the node runs, and into its log".to_owned()),
             Self::Answer { .. } => body("BAD_ANSWER", "use the same version of farfork as the node".to_owned()),
             Self::Refused { body, .. } => (**body).clone(),
         }

@@ -11,6 +11,7 @@ use types::ExitCode as Code;
 use super::client::ClientError;
 use super::contexts::ContextError;
 use super::guest::{GuestError, OWN_FAILURE};
+use super::job::JobError;
 use super::output::{Output, printable};
 use super::paths::PathError;
 use super::rootfs::RootfsError;
@@ -86,6 +87,9 @@ pub enum CliError {
     /// No root file system could be made of what was named.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// A job cannot be as it was asked for, or was not followed to its end.
+    #[error(transparent)]
+    Job(#[from] JobError),
     /// A guest did not do as it was asked.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -160,10 +164,11 @@ impl CliError {
         }
     }
 
-    fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         match self {
             Self::Client(error) => error.exit_code(),
             Self::Up(error) => error.exit_code(),
+            Self::Job(error) => error.exit_code(),
             Self::Path(_) => Code::Usage,
             Self::NotLetIn(member::join::JoinError::Refused { .. } | member::join::JoinError::Clocks { .. }) => Code::Refused,
             Self::NotLetIn(_) => Code::Unreachable,
@@ -201,6 +206,7 @@ impl CliError {
             Self::Audit(error) => ("AUDIT", error.remedy().to_owned()),
             Self::Outputs(error) => ("OUTPUTS", error.remedy().to_owned()),
             Self::Up(error) => (error.code(), error.remedy()),
+            Self::Job(error) => (error.code(), error.remedy()),
             Self::Usage { remedy, .. } => ("USAGE", remedy.clone()),
             Self::Input { .. } => ("INPUT", "name a file that this user may read, or - for stdin".to_owned()),
             Self::Rootfs(error) => ("ROOTFS", error.remedy().to_owned()),

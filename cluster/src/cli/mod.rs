@@ -17,8 +17,11 @@ pub mod error;
 pub mod eval;
 pub mod exec;
 pub mod fork;
+#[cfg(feature = "testing")]
+pub mod fuzzing;
 pub mod guest;
 pub mod image;
+pub mod job;
 pub mod kill;
 pub mod logs;
 pub mod ls;
@@ -30,6 +33,7 @@ pub mod paths;
 pub mod progress;
 pub mod repair;
 pub mod rootfs;
+pub mod run;
 pub mod show;
 pub mod size;
 pub mod template;
@@ -72,6 +76,7 @@ Examples:
   farfork kill --all
   farfork template build base && farfork fork base -n 10 && farfork exec a3d9 -- uname -a
   farfork fork a3d9e37c -n 8 --on node-b:7117   # on another node, before its memory is there
+  farfork run base -n 300 -- echo {index}   # 300 tasks, each in a child of its own, over all nodes
   farfork up                                # a cluster on this one host, to try it
   farfork cluster init --help               # several hosts that place forks together
 
@@ -96,6 +101,8 @@ pub struct Global {
 enum Verb {
     Node(node::Arguments),
     Fork(fork::Arguments),
+    Run(run::Arguments),
+    Job(job::Arguments),
     Branch(branch::Arguments),
     Exec(exec::Arguments),
     Eval(eval::Arguments),
@@ -175,6 +182,9 @@ fn ask(verb: Verb, global: Global) -> Result<ExitCode, CliError> {
             runtime.shutdown_background();
             return Ok(ran.unwrap_or_else(|error| error.report_beside_guests(global.output)));
         }
+        // Interrupted, they say how to come back to their job.
+        Verb::Run(arguments) => return runtime.block_on(run::run(arguments, &context)),
+        Verb::Job(arguments) => return runtime.block_on(job::run(arguments, &context)),
         verb => verb,
     };
     runtime.block_on(async {
@@ -239,7 +249,8 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Node(_) | Verb::Cluster(_) | Verb::Up(_) | Verb::Down(_) | Verb::Audit(_) | Verb::Context(_) => {
             unreachable!("these ask no node")
         }
-        Verb::Exec(_) | Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => unreachable!("these ask no node"),
+        Verb::Exec(_) | Verb::Run(_) | Verb::Job(_) => unreachable!("these see to their signals"),
+        Verb::Doctor(_) | Verb::Completions(_) | Verb::Zygote => unreachable!("these ask no node"),
     }
 }
 
