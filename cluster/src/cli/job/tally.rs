@@ -91,7 +91,7 @@ impl OnNode {
         let all = sum(&self.before, &self.last);
         // These are no counts.
         let image_bytes = self.last.image_bytes.max(self.before.image_bytes);
-        JobHere { running: self.last.running, outputs: self.last.outputs, image_bytes, ..all }
+        JobHere { running: self.last.running, image_bytes, ..all }
     }
 }
 
@@ -104,7 +104,6 @@ fn sum(one: &JobHere, other: &JobHere) -> JobHere {
         settled: one.settled.saturating_add(other.settled),
         wire_bytes: one.wire_bytes.saturating_add(other.wire_bytes),
         image_bytes: one.image_bytes.max(other.image_bytes),
-        outputs: one.outputs.saturating_add(other.outputs),
     }
 }
 
