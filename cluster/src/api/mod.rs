@@ -13,7 +13,7 @@
 //! | [`caller`] | who asks, and what that one may |
 //! | [`audit`] | writes down who asked for what |
 //! | [`routes`] | every path, with what each route shares |
-//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`node`] | handlers |
+//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`facts`], [`node`] | handlers |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
 //! | [`error`] | refusals and failures as status and body |
 //! | [`extract`] | what a request holds, read within limits |
@@ -24,6 +24,7 @@ pub mod caller;
 pub mod cluster;
 pub mod error;
 pub mod extract;
+pub mod facts;
 pub mod images;
 pub mod kill;
 pub mod machines;

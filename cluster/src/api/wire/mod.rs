@@ -7,10 +7,13 @@ mod remote;
 mod template;
 mod users;
 
-pub use cluster::{ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest};
+pub use cluster::{
+    ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, HostImageCounts, ImageHere, NodeFactsAnswer, NodeRow, Room,
+    TokenAnswer, TokenRequest,
+};
 pub use jobs::{
-    Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer, TaskCounts,
-    TaskFrom, TaskLog, TaskResult, TaskRun, Work,
+    Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer,
+    TaskCounts, TaskFrom, TaskLog, TaskResult, TaskRun, Work,
 };
 pub use remote::{
     Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
