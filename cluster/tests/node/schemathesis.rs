@@ -14,7 +14,7 @@ use crate::support::{Node, PROGRAM, Said};
 
 /// Requests that are made up for each operation, besides those at the borders of what is described.
 const EXAMPLES_QUICK: u64 = 20;
-const EXAMPLES_FULL: u64 = 400;
+const EXAMPLES_FULL: u64 = 300;
 
 /// What is looked at.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance";

@@ -13,3 +13,4 @@ mod repair;
 mod stage;
 mod users;
 mod versions;
+mod watch;
