@@ -91,7 +91,7 @@ impl Snapshot {
         let rated = |id: &NodeId| now.facts.get(id).map(|facts| (facts, before.and_then(|before| before.facts.get(id))));
         let mut hosts: Vec<Host> = match (&now.cluster, &now.node) {
             (Some(cluster), _) => cluster.nodes.iter().map(|row| Host::of(row, cluster.leader)).collect(),
-            (None, Some(node)) => vec![Host::alone(node)],
+            (None, Some(node)) => vec![Host::alone(node, now.facts.get(&NodeId::from_uuid(node.node)))],
             (None, None) => Vec::new(),
         };
         for host in &mut hosts {
@@ -142,13 +142,15 @@ impl Host {
         }
     }
 
-    fn alone(node: &NodeAnswer) -> Self {
+    fn alone(node: &NodeAnswer, facts: Option<&NodeFactsAnswer>) -> Self {
         let memory = &node.memory;
+        // It may be of a cluster that this user does not see.
+        let name = facts.and_then(|facts| facts.name.as_deref()).unwrap_or("this node");
         Self {
             machines: Some(node.counts.running),
             taken_bytes: memory.available_bytes.map(|available| memory.total_bytes.saturating_sub(available)),
             capacity_bytes: Some(memory.total_bytes),
-            ..Self::new(NodeId::from_uuid(node.node), "this node", "up")
+            ..Self::new(NodeId::from_uuid(node.node), name, "up")
         }
     }
 
