@@ -1,6 +1,7 @@
 # What each target does is in its `##` comment; `make help` prints them. All are idempotent.
 NEXTEST_VERSION := 0.9.143
 DENY_VERSION := 0.20.2
+SCHEMATHESIS_VERSION := 4.32.5
 SEEDS ?= 1
 SOAK_ARGS ?=
 BENCH_ARGS ?=
@@ -30,8 +31,8 @@ test: setup guest verify ## install what the tests need, then run every check an
 setup-build: ## install what the build needs (a C compiler, libclang)
 	@./deploy/setup.sh build
 
-setup: ## install what the build and the tests need: a C compiler, libclang, cargo-nextest
-	@NEXTEST_VERSION=$(NEXTEST_VERSION) ./deploy/setup.sh build test
+setup: ## install what the build and the tests need: a C compiler, libclang, cargo-nextest, schemathesis
+	@NEXTEST_VERSION=$(NEXTEST_VERSION) SCHEMATHESIS_VERSION=$(SCHEMATHESIS_VERSION) ./deploy/setup.sh build test
 
 build: setup-build ## build everything, optimised
 	cargo build --release --workspace

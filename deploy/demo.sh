@@ -1,67 +1,75 @@
 #!/bin/sh
-# Starts a node, freezes a warm guest, forks 100 children that prove what their memory holds, and leaves them running.
-# Its socket, data and log are in target/demo. Run again, it starts anew.
+# Brings up three nodes, warms a Python template with a dataset in memory on one of them, and has 300 tasks evaluate a shard each,
+# wherever the cluster forks them. Their sum is compared with a direct one. The cluster runs on. Its data and logs are in
+# target/demo. Run again, it goes on with the same cluster and template.
 set -eu
 cd "$(dirname "$0")/.."
-here=target/demo
+here=$PWD/target/demo
 farfork=target/release/farfork
-FARFORK_SOCKET="$PWD/$here/run/farfork.sock"
-export FARFORK_SOCKET
+numbers=2000000
+tasks=300
 
-stop_earlier() {
-    [ -f $here/data/lock ] || return 0
-    pid=$(cat $here/data/lock)
-    # Only if it is ours: the number may be another process's by now.
-    if [ -n "$pid" ] && grep -qs "$here/data" "/proc/$pid/cmdline" 2>/dev/null; then
-        echo "stopping the node of an earlier demo (process $pid)"
-        kill "$pid"
-        while [ -d "/proc/$pid" ]; do sleep 0.1; done
-    fi
-}
+say() { printf '%-9s %s\n' "$1" "$2"; }
 
 if ! report=$($farfork doctor 2>&1); then
     echo "$report"
     echo "error: this host cannot run machines yet: see above what to do" >&2
     exit 4
 fi
-stop_earlier
-rm -rf $here
-mkdir -p $here
-setsid $farfork node --data "$PWD/$here/data" 2>$here/node.log </dev/null >/dev/null &
-waited=0
-until grep -q ready $here/node.log 2>/dev/null; do
-    waited=$((waited + 1))
-    if [ $waited -gt 300 ]; then
-        cat $here/node.log >&2
-        echo "error: the node does not start" >&2
-        exit 3
-    fi
-    sleep 0.1
+mkdir -p "$here"
+# What the tasks have in common: loaded, and computed, before the fork.
+cat >"$here/dataset.py" <<END
+from array import array
+NUMBERS = array("Q", ((i * 7919 + 12345) % 1000003 for i in range($numbers)))
+def shard(index, of):
+    return sum(NUMBERS[index::of])
+END
+
+say nodes "three of them, each with a network namespace of its own if this is root"
+$farfork up --nodes 3 --data "$here/nodes" >"$here/up"
+sed -n '/./{/now try/q;s/^/          /p}' "$here/up"
+FARFORK_SOCKET=$(sed -n 's/^ *export FARFORK_SOCKET=//p' "$here/up")
+export FARFORK_SOCKET
+
+if $farfork template show demo >/dev/null 2>&1; then
+    say template "demo is there from before"
+else
+    say template "a Linux guest boots, starts Python and computes $numbers numbers: half a minute where KVM emulates kernels"
+    dataset=$(base64 -w 0 "$here/dataset.py")
+    $farfork template build demo --rootfs python --memory 192MiB \
+        --warm "echo $dataset | base64 -d > /usr/lib/farfork/dataset.py" \
+        --main 'python3 /usr/lib/farfork/main.py dataset' >"$here/template"
+    sed 's/^/          /' "$here/template"
+fi
+
+say run "$tasks tasks, each a child of that interpreter; at most 100 at a time, so that later ones find the memory settled"
+$farfork run demo -n $tasks --max-parallel 100 --name demo --eval "dataset.shard({index}, $tasks)" \
+    --results "$here/results.jsonl" 2>"$here/summary" || { cat "$here/summary" >&2; exit 5; }
+sed 's/^/          /' "$here/summary"
+
+sum=$(sed -n 's/.*"value":"\([0-9]*\)".*/\1/p' "$here/results.jsonl" | awk '{ s += $1 } END { printf "%.0f", s }')
+direct=$(awk -v n=$numbers 'BEGIN { for (i = 0; i < n; i++) s += (i * 7919 + 12345) % 1000003; printf "%.0f", s }')
+if [ "$sum" != "$direct" ]; then
+    echo "error: the tasks' sum is $sum, and a direct one $direct: see $here/results.jsonl" >&2
+    exit 1
+fi
+say sum "$sum, as computed directly"
+
+say stages "of $tasks children, in ms (from their node's order to fork):"
+for stage in first ready done; do
+    sed -n "s/.*\"${stage}_us\":\([0-9]*\).*/\1/p" "$here/results.jsonl" | sort -n | awk -v stage=$stage '
+        { us[NR] = $1 }
+        END { printf "          %-6s p50 %9.2f   p99 %9.2f\n", stage, us[int((NR + 1) / 2)] / 1000, us[int(NR * 0.99 + 0.5)] / 1000 }'
 done
-pid=$(cat $here/data/lock)
-echo "node      up: process $pid, log in $here/node.log"
-
-echo "fork      a warm guest is frozen into an image; 100 children are born from it, each compares its memory and says who it is"
-$farfork fork --guest probe -n 100 --memory 64MiB --verify >$here/children
-head -4 $here/children | sed 's/^/          /'
-echo "          ... and 95 more"
-sed -n '$p' $here/children | sed 's/^/          /'
-image=$(sed -n '$s/.*image \([0-9a-f]*\).*/\1/p' $here/children)
-child=$(sed -n '2s/ .*//p' $here/children)
-
-echo "again     20 more, now that shells are ready"
-$farfork fork --from "$image" -n 20 --verify >$here/more
-head -4 $here/more | sed 's/^/          /'
-sed -n '$p' $here/more | sed 's/^/          /'
 
 cat <<END
 
-120 children are running. Try next:
+Three nodes are running. Try next:
 
   export FARFORK_SOCKET=$FARFORK_SOCKET
-  $farfork ls                          # what runs
-  $farfork show $child                 # what one of them costs
-  $farfork branch $child -n 3          # fork a running machine: it goes on, and so do three copies
-  $farfork image save $image warm      # keep the image; image load warm brings it back after a restart
-  $farfork kill --all                  # and kill $pid stops the node
+  $farfork top                                       # nodes, templates and jobs, live
+  $farfork job show demo 2>/dev/null || $farfork job ls       # what was just run
+  $farfork explain demo -n 100                        # where 100 more would go, and why
+  $farfork run demo -n 1000 --eval 'dataset.shard({index}, 1000)' | head -3
+  $farfork down --data $here/nodes                    # stop them; make demo starts them again
 END

@@ -26,6 +26,27 @@ install_packages() { # install_packages WHAT DEBIAN_PACKAGE...
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
 
+# What tests the API by its description. Without it that test says that it is skipped.
+need_schemathesis() {
+    made=${XDG_CACHE_HOME:-$HOME/.cache}/farfork/schemathesis
+    if [ -x "$made/bin/st" ] && [ "$(cat "$made/farfork-version" 2>/dev/null)" = "$SCHEMATHESIS_VERSION" ]; then
+        return 0
+    fi
+    if ! python3 -c 'import ensurepip, venv' >/dev/null 2>&1; then
+        install_packages "python3 -m venv" python3-venv
+    fi
+    echo "setup: installing schemathesis $SCHEMATHESIS_VERSION into $made"
+    # Made anew: half of one from a time that was cut off is none.
+    rm -rf "$made"
+    mkdir -p "$(dirname "$made")"
+    if ! { python3 -m venv "$made" && "$made/bin/pip" install --quiet --disable-pip-version-check "schemathesis==$SCHEMATHESIS_VERSION"; }; then
+        rm -rf "$made"
+        echo "setup: schemathesis cannot be had (PyPI is not reached?): the test of the API by its description will be SKIPPED" >&2
+        return 0
+    fi
+    echo "$SCHEMATHESIS_VERSION" >"$made/farfork-version"
+}
+
 if ! command -v cargo >/dev/null 2>&1; then
     echo "error: cargo is missing: install Rust 1.95 or newer with rustup" >&2
     exit 1
@@ -47,6 +68,7 @@ for what in "$@"; do
             echo "setup: building cargo-nextest $NEXTEST_VERSION, which takes some minutes once"
             cargo install --locked --quiet --version "$NEXTEST_VERSION" cargo-nextest
         fi
+        need_schemathesis
         ;;
     *)
         echo "usage: deploy/setup.sh build [test]" >&2

@@ -32,7 +32,8 @@ const AHEAD: usize = 4;
     params(("name" = String, Path, description = "Its name")),
     responses(
         (status = 200, description = "The archive", content_type = "application/octet-stream"),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn export(

@@ -237,6 +237,7 @@ fn need(method: &Method, route: &str) -> Need {
         | "/v1/jobs/{id}/tasks/{task}"
         | "/v1/jobs/{id}/tasks/{task}/log"
         | "/v1/jobs/{id}/tasks/{task}/files"
+        | "/v1/nodes/{id}"
         | "/v1/node"
         | "/v1/whoami"
         | "/v1/openapi.json"
@@ -325,6 +326,8 @@ mod tests {
             (&delete, "/v1/templates/{name}", [false, false, true, true]),
             (&get, "/v1/templates/{name}/archive", [false, false, true, true]),
             (&get, "/v1/cluster", [false, false, false, true]),
+            (&get, "/v1/nodes/{id}", [true; 4]),
+            (&delete, "/v1/nodes/{id}", [false, false, false, true]),
             (&post, "/v1/users", [false, false, false, true]),
             (&post, "/v1/what/comes/next", [false, false, false, true]),
             (&get, "/v1/trust", [false; 4]),

@@ -113,6 +113,18 @@ pub(crate) async fn token(
     Ok(Json(TokenAnswer { token, expires_in_s: TOKEN_TERM.as_secs() }))
 }
 
+/// What becomes of a node, as the description has it.
+#[derive(utoipa::ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[expect(dead_code, reason = "it is only described")]
+enum NodeVerb {
+    Cordon,
+    Uncordon,
+    Drain,
+    Undrain,
+    Revoke,
+}
+
 /// Changes what becomes of a node: cordon, uncordon, drain, undrain or revoke it
 #[utoipa::path(
     post,
@@ -120,7 +132,7 @@ pub(crate) async fn token(
     tag = "cluster",
     params(
         ("id" = String, Path, description = "Its name, its id, or the last 4 and more hex digits of that"),
-        ("verb" = String, Path, description = "cordon, uncordon, drain, undrain or revoke")
+        ("verb" = inline(NodeVerb), Path, description = "What becomes of it")
     ),
     responses(
         (status = 200, description = "It is agreed on", body = ClusterAnswer),

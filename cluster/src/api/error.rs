@@ -2,20 +2,20 @@
 //!
 //! | status | codes | whose |
 //! |---|---|---|
-//! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID`, `BAD_DIGEST`, `BAD_TENANT`, `BAD_ADDRESS`, `BAD_HOLDERS`, `BAD_CERTIFICATE`, `UNFIT` | the request is wrong, whatever the node's state |
+//! | 400 | `BAD_JSON`, `BAD_REQUEST`, `BAD_COUNT`, `BAD_MEMORY`, `BAD_VCPUS`, `BAD_LIMIT`, `BAD_NAME`, `BAD_ID`, `BAD_DIGEST`, `BAD_TENANT`, `BAD_ADDRESS`, `BAD_HOLDERS`, `BAD_CERTIFICATE`, `BAD_MESSAGE`, `UNFIT` | the request is wrong, whatever the node's state |
 //! | 401 | `UNAUTHORIZED` | over HTTPS: no user of the cluster is known by what was shown |
 //! | 403 | `FORBIDDEN`, `NOT_TRUSTED`, `NOT_A_VOTER` | this user may not use this node, or not for this; two nodes do not trust each other; only a voter may |
-//! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE`, `UNKNOWN_NODE` | there is none |
+//! | 404 | `UNKNOWN_ROUTE`, `UNKNOWN_MACHINE`, `UNKNOWN_IMAGE`, `UNKNOWN_TEMPLATE`, `UNKNOWN_NODE`, `UNKNOWN_JOB` | there is none |
 //! | 405 | `METHOD_NOT_ALLOWED` | the route exists, for other methods |
 //! | 408 | `SLOW_REQUEST` | the body did not come within the deadline |
-//! | 409 | `NAME_TAKEN`, `ENDED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NO_CLUSTER`, `AUTHORITY_SEALED`, `NO_GUEST_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `OTHER_CERTIFICATE`, `TOO_MANY_NODES` | not in this state; another request may pass. `REFUSED`: by another node |
+//! | 409 | `NAME_TAKEN`, `ENDED`, `NOT_READY`, `NOT_SETTLED`, `AMBIGUOUS_ID`, `OTHER_TENANT`, `REFUSED`, `NO_NETWORK`, `NO_CLUSTER`, `AUTHORITY_SEALED`, `NO_GUEST_NETWORK`, `NOT_LISTENING`, `NOT_ADVERTISED`, `OTHER_CERTIFICATE`, `TOO_MANY_NODES`, `OUTPUT_LOST` | not in this state; another request may pass. `REFUSED`: by another node |
 //! | 413 | `BODY_TOO_LARGE` | more than 1 MiB |
-//! | 422 | `BAD_IMAGE`, `NOT_VERIFIABLE`, `NO_NETWORK_CARD`, `WRONG_PROOF` | understood, but this image or machine cannot |
+//! | 422 | `BAD_IMAGE`, `GUEST`, `NOT_VERIFIABLE`, `NO_NETWORK_CARD`, `WRONG_PROOF` | understood, but this image or machine cannot |
 //! | 429 | `BUSY` | too many calls wait; `Retry-After` |
 //! | 500 | `INTERNAL`, `STORE` | something of ours failed |
 //! | 502 | `UNREACHABLE`, `SOURCE_LOST` | another node cannot be reached, or none is left that has what is missing |
 //! | 503 | `EXHAUSTED`, `HOST`, `STOPPING`, `NO_QUORUM`, `NO_PLACE`, `LOG_FAILED`, `AUDIT_FAILED` | the node, or the cluster, is short of something, or going; `Retry-After` |
-//! | 504 | `NO_ANSWER`, `OUTCOME_UNKNOWN` | another node was asked and did not answer in time: it may have done it |
+//! | 504 | `NO_ANSWER`, `OUTCOME_UNKNOWN`, `DEADLINE_EXCEEDED` | another node was asked and did not answer in time: it may have done it |
 //! | 507 | `STORE_FULL` | the store's file system is full |
 
 use axum::Json;
@@ -217,20 +217,57 @@ const CODES: [&str; 17] = [
 fn status(code: &str) -> StatusCode {
     match code {
         "BAD_COUNT" | "BAD_MEMORY" | "BAD_VCPUS" | "BAD_LIMIT" | "BAD_REQUEST" | "BAD_NAME" | "BAD_ID" | "BAD_DIGEST"
-        | "BAD_TENANT" | "BAD_ADDRESS" | "BAD_HOLDERS" | "BAD_CERTIFICATE" | "UNFIT" => StatusCode::BAD_REQUEST,
+        | "BAD_TENANT" | "BAD_ADDRESS" | "BAD_HOLDERS" | "BAD_CERTIFICATE" | "BAD_MESSAGE" | "UNFIT" => StatusCode::BAD_REQUEST,
         "NOT_TRUSTED" | "FORBIDDEN" | "NOT_A_VOTER" => StatusCode::FORBIDDEN,
         "UNKNOWN_MACHINE" | "UNKNOWN_IMAGE" | "UNKNOWN_TEMPLATE" | "UNKNOWN_NODE" | "UNKNOWN_JOB" => StatusCode::NOT_FOUND,
-        "NAME_TAKEN" | "ENDED" | "NOT_READY" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK" | "NO_CLUSTER"
-        | "AUTHORITY_SEALED" | "NO_GUEST_NETWORK" | "NOT_LISTENING" | "NOT_ADVERTISED" | "OTHER_CERTIFICATE"
+        "NAME_TAKEN" | "ENDED" | "NOT_READY" | "NOT_SETTLED" | "AMBIGUOUS_ID" | "OTHER_TENANT" | "REFUSED" | "NO_NETWORK"
+        | "NO_CLUSTER" | "AUTHORITY_SEALED" | "NO_GUEST_NETWORK" | "NOT_LISTENING" | "NOT_ADVERTISED" | "OTHER_CERTIFICATE"
         | "TOO_MANY_NODES" | "OUTPUT_LOST" => StatusCode::CONFLICT,
         "BAD_IMAGE" | "GUEST" | "NOT_VERIFIABLE" | "NO_NETWORK_CARD" | "WRONG_PROOF" => StatusCode::UNPROCESSABLE_ENTITY,
         "BUSY" => StatusCode::TOO_MANY_REQUESTS,
         "UNREACHABLE" | "SOURCE_LOST" => StatusCode::BAD_GATEWAY,
-        "NO_ANSWER" | "OUTCOME_UNKNOWN" => StatusCode::GATEWAY_TIMEOUT,
+        "NO_ANSWER" | "OUTCOME_UNKNOWN" | "DEADLINE_EXCEEDED" => StatusCode::GATEWAY_TIMEOUT,
         "EXHAUSTED" | "HOST" | "STOPPING" | "NO_QUORUM" | "NO_PLACE" | "LOG_FAILED" | "AUDIT_FAILED" => {
             StatusCode::SERVICE_UNAVAILABLE
         }
         "STORE_FULL" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Codes between backticks of a table's rows, each with the status of its row.
+    fn table(text: &str) -> Vec<(u16, &str)> {
+        let rows = text.lines().filter_map(|line| {
+            let (status, rest) = line.trim_start_matches("//! ").strip_prefix("| ")?.split_once(" | ")?;
+            Some((status.parse::<u16>().ok()?, rest))
+        });
+        let codes = rows.flat_map(|(status, rest)| rest.split('`').skip(1).step_by(2).map(move |code| (status, code)));
+        codes.filter(|(_, code)| code.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_')).collect()
+    }
+
+    #[test]
+    fn each_code_has_the_status_that_both_tables_say() {
+        // Not made of an error of the node.
+        const OWN: [&str; 6] =
+            ["BAD_JSON", "UNAUTHORIZED", "UNKNOWN_ROUTE", "METHOD_NOT_ALLOWED", "SLOW_REQUEST", "BODY_TOO_LARGE"];
+        let source = include_str!("error.rs");
+        let (head, rest) = source.split_once("\nuse ").unwrap();
+        let (page, own) = (table(include_str!("../../../docs/api.md")), table(head));
+        for (expected, code) in &page {
+            assert!(OWN.contains(code) || status(code).as_u16() == *expected, "{code} is {} and not {expected}", status(code));
+            assert!(own.contains(&(*expected, code)), "{code} is not in the table of this file");
+        }
+        for (expected, code) in own {
+            assert!(page.contains(&(expected, code)), "{code} is not in docs/api.md");
+        }
+        let (_, function) = rest.split_once("fn status(").unwrap();
+        let (function, _) = function.split_once("#[cfg(test)]").unwrap();
+        for code in function.split('"').skip(1).step_by(2) {
+            assert!(page.iter().any(|(_, known)| *known == code), "{code} is not in docs/api.md");
+        }
     }
 }

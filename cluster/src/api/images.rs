@@ -26,6 +26,7 @@ pub const NAME_PREFIX: &str = "name:";
     tag = "images",
     responses(
         (status = 200, description = "Images", body = ImagesAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
         (status = "5XX", description = "The store cannot be read", body = ErrorAnswer)
     )
 )]
@@ -49,7 +50,8 @@ pub(crate) async fn list(
     params(("id" = String, Path, description = "Full id, its last 4 and more hex digits, or its digest")),
     responses(
         (status = 200, description = "The image", body = Image),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn show(

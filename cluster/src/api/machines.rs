@@ -147,7 +147,8 @@ pub(crate) async fn branch(
     params(MachinesQuery),
     responses(
         (status = 200, description = "Machines", body = MachinesAnswer),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn list(
@@ -212,7 +213,8 @@ pub(crate) async fn list(
     params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
     responses(
         (status = 200, description = "The machine", body = MachineAnswer),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn show(

@@ -13,7 +13,7 @@
 //! | [`caller`] | who asks, and what that one may |
 //! | [`audit`] | writes down who asked for what |
 //! | [`routes`] | every path, with what each route shares |
-//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`jobs`], [`job_tasks`], [`node`] | handlers |
+//! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`facts`], [`jobs`], [`job_tasks`], [`node`] | handlers |
 //! | [`between`] | what nodes ask one another for jobs |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
 //! | [`error`] | refusals and failures as status and body |
@@ -26,6 +26,7 @@ pub mod caller;
 pub mod cluster;
 pub mod error;
 pub mod extract;
+pub mod facts;
 pub mod images;
 pub mod job_tasks;
 pub mod jobs;

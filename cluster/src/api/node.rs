@@ -4,6 +4,7 @@ use axum::extract::State as Shared;
 use axum::http::header;
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
+use control::state::Life;
 
 use super::caller::Caller;
 use super::error::ApiError;
@@ -18,7 +19,8 @@ use crate::node::{Network, Service, metrics as counted};
     tag = "node",
     responses(
         (status = 200, description = "The node", body = NodeAnswer),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn show(Shared(app): Shared<App>, Extension(caller): Extension<Caller>) -> Result<Json<NodeAnswer>, ApiError> {
@@ -51,7 +53,11 @@ pub(crate) async fn show(Shared(app): Shared<App>, Extension(caller): Extension<
     get,
     path = "/v1/openapi.json",
     tag = "node",
-    responses((status = 200, description = "OpenAPI 3.1", content_type = "application/json"))
+    responses(
+        (status = 200, description = "OpenAPI 3.1", content_type = "application/json"),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
 )]
 pub(crate) async fn openapi() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/json")], openapi_json())
@@ -62,9 +68,20 @@ pub(crate) async fn openapi() -> impl IntoResponse {
     get,
     path = "/metrics",
     tag = "node",
-    responses((status = 200, description = "Metrics", content_type = "text/plain"))
+    responses(
+        (status = 200, description = "Metrics", content_type = "text/plain"),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
+    )
 )]
 pub(crate) async fn metrics(Shared(app): Shared<App>) -> Result<impl IntoResponse, ApiError> {
+    if let Ok(member) = app.member() {
+        // One that leads and is cut off does not know it until it asks.
+        let has_quorum = member.read().await.is_ok();
+        let state = member.consensus.stale();
+        let count = |life: Life| state.nodes.values().filter(|node| node.life == life).count();
+        counted::cluster([Life::Up, Life::Suspect, Life::Lost].map(count), has_quorum);
+    }
     let text = app.look(|service| Ok(counted::render(service.counts(), service.host_images(), &service.pool()))).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
 }
@@ -76,7 +93,7 @@ fn network(network: &Network) -> NetworkAnswer {
     }
 }
 
-fn memory() -> Memory {
+pub(super) fn memory() -> Memory {
     let info = rustix::system::sysinfo();
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));

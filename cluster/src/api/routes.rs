@@ -18,12 +18,16 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 use types::{Digest, FullName, NodeId};
 use utoipa::OpenApi;
+use utoipa::openapi;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use uuid::Uuid;
 
 use super::audit::Strangers;
 use super::caller::{self, Caller, Who};
 use super::error::ApiError;
-use super::{archive, audit, between, cluster, images, job_tasks, jobs, kill, machines, node, templates, trust, users};
+use super::{
+    archive, audit, between, cluster, facts, images, job_tasks, jobs, kill, machines, node, templates, trust, users,
+};
 use crate::cli::client::segment;
 use crate::jobs::Jobs;
 use crate::member::agent::facts_of;
@@ -396,7 +400,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/whoami", get(users::whoami))
         .route("/v1/audit", get(audit::list))
         .route("/v1/nodes/{id}/{verb}", post(cluster::change))
-        .route("/v1/nodes/{id}", delete(cluster::remove))
+        .route("/v1/nodes/{id}", get(facts::node).delete(cluster::remove))
         .route("/v1/explain/{name}", get(cluster::explain))
         .route("/v1/node", get(node::show))
         .route("/v1/openapi.json", get(node::openapi))
@@ -414,16 +418,31 @@ pub fn router(app: App) -> Router {
 /// The description of the API.
 #[must_use]
 pub fn openapi_json() -> String {
-    let mut text = Description::openapi().to_pretty_json().expect("a description of our own types can be written");
+    let mut text = finished(Description::openapi()).to_pretty_json().expect("a description of our own types can be written");
     text.push('\n');
     text
+}
+
+/// Handlers of several kinds have the same names, and an operation's has to be its own; users over HTTPS show a token.
+fn finished(mut api: openapi::OpenApi) -> openapi::OpenApi {
+    for item in api.paths.paths.values_mut() {
+        for operation in [&mut item.get, &mut item.put, &mut item.post, &mut item.delete].into_iter().flatten() {
+            let tag = operation.tags.iter().flatten().next().cloned().unwrap_or_default();
+            operation.operation_id = operation.operation_id.take().map(|name| format!("{tag}_{name}"));
+        }
+    }
+    let token = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
+    api.components.get_or_insert_default().add_security_scheme("token", token);
+    // None over the socket.
+    api.security = Some(vec![SecurityRequirement::default(), SecurityRequirement::new("token", [""; 0])]);
+    api
 }
 
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "farfork",
-        description = "fork() for fleets of microVMs: the API of one node, over its Unix socket.",
+        description = "fork() for fleets of microVMs: the API of one node, over its Unix socket, and over HTTPS for users of its cluster.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     paths(
@@ -454,6 +473,7 @@ pub fn openapi_json() -> String {
         cluster::token,
         cluster::change,
         cluster::remove,
+        facts::node,
         cluster::explain,
         jobs::submit,
         jobs::list,

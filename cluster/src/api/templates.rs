@@ -75,6 +75,7 @@ pub(crate) async fn build(
     tag = "templates",
     responses(
         (status = 200, description = "Templates", body = TemplatesAnswer),
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
         (status = "5XX", description = "The store cannot be read", body = ErrorAnswer)
     )
 )]
@@ -95,7 +96,8 @@ pub(crate) async fn list(
     params(("name" = String, Path, description = "Its name")),
     responses(
         (status = 200, description = "The template", body = Template),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn show(

@@ -19,7 +19,8 @@ use crate::node::{NodeError, trust};
     tag = "trust",
     responses(
         (status = 200, description = "They", body = TrustAnswer),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<TrustAnswer>, ApiError> {
@@ -34,7 +35,8 @@ pub(crate) async fn list(Shared(app): Shared<App>) -> Result<Json<TrustAnswer>, 
     tag = "trust",
     responses(
         (status = 200, description = "The certificate", body = Certificate),
-        (status = "4XX", description = "Refused", body = ErrorAnswer)
+        (status = "4XX", description = "Refused", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn own(Shared(app): Shared<App>) -> Result<Json<Certificate>, ApiError> {

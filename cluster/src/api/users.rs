@@ -134,7 +134,8 @@ pub(crate) async fn remove(
     tag = "users",
     responses(
         (status = 200, description = "You", body = WhoAnswer),
-        (status = "4XX", description = "Refused; 401 UNAUTHORIZED if it is not known", body = ErrorAnswer)
+        (status = "4XX", description = "Refused; 401 UNAUTHORIZED if it is not known", body = ErrorAnswer),
+        (status = "5XX", description = "Failed", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn whoami(Shared(app): Shared<App>, Extension(caller): Extension<Caller>) -> Json<WhoAnswer> {

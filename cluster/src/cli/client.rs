@@ -127,6 +127,15 @@ impl Client {
         Self { target }
     }
 
+    /// Whom it asks, as the user calls it.
+    #[must_use]
+    pub fn whom(&self) -> String {
+        match &self.target {
+            Target::Socket(socket) => socket.display().to_string(),
+            Target::Users(remote) => remote.name.clone(),
+        }
+    }
+
     /// What every request has.
     fn request(&self, method: Method, path: &str) -> request::Builder {
         let request = Request::builder().method(method).uri(path).header(header::HOST, "farfork");

@@ -37,6 +37,7 @@ pub mod run;
 pub mod show;
 pub mod size;
 pub mod template;
+pub mod top;
 pub mod tree;
 pub mod trust;
 pub mod up;
@@ -110,6 +111,7 @@ enum Verb {
     Logs(logs::Arguments),
     Ls(ls::Arguments),
     Tree(tree::Arguments),
+    Top(top::Arguments),
     Show(show::Arguments),
     Watch(watch::Arguments),
     Kill(kill::Arguments),
@@ -227,6 +229,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, CliError> {
         Verb::Branch(arguments) => branch::run(arguments, context).await,
         Verb::Ls(arguments) => ls::run(&arguments, context).await,
         Verb::Tree(arguments) => tree::run(&arguments, context).await,
+        Verb::Top(arguments) => top::run(&arguments, context).await,
         Verb::Show(arguments) => show::run(&arguments, context).await,
         Verb::Watch(arguments) => watch::run(arguments, context).await,
         Verb::Kill(arguments) => kill::run(arguments, context).await,

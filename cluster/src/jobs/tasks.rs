@@ -218,7 +218,7 @@ impl Tasks {
 
     async fn task(&self, batch: &Batch, child: &ForkedChild, from: TaskFrom, order: Order) {
         let id = child.forked.id;
-        self.count(order.of.job, |here| {
+        self.forked(order.of.job, |here| {
             here.running += 1;
             here.forked += 1;
             match from {
@@ -239,7 +239,10 @@ impl Tasks {
         };
         let ended_after = batch.began.elapsed();
         self.kill(id).await;
-        self.count(order.of.job, |here| here.running -= 1);
+        // A job that is forgotten meanwhile is not counted any more.
+        if let Some(here) = self.lock().here.get_mut(&order.of.job) {
+            here.running = here.running.saturating_sub(1);
+        }
         let Some((outcome, Done { value, detail, files, .. })) = ended else { return self.drop_run(&order.of) };
         let us = |time: Duration| u64::try_from(time.as_micros()).ok();
         let printed = std::mem::take(&mut *order.log.printed());
@@ -335,7 +338,7 @@ impl Tasks {
         self.news.notify_one();
     }
 
-    fn count(&self, job: JobId, change: impl FnOnce(&mut JobHere)) {
+    fn forked(&self, job: JobId, change: impl FnOnce(&mut JobHere)) {
         change(self.lock().here.entry(job).or_default());
     }
 }

@@ -16,9 +16,9 @@ use super::files::Place;
 use super::{EACH_CPU_MILLIS, Membership, join};
 use crate::api::App;
 use crate::jobs::tasks::Tasks;
-use crate::node::DataDirectory;
 use crate::node::quic::CERTIFICATE;
 use crate::node::service::{HeldImage, expected_dirty};
+use crate::node::{DataDirectory, metrics};
 use crate::raft::{DiskError, Standing};
 
 /// How often a node looks, if nothing happens.
@@ -137,6 +137,7 @@ impl Agent {
     pub async fn renew(self: Arc<Self>, data: Arc<DataDirectory>) {
         let mut until = self.member.identity.certificate().peer().not_after;
         loop {
+            metrics::certificate_until(until);
             let left = until.duration_since(pages::clock::wall()).unwrap_or_default();
             tokio::time::sleep(left.saturating_sub(RENEW_BEFORE).min(RENEW_TRY_EVERY * 6)).await;
             let left = until.duration_since(pages::clock::wall()).unwrap_or_default();

@@ -52,7 +52,7 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`EngineError`] of kind [`ErrorKind::NoGuestNetwork`].
     fn check_guest_network(&self) -> Result<(), EngineError> {
-        Err(no_guests())
+        Err(no_guest_network())
     }
 
     /// Plugs a machine's network card into this host: it gets a place in the network of guests, for as long as it lives.
@@ -196,6 +196,13 @@ pub trait Engine: Send + Sync + 'static {
 fn no_guests() -> EngineError {
     let message = "this engine runs no guests".to_owned();
     EngineError { kind: ErrorKind::Host, message, remedy: "use a node with KVM".to_owned() }
+}
+
+/// What a node says that was not given a network of guests.
+pub(crate) fn no_guest_network() -> EngineError {
+    let message = "this node has no network for guests".to_owned();
+    let remedy = "start it with --guest-network RANGE, or leave --network out".to_owned();
+    EngineError { kind: ErrorKind::NoGuestNetwork, message, remedy }
 }
 
 /// A guest that is part of farfork.

@@ -2,7 +2,8 @@
 //! machine. One recorder per process.
 
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -36,6 +37,9 @@ const HOST_IMAGES: &str = "farfork_host_images";
 const QUARANTINES: &str = "farfork_quarantines_total";
 const POISONED: &str = "farfork_poisoned_images_total";
 const HEDGES: &str = "farfork_hedges_total";
+const NODES: &str = "farfork_cluster_nodes";
+const QUORUM: &str = "farfork_cluster_quorum";
+const CERTIFICATE_EXPIRES: &str = "farfork_certificate_expires_seconds";
 
 /// Seconds. From a stage of a few microseconds to a shell that was built on the way.
 const STAGE_BUCKETS: &[f64] =
@@ -44,6 +48,31 @@ const STAGE_BUCKETS: &[f64] =
 /// Seconds. From waking a child whose page was there by then to the deadline of a page.
 const FAULT_BUCKETS: &[f64] =
     &[5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7.5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.25, 1.0, 5.0, 30.0];
+
+/// What the recorder does not give back: some of it, for who asks what this node does.
+static FORKED: AtomicU64 = AtomicU64::new(0);
+static FETCHED_BYTES: AtomicU64 = AtomicU64::new(0);
+static SERVED_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// What this process has done since it started. Two of them and the time between make a rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Children that ran.
+    pub forks: u64,
+    /// Bytes of images' memory that came from other nodes.
+    pub fetched_bytes: u64,
+    /// Bytes of images' memory that were given to other nodes.
+    pub served_bytes: u64,
+}
+
+impl Totals {
+    /// Until now.
+    #[must_use]
+    pub fn now() -> Self {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Self { forks: read(&FORKED), fetched_bytes: read(&FETCHED_BYTES), served_bytes: read(&SERVED_BYTES) }
+    }
+}
 
 /// Sets the recorder up, once. To be called before anything is counted.
 pub fn install() {
@@ -66,6 +95,20 @@ pub fn render(counts: Counts, host_images: HostImages, pool: &[PoolFacts]) -> St
     handle().render()
 }
 
+/// Notes for [`render`] what this node knows of its cluster: how many nodes are up, are suspected and are lost, and whether it
+/// reaches a majority. A node that stands alone has none of it.
+pub fn cluster(up_suspect_lost: [usize; 3], has_quorum: bool) {
+    for (state, count) in ["up", "suspect", "lost"].into_iter().zip(up_suspect_lost) {
+        gauge!(NODES, "state" => state).set(as_f64(count));
+    }
+    gauge!(QUORUM).set(if has_quorum { 1.0 } else { 0.0 });
+}
+
+/// This node's certificate is good until then.
+pub fn certificate_until(until: SystemTime) {
+    gauge!(CERTIFICATE_EXPIRES).set(until.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+}
+
 /// Moves samples into their buckets. Without it histograms grow between scrapes; to be called every few seconds.
 pub fn upkeep() {
     handle().run_upkeep();
@@ -79,6 +122,7 @@ pub(crate) fn ready(readiness: &Readiness) {
 /// A child runs.
 pub(crate) fn forked(forked: &Forked) {
     counter!(FORKS).increment(1);
+    FORKED.fetch_add(1, Ordering::Relaxed);
     let shell = if forked.had_shell { "ready" } else { "built" };
     histogram!(FORK_FIRST, "shell" => shell).record(forked.first);
     let stages = &forked.stages;
@@ -218,6 +262,12 @@ impl PageBytes {
 /// So many bytes; of those that were sent, as they were sent.
 pub fn page_bytes(kind: PageBytes, bytes: u64) {
     counter!(PAGE_BYTES, "kind" => kind.name()).increment(bytes);
+    let total = match kind {
+        PageBytes::Demand | PageBytes::Replay | PageBytes::Stream => &FETCHED_BYTES,
+        PageBytes::Served => &SERVED_BYTES,
+        PageBytes::Zero | PageBytes::Local => return,
+    };
+    total.fetch_add(bytes, Ordering::Relaxed);
 }
 
 /// How many read leases other nodes have from this one.
@@ -303,6 +353,12 @@ fn describe() {
     describe_gauge!(HOST_IMAGES, "Images that were opened from other nodes: arriving, settled, failed");
     describe_counter!(QUARANTINES, "Sources that sent bytes that did not verify");
     describe_counter!(POISONED, "Host images in which bytes of unknown origin were found");
+    describe_gauge!(NODES, "Nodes of the cluster, as this one knows: up, suspect, lost");
+    describe_gauge!(QUORUM, "Whether this node reaches a majority of its cluster's voters: 1, or 0");
+    describe_gauge!(
+        CERTIFICATE_EXPIRES,
+        "When the certificate that the cluster gave this node runs out, in seconds since 1970"
+    );
     describe_counter!(HEDGES, "Extents that were asked for elsewhere too, since the first answer took too long");
 }
 
@@ -310,6 +366,11 @@ fn describe() {
 fn start_at_zero() {
     [QUARANTINES, POISONED, HEDGES].into_iter().for_each(|name| counter!(name).increment(0));
     PageBytes::ALL.into_iter().for_each(|kind| page_bytes(kind, 0));
+    Reason::ALL.into_iter().for_each(|reason| counter!(ENDS, "reason" => reason.code()).increment(0));
+    // Of failures those that the disk is full or broken for: all codes there are would be many.
+    ["STORE", "STORE_FULL", "AUDIT_FAILED", "LOG_FAILED"]
+        .into_iter()
+        .for_each(|code| counter!(FAILURES, "code" => code).increment(0));
     read_leases_granted(0);
     read_leases_held(0);
 }
@@ -327,20 +388,39 @@ mod tests {
     fn the_stages_of_a_fault_add_up_to_its_total() {
         let ms = Duration::from_millis;
         install();
+        let before = Totals::now();
         fault(&FaultStages { uffd_read: ms(1), queue: ms(2), wire: ms(4), verify: ms(8), publish: ms(16), wake: ms(32) });
         assert!((sum("total") - 0.063).abs() < 1e-9 && (sum("wake") - 0.032).abs() < 1e-9);
         page_bytes(PageBytes::Served, 7);
         read_leases_granted(3);
         read_leases_held(2);
+        page_bytes(PageBytes::Zero, 9);
+        page_bytes(PageBytes::Stream, 5);
+        let now = Totals::now();
+        assert_eq!((now.served_bytes - before.served_bytes, now.fetched_bytes - before.fetched_bytes), (7, 5));
         let text = handle().render();
         for expected in [
             "farfork_page_bytes_total{kind=\"served\"} 7",
-            "farfork_page_bytes_total{kind=\"zero\"} 0",
+            "farfork_page_bytes_total{kind=\"zero\"} 9",
             "farfork_read_leases{state=\"granted\"} 3",
             "farfork_quarantines_total 0",
             "farfork_fault_seconds_bucket{stage=\"wire\",le=\"0.005\"} 1",
         ] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn each_metric_and_each_reason_is_in_the_handbook_and_nothing_else_is() {
+        let handbook = include_str!("../../../docs/operations.md");
+        let names = |text: &'static str| {
+            let words = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_')).filter(|word| word.starts_with("farfork_"));
+            words.map(|word| word.trim_end_matches("_bucket")).collect::<std::collections::BTreeSet<_>>()
+        };
+        let (code, _) = include_str!("metrics.rs").split_once("mod tests").unwrap();
+        assert_eq!(names(handbook), names(code));
+        for reason in Reason::ALL {
+            assert!(handbook.contains(&format!("| `{}` |", reason.code())), "{reason}");
         }
     }
 

@@ -346,6 +346,16 @@ impl Registry {
         ((inner.running - inner.tasks) as u64, inner.claimed_bytes)
     }
 
+    /// How many machines run of each image that any run of.
+    #[must_use]
+    pub fn running_by_image(&self) -> HashMap<ImageId, u64> {
+        let mut counts = HashMap::new();
+        for machine in self.lock().machines.values().filter(|machine| matches!(machine.state, MachineState::Running)) {
+            *counts.entry(machine.image).or_default() += 1;
+        }
+        counts
+    }
+
     /// How many there are.
     #[must_use]
     pub fn counts(&self) -> Counts {

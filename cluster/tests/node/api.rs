@@ -171,3 +171,13 @@ fn metrics_are_prometheus_text_with_histograms_and_no_label_per_machine() {
     }
     assert!(!metrics.body.contains(id.as_str()) && !metrics.body.contains("nonsense"));
 }
+
+#[test]
+fn a_node_without_a_network_for_guests_refuses_to_plug_them_in() {
+    let node = Node::start("");
+    node.http("POST", "/v1/forks", br#"{"from":{"guest":"probe"},"network":true}"#).refused(409, "NO_GUEST_NETWORK");
+    let machine = ids(&node.http("POST", "/v1/forks", br#"{"from":{"guest":"probe"}}"#).json()["children"])[0].clone();
+    let branch = format!("/v1/machines/{machine}/branch");
+    node.http("POST", &branch, br#"{"network":true}"#).refused(409, "NO_GUEST_NETWORK");
+    assert_eq!(node.machines(), [machine], "nothing is left behind");
+}

@@ -267,3 +267,29 @@ fn doctor_needs_no_node_and_says_what_it_found() {
     let table = alone(&["doctor"]);
     assert!(items.iter().all(|item| table.out.contains(item["id"].as_str().unwrap())), "{table:?}");
 }
+
+#[test]
+fn top_shows_a_node_alone_and_says_what_it_cannot_do() {
+    let node = Node::start("");
+    node.json(&["fork", "--guest", "probe", "-n", "3"]);
+    let image = ids(&node.json(&["image", "ls"])["images"])[0].clone();
+    node.json(&["image", "save", &image, "warm"]);
+    let seen = node.json(&["top", "--once"]);
+    assert_eq!((&seen["hosts"][0]["machines"], &seen["hosts"][0]["forks_per_s"]), (&json!(3), &json!(0.0)), "{seen}");
+    assert_eq!((&seen["templates"][0]["name"], &seen["templates"][0]["children"]), (&json!("warm"), &json!(3)), "{seen}");
+    assert_eq!((&seen["jobs"], &seen["troubles"]), (&json!([]), &json!([])));
+    let text = node.cli(&["top", "--once"]);
+    assert!(
+        text.code == Some(0) && text.err.is_empty() && text.out.contains("this node") && text.out.contains("warm"),
+        "{text:?}"
+    );
+    let own = node.http("GET", "/v1/node", b"").json()["node"].as_str().unwrap().to_owned();
+    assert_eq!(node.http("GET", &format!("/v1/nodes/{own}"), b"").json()["running"], 3);
+    node.http("GET", "/v1/nodes/node-1", b"").refused(409, "NO_CLUSTER");
+    // Without a terminal there is nothing to draw on.
+    for arguments in [&["top"][..], &["top", "--output", "json"]] {
+        let said = node.cli(arguments);
+        assert!(said.code == Some(2) && said.err.contains("--once"), "{said:?}");
+    }
+    assert_eq!(alone(&["top", "--once"]).code, Some(3));
+}

@@ -17,5 +17,6 @@ mod openapi;
 mod peers;
 mod real;
 mod remote;
+mod schemathesis;
 mod support;
 mod trust;

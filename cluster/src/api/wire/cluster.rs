@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 use types::NodeId;
 use utoipa::{IntoParams, ToSchema};
 
+use super::Memory;
+
 use crate::node::trust::Role;
 
 /// A cluster, as one of its nodes knows it.
@@ -51,6 +53,60 @@ pub struct NodeRow {
     pub taken: Room,
     /// Images of which it has all, or some.
     pub images: u64,
+}
+
+/// What a node says of itself at this moment, and what it has done since it started.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NodeFactsAnswer {
+    /// Its id.
+    #[schema(value_type = String, format = "uuid")]
+    pub node: NodeId,
+    /// Its name, if it is of a cluster.
+    pub name: Option<String>,
+    /// Of farfork.
+    pub version: String,
+    /// Since it started. What is counted begins anew with it.
+    pub uptime_ms: u64,
+    /// Machines that run there, of all tenants.
+    pub running: u64,
+    /// Children that it has forked.
+    pub forks: u64,
+    /// Bytes of images' memory that came from other nodes.
+    pub wire_bytes: u64,
+    /// Bytes of images' memory that it gave to other nodes.
+    pub served_bytes: u64,
+    /// Images that it opened from other nodes.
+    pub host_images: HostImageCounts,
+    /// Its host's memory.
+    pub memory: Memory,
+    /// Images in its memory, of those whose caller may see them.
+    pub images: Vec<ImageHere>,
+}
+
+/// Images that were opened from other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HostImageCounts {
+    /// Some of their memory is elsewhere.
+    pub arriving: u64,
+    /// All of it is here.
+    pub settled: u64,
+    /// Some of it cannot be had any more.
+    pub failed: u64,
+}
+
+/// What a node has of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImageHere {
+    /// Its digest, or its id on the node while it has none.
+    pub image: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// Its name on that node, if it has one.
+    pub name: Option<String>,
+    /// How much of it is there, in percent, if that can be told.
+    pub settled_percent: Option<u8>,
+    /// Machines that run there and were forked from it.
+    pub running: u64,
 }
 
 /// Room for machines.

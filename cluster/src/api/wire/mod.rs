@@ -7,7 +7,10 @@ mod remote;
 mod template;
 mod users;
 
-pub use cluster::{ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, NodeRow, Room, TokenAnswer, TokenRequest};
+pub use cluster::{
+    ClusterAnswer, ExplainAnswer, ExplainQuery, Explained, HostImageCounts, ImageHere, NodeFactsAnswer, NodeRow, Room,
+    TokenAnswer, TokenRequest,
+};
 pub use jobs::{
     Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer,
     TaskCounts, TaskFrom, TaskLog, TaskResult, TaskRun, Work,

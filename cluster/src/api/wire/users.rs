@@ -5,14 +5,27 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+/// What a user may do: [`Level`], which is of a crate that does not describe APIs, as the description has it.
+#[derive(ToSchema)]
+#[schema(as = Level, rename_all = "lowercase")]
+#[expect(dead_code, reason = "it is only described")]
+enum LevelWord {
+    /// List and show.
+    Read,
+    /// Fork, branch, run and kill too.
+    Submit,
+    /// Save, load and remove images and templates too.
+    Admin,
+}
+
 /// Somebody who is to ask over HTTPS.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UserRequest {
     /// What it is called.
     pub name: String,
-    /// What it may do: `read`, `submit` or `admin`.
-    #[schema(value_type = String)]
+    /// What it may do.
+    #[schema(value_type = LevelWord)]
     pub level: Level,
     /// Whose machines and images it reaches; those of `default` unless said.
     pub tenant: Option<String>,
@@ -51,7 +64,7 @@ pub struct UserRow {
     /// What it is called.
     pub name: String,
     /// What it may do.
-    #[schema(value_type = String)]
+    #[schema(value_type = LevelWord)]
     pub level: Level,
     /// Whose machines and images it reaches; `null`: everybody's.
     pub tenant: Option<String>,
@@ -65,7 +78,7 @@ pub struct WhoAnswer {
     /// In words.
     pub who: String,
     /// What it may do.
-    #[schema(value_type = String)]
+    #[schema(value_type = LevelWord)]
     pub level: Level,
     /// Whose machines and images it reaches; `null`: everybody's.
     pub tenant: Option<String>,

@@ -15,7 +15,7 @@ use rustix::net::{AddressFamily, SocketType};
 use types::MachineId;
 use vm::Tap;
 
-use super::super::engine::{EngineError, ErrorKind};
+use super::super::engine::{EngineError, ErrorKind, no_guest_network};
 use super::super::guest::network::{GuestNetwork, Link, PREFIX};
 use super::KvmEngine;
 use super::errors::of_pool;
@@ -112,11 +112,7 @@ fn of_step(step: &str, error: &io::Error) -> EngineError {
 
 impl KvmEngine {
     pub(super) fn links(&self) -> Result<&Links, EngineError> {
-        self.links.as_ref().ok_or_else(|| EngineError {
-            kind: ErrorKind::NoGuestNetwork,
-            message: "this node has no network for guests".to_owned(),
-            remedy: "start it with --guest-network RANGE, or leave --network out".to_owned(),
-        })
+        self.links.as_ref().ok_or_else(no_guest_network)
     }
 
     /// A tap for a machine that is about to be plugged in.

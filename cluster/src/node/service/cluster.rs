@@ -1,5 +1,6 @@
 //! What a cluster has this node do, and asks of it.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use control::state::ImageKey;
@@ -108,6 +109,13 @@ impl Service {
     /// [`NodeError`]; it is still there.
     pub fn let_go(&self, id: ImageId) -> Result<(), NodeError> {
         self.forget_image(id)
+    }
+
+    /// Images in memory, and how many machines of each run.
+    #[must_use]
+    pub fn images_and_running(&self) -> (Vec<ImageView>, HashMap<ImageId, u64>) {
+        let images = self.registry.images().into_iter().map(|image| self.view(image)).collect();
+        (images, self.registry.running_by_image())
     }
 
     /// How many machines run, and how much memory of their own they are counted as.

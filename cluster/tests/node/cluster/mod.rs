@@ -14,3 +14,4 @@ mod repair;
 mod stage;
 mod users;
 mod versions;
+mod watch;

@@ -104,7 +104,7 @@ fn cancelling_races_with_ends_and_each_task_has_one_of_both() {
 #[test]
 fn ten_thousand_submits_at_once_are_all_there_or_were_refused() {
     let cluster = super::fakes("jobs-s");
-    let (all, threads) = (10_000, 50);
+    let (all, threads) = (count(2000, 10_000), 50);
     // Nowhere to be placed: they are to be there all at once.
     let asked = with(job(1, &["true"]), json!({ "labels": { "there": "is none" } }));
     let began = Instant::now();

@@ -95,7 +95,10 @@ fn fakes_of(name: &str, nodes: usize, voters: usize) -> Cluster {
     // A job that goes on until it is there.
     let waits = with(job(1, &["sleep", "600000"]), json!({ "replicas": nodes }));
     let id = submitted(cluster.node(0), &waits);
-    eventually("all nodes have the template", || (0..nodes).all(|host| cluster.row(0, host)["images"] == 1));
+    eventually("all nodes have all of the template", || {
+        let explained = cluster.node(0).json(&["explain", "warm"]);
+        explained["nodes"].as_array().unwrap().iter().filter(|node| node["settled_percent"] == 100).count() == nodes
+    });
     cluster.node(0).http("POST", &format!("/v1/jobs/{id}/cancel"), b"");
     cluster.node(0).http("DELETE", &format!("/v1/jobs/{id}"), b"");
     cluster
