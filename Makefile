@@ -14,7 +14,7 @@ export PATH := $(CARGO_HOME)/bin:$(PATH)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-demo: setup-build ## start a node, fork 100 children of a warm guest, have each verify its memory, leave them running
+demo: setup-build guest ## bring up three nodes, warm a Python template on one, run 300 tasks on all, check their sum, leave the cluster running
 	@echo "building  (the first time some minutes: all dependencies; later seconds)"
 	@cargo build --quiet --release --package farfork
 	@./deploy/demo.sh
@@ -47,8 +47,8 @@ bench: setup-build ## measure the floor and the rows of the specification, local
 	cargo run --quiet --release --package farfork-bench -- workers --json target/bench/workers.json $(BENCH_ARGS)
 	cargo build --quiet --release --package farfork
 	cargo run --quiet --release --package farfork-bench -- node --json target/bench/node.json $(BENCH_ARGS)
-	cargo run --quiet --release --package farfork-bench -- cluster --json target/bench/cluster.json $(BENCH_ARGS)
 	./deploy/guest/build.sh
+	cargo run --quiet --release --package farfork-bench -- cluster --json target/bench/cluster.json $(BENCH_ARGS)
 	cargo run --quiet --release --package farfork-bench -- linux --json target/bench/linux.json $(BENCH_ARGS)
 	@# Its children touch memory by command, which takes a build of its own.
 	cargo build --quiet --release --package farfork --features farfork/bench --target-dir target/for-bench

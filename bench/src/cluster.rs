@@ -1,4 +1,4 @@
-//! `bench cluster`: rows C3 and C5, of the control plane's own code, and C4 ([`failover`]), of real nodes. Nodes of C3 and C5 are entries
+//! `bench cluster`: rows C3 and C5, of the control plane's own code, C4 ([`failover`]) and C1 ([`jobs`]), of real nodes. Nodes of C3 and C5 are entries
 //! of its state: how long choosing takes, what is chosen, and how much is written into the log are measured; how long the chosen
 //! would take is reckoned by a model, and said so.
 
@@ -17,7 +17,7 @@ use types::{CpuProfile, Digest, Name, NodeId, Tenant};
 use uuid::Uuid;
 
 use crate::report::{Report, Row, Samples, announce};
-use crate::{failover, floor};
+use crate::{failover, floor, jobs};
 
 const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 4096 * MIB;
@@ -27,8 +27,9 @@ const TASK_SECONDS: f64 = 1.0;
 /// 10 Gbit/s, each way.
 const LINK_BYTES_A_SECOND: f64 = 1.25e9;
 
-pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>) -> Result<()> {
+pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, guests: Option<&Path>) -> Result<()> {
     let mut report = Report::new(&floor::open_host()?, quick);
+    jobs::run(&mut report, farfork, guests, quick)?;
     announce("C3: 10,000 children on 1,000 nodes");
     placement(&mut report, if quick { 20 } else { 200 })?;
     announce("C4: nodes that are killed, half a minute each");

@@ -46,7 +46,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, gues
     report.finish(json)
 }
 
-fn default_guests() -> Result<PathBuf> {
+pub(crate) fn default_guests() -> Result<PathBuf> {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     let caches =
         std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).context("neither XDG_CACHE_HOME nor HOME")?;
@@ -55,13 +55,18 @@ fn default_guests() -> Result<PathBuf> {
     Ok(guests)
 }
 
-fn build(report: &mut Report, node: &mut Daemon, guests: &Path, rootfs: &str, mib: u64, warm: (&str, &str)) -> Result<()> {
-    announce(&format!("template build of {rootfs}"));
+/// What a node is asked to build a template of one of our guests.
+pub(crate) fn order(guests: &Path, rootfs: &str, mib: u64, warm: (&str, &str)) -> Result<Value> {
     let file = |name: &str| guests.join(name).canonicalize().with_context(|| format!("{name} of `make guest`"));
-    let order = json!({
+    Ok(json!({
         "name": rootfs, "kernel": file("vmlinux")?, "initrd": file("initrd")?, "rootfs": file(&format!("{rootfs}.ext4"))?,
         "memory_bytes": mib << 20, warm.0: warm.1,
-    });
+    }))
+}
+
+fn build(report: &mut Report, node: &mut Daemon, guests: &Path, rootfs: &str, mib: u64, warm: (&str, &str)) -> Result<()> {
+    announce(&format!("template build of {rootfs}"));
+    let order = order(guests, rootfs, mib, warm)?;
     let built = node.ask("POST", "/v1/templates", &order.to_string())?;
     for stage in built["built"].as_array().context("stages")? {
         let name = stage["stage"].as_str().context("a name")?;

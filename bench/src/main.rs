@@ -7,6 +7,7 @@ mod failover;
 mod firecracker;
 mod floor;
 mod http;
+mod jobs;
 mod linux;
 mod local;
 mod node;
@@ -62,13 +63,16 @@ enum Verb {
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
     },
-    /// The control plane (rows C3 to C5): placement, leaders that are killed, and what a job writes into the log
+    /// The cluster (rows C1 to C5): jobs, forks through it, placement, nodes that are killed, and what a job writes into the log
     Cluster {
         #[command(flatten)]
         run: Run,
         /// The farfork program [default: the one beside this program]
         #[arg(long, value_name = "PATH")]
         farfork: Option<PathBuf>,
+        /// The directory that `make guest` printed [default: in the user's cache]
+        #[arg(long, value_name = "PATH")]
+        guests: Option<PathBuf>,
     },
     /// Linux guests (rows G1 to G4), and templates by stage of building them
     Linux {
@@ -128,7 +132,9 @@ fn main() -> ExitCode {
             workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
         Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
-        Verb::Cluster { run, farfork } => cluster::run(run.json.as_deref(), run.quick, farfork.as_deref()),
+        Verb::Cluster { run, farfork, guests } => {
+            cluster::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
+        }
         Verb::Linux { run, farfork, guests } => {
             linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
         }

@@ -19,7 +19,7 @@ use super::templates;
 use super::wire::{
     BranchRequest, Child, Console, EndedBecause, ErrorAnswer, Failed, Failure, ForkAnswer, ForkRequest, ForkSource, Freeze,
     Listed, Machine, MachineAnswer, MachinesAnswer, MachinesQuery, OtherNode, RemoteSource, Residency, Source, Stages, State,
-    Usage,
+    TaskOf, Usage,
 };
 use super::{cluster, images};
 use crate::member::EACH_CPU_MILLIS;
@@ -370,6 +370,7 @@ fn machine(
         verified_pages: machine.verified_pages,
         ready: machine.readiness.as_deref().map(templates::ready),
         limit_bytes: machine.limit_bytes,
+        task: machine.task.map(|(job, task)| TaskOf { job, task }),
         node: None,
     }
 }

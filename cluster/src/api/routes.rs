@@ -290,6 +290,11 @@ impl App {
         Ok(self.shared.verbs.run(move || verb(&service)).await?)
     }
 
+    /// Notes something that neither waits nor fails.
+    pub(crate) fn note(&self, note: impl FnOnce(&Service)) {
+        note(&self.shared.service);
+    }
+
     /// How many machines run here, and what they are counted as together, in bytes.
     pub(crate) fn taken(&self) -> (u64, u64) {
         self.shared.service.taken()

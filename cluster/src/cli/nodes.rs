@@ -7,9 +7,9 @@ use clap::{Args, Subcommand};
 use super::client::segment;
 use super::error::CliError;
 use super::fork::full_name;
-use super::output::{short, table};
+use super::output::{printable, short, table};
 use super::{Context, size};
-use crate::api::wire::{ClusterAnswer, ExplainAnswer};
+use crate::api::wire::{TaskAnswer, ClusterAnswer, ExplainAnswer};
 use crate::node::trust::Role;
 
 #[derive(Debug, Subcommand)]
@@ -53,17 +53,21 @@ pub(super) struct Which {
     node: String,
 }
 
-/// Say where machines of a template, an image or a machine would run now, and why
+/// Say where machines of a template, an image or a machine would run now, and why; or where a task of a job is
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   farfork explain python -n 300
   farfork explain python --limit 1GiB --output json
-  farfork explain a3d9e37c                 # where this machine is, and where more of its image would be")]
+  farfork explain a3d9e37c                 # where this machine is, and where more of its image would be
+  farfork explain beef 17                  # where task 17 of that job is, or why it waits")]
 pub struct ExplainArguments {
-    /// A template of the cluster, an image's digest, or a machine's id
+    /// A template of the cluster, an image's digest, a machine's id; with a task, a job's id
     #[arg(value_name = "NAME|DIGEST|ID", value_parser = full_name)]
     template: String,
+    /// A task of that job, from 0
+    #[arg(conflicts_with_all = ["count", "limit"])]
+    task: Option<u32>,
     /// How many machines
     #[arg(short = 'n', long, default_value_t = 1)]
     count: u64,
@@ -121,6 +125,12 @@ fn for_people(answer: &ClusterAnswer) -> String {
 }
 
 pub(super) async fn explain(arguments: &ExplainArguments, context: &Context) -> Result<ExitCode, CliError> {
+    if let Some(task) = arguments.task {
+        let path = format!("/v1/jobs/{}/tasks/{task}", segment(&arguments.template));
+        let answer = context.client.get::<TaskAnswer>(&path).await?;
+        context.output.answer(&answer.raw, || task_for_people(&answer.value))?;
+        return Ok(types::ExitCode::Ok.into());
+    }
     let limit = arguments.limit.map_or_else(String::new, |limit| format!("&limit_bytes={limit}"));
     let path = format!("/v1/explain/{}?count={}{limit}", segment(&arguments.template), arguments.count);
     let answer = context.client.get::<ExplainAnswer>(&path).await?;
@@ -140,4 +150,45 @@ pub(super) async fn explain(arguments: &ExplainArguments, context: &Context) -> 
         text
     })?;
     Ok(types::ExitCode::Ok.into())
+}
+
+fn task_for_people(task: &TaskAnswer) -> String {
+    let mut text = format!("task {} ", task.task);
+    let node = task.node.as_deref().unwrap_or("no node");
+    match (task.state.as_str(), task.status, &task.reason) {
+        ("waiting", ..) => text.push_str("waits"),
+        ("placed", ..) => text.push_str(&format!("is on {node}")),
+        (_, Some(status), _) => text.push_str(&format!("ended with status {status} on {node}")),
+        (_, None, reason) => text.push_str(&format!("ended: {}", reason.as_deref().unwrap_or("for no known reason"))),
+    }
+    match task.attempt {
+        Some(1) => text.push_str(", after one try"),
+        Some(tries @ 2..) => text.push_str(&format!(", after {tries} tries")),
+        _ => {}
+    }
+    if task.state == "waiting" && task.node.is_some() {
+        text.push_str(&format!(", the last of them on {node}"));
+    }
+    if let Some(copy) = &task.copy {
+        text.push_str(&format!("; its output is there and on {copy}"));
+    }
+    text.push('\n');
+    task.why_waiting.iter().for_each(|why| text.push_str(&format!("  {why}\n")));
+    printable(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_is_said_to_be_where_it_is() {
+        let task = |json: serde_json::Value| task_for_people(&serde_json::from_value(json).unwrap());
+        let said = task(serde_json::json!({"task": 7, "state": "waiting", "attempt": 2, "node": "a", "why_waiting": ["b is full"]}));
+        assert_eq!(said, "task 7 waits, after 2 tries, the last of them on a\n  b is full\n");
+        let said = task(serde_json::json!({"task": 7, "state": "ended", "status": 3, "node": "a", "copy": "b", "why_waiting": []}));
+        assert_eq!(said, "task 7 ended with status 3 on a; its output is there and on b\n");
+        let said = task(serde_json::json!({"task": 7, "state": "ended", "reason": "KILLED", "why_waiting": []}));
+        assert_eq!(said, "task 7 ended: KILLED\n");
+    }
 }

@@ -12,7 +12,7 @@ use super::Context;
 use super::client::ClientError;
 use super::error::CliError;
 use super::output::short;
-use crate::api::wire::{ClusterAnswer, ImagesAnswer, Machine, MachinesAnswer, State};
+use crate::api::wire::{ClusterAnswer, ImagesAnswer, Machine, MachinesAnswer, State, TaskOf};
 
 /// So many children of an image are drawn unless all are asked for.
 const DRAWN: usize = 5;
@@ -48,6 +48,7 @@ struct Image {
 struct Forked {
     id: MachineId,
     node: Option<NodeId>,
+    task: Option<TaskOf>,
     state: &'static str,
     images: Vec<Image>,
 }
@@ -107,6 +108,7 @@ fn images(
         let forked = Forked {
             id: machine.id,
             node: machine.node,
+            task: machine.task,
             state: if machine.state == State::Running { "running" } else { "ended" },
             images: self::images(Some(machine.id), below, names),
         };
@@ -148,7 +150,8 @@ fn draw_image(image: &Image, nodes: &BTreeMap<NodeId, String>, most: usize, (fir
         let node = machine.node.map(|node| nodes.get(&node).cloned().unwrap_or_else(|| short(node.as_uuid())));
         let node = node.map_or_else(String::new, |node| format!("  {node}"));
         let state = if machine.state == "running" { "" } else { "  ended" };
-        writeln!(text, "{rest}{branch}{}{node}{state}", short(machine.id.as_uuid())).expect("text grows");
+        let task = machine.task.map(|of| format!("  task {} of job {}", of.task, short(&of.job))).unwrap_or_default();
+        writeln!(text, "{rest}{branch}{}{node}{task}{state}", short(machine.id.as_uuid())).expect("text grows");
         for (at, image) in machine.images.iter().enumerate() {
             let is_last = at + 1 == machine.images.len();
             let (branch, under) = if is_last { ("└─ ", "   ") } else { ("├─ ", "│  ") };
@@ -180,18 +183,20 @@ mod tests {
 
     #[test]
     fn children_stand_under_what_they_were_forked_from() {
+        let job = Uuid::from_u128(0xBEEF);
         let mut machines =
             vec![machine(1, "a", None, "running"), machine(2, "a", None, "ended"), machine(3, "b", Some(1), "running")];
         machines.extend((10..18).map(|number| machine(number, "b", Some(1), "running")));
         // Its parent is on a node that does not answer.
         machines.push(machine(30, "c", Some(77), "running"));
+        machines[2].task = Some(TaskOf { job, task: 17 });
         let names = [("a".repeat(64), "py".to_owned())].into_iter().collect();
         let text = drawn(&grown(&machines, &names, false), &BTreeMap::new(), DRAWN);
         let expected = "\
 py image aaaaaaaaaaaa: 1 running
 └─ 00000001
    └─ image bbbbbbbbbbbb: 9 running
-      ├─ 00000003
+      ├─ 00000003  task 17 of job 0000beef
       ├─ 0000000a
       ├─ 0000000b
       ├─ 0000000c

@@ -228,6 +228,8 @@ impl Tasks {
             }
         });
         let mut is_over = order.is_over.clone();
+        let (job, task) = (order.of.job.0, order.of.task);
+        self.app.note(|service| service.runs_task(id, job, task));
         let work = self.work(batch, id, &order);
         let deadline = batch.payload.task_deadline_ms.map_or(Duration::MAX, Duration::from_millis);
         let ended = tokio::select! {

@@ -63,6 +63,8 @@ pub struct Machine {
     pub claim_bytes: u64,
     /// Whether it runs a task of a job: the cluster counts those itself.
     pub is_task: bool,
+    /// Which, once that is known.
+    pub task: Option<(Uuid, u32)>,
     /// Pages that it has proved to be its image's.
     pub verified_pages: Option<u64>,
     /// What it reported when it was told who it is: a Linux guest.
@@ -222,6 +224,13 @@ impl Registry {
     pub fn ready(&self, id: MachineId, readiness: Readiness) {
         if let Some(machine) = self.lock().machines.get_mut(&id) {
             machine.readiness = Some(Arc::new(readiness));
+        }
+    }
+
+    /// A machine runs this task of a job.
+    pub fn runs_task(&self, id: MachineId, job: Uuid, task: u32) {
+        if let Some(machine) = self.lock().machines.get_mut(&id) {
+            machine.task = Some((job, task));
         }
     }
 
@@ -442,6 +451,7 @@ mod tests {
             limit_bytes: None,
             claim_bytes: 1 << 20,
             is_task: false,
+            task: None,
             verified_pages: None,
             readiness: None,
             state: MachineState::Running,

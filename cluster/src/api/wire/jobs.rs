@@ -296,6 +296,16 @@ pub enum TaskFrom {
     Settled,
 }
 
+/// A task that a machine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TaskOf {
+    /// Of which job.
+    #[schema(value_type = String, format = "uuid")]
+    pub job: Uuid,
+    /// Its number.
+    pub task: u32,
+}
+
 /// One task.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct TaskAnswer {

@@ -13,7 +13,7 @@ pub use cluster::{
 };
 pub use jobs::{
     Inputs, JobAnswer, JobHere, JobOnNode, JobRequest, JobRow, JobSpread, JobsAnswer, LogQuery, ResultsQuery, TaskAnswer,
-    TaskCounts, TaskFrom, TaskLog, TaskResult, TaskRun, Work,
+    TaskCounts, TaskFrom, TaskLog, TaskOf, TaskResult, TaskRun, Work,
 };
 pub use remote::{
     Certificate, Failed, NetworkAnswer, OtherNode, RemoteSource, Residency, Source, TrustAnswer, TrustRequest, TrustedNode,
@@ -285,6 +285,9 @@ pub struct Machine {
     pub ready: Option<Ready>,
     /// How much of its image is here, in percent, if it runs: 100 only once the image is settled.
     pub settled_percent: Option<u8>,
+    /// The task of a job that it runs, if it runs one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskOf>,
     /// The node that it is on, in a cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = "uuid")]

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use control::state::ImageKey;
-use types::{CpuProfile, Digest, FullName, ImageId, Tenant};
+use types::{CpuProfile, Digest, FullName, ImageId, MachineId, Tenant};
+use uuid::Uuid;
 
 use super::{ForkFrom, ForkOrder, ImageView, Service};
 use crate::node::engine::OpenOrder;
@@ -62,6 +63,11 @@ impl Service {
         let is_it = |image: &Image| image.facts.tenant == key.tenant && image.facts.digest == Some(key.digest);
         let image = self.registry.images().into_iter().find(is_it);
         image.map(|image| self.view(image)).ok_or_else(|| NodeError::UnknownImage { id: key.digest.to_string() })
+    }
+
+    /// A machine runs this task of a job.
+    pub fn runs_task(&self, machine: MachineId, job: Uuid, task: u32) {
+        self.registry.runs_task(machine, job, task);
     }
 
     /// An image in memory by its id, digest or name, with its digest.

@@ -268,6 +268,7 @@ impl Service {
             limit_bytes: order.limit_bytes,
             claim_bytes,
             is_task: order.is_task,
+            task: None,
             verified_pages: None,
             readiness: None,
             state: MachineState::Running,
