@@ -55,10 +55,17 @@ fn tasks(report: &mut Report, nodes: &Nodes, program: &Path, n: usize) -> Result
     let (walls, overheads) = (Samples::of(&walls), Samples::from_us(overheads));
     report.keep("C1 wall", &walls);
     report.keep("C1 overhead, percent", &overheads);
-    report.add(Row::new("C1", format!("farfork run -n {TASKS} of a Linux guest, {NODES} nodes: until all results"), &walls, None));
+    report.add(Row::new(
+        "C1",
+        format!("farfork run -n {TASKS} of a Linux guest, {NODES} nodes: until all results"),
+        &walls,
+        None,
+    ));
     let is_met = overheads.p50() <= 25.0;
     report.add(
-        Row::new("C1", "(wall - CPU of the children / cores) / wall", &overheads, None).in_unit("%").reaching("<= 25 %", is_met),
+        Row::new("C1", "(wall - CPU of the children / cores) / wall", &overheads, None)
+            .in_unit("%")
+            .reaching("<= 25 %", is_met),
     );
     Ok(())
 }
@@ -177,7 +184,8 @@ fn rescheduled(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
         let samples = Samples::of(&took);
         report.keep(&format!("C4 first child elsewhere, {what}"), &samples);
         let is_met = samples.percentile(99) <= most * 1e6;
-        let row = Row::new("C4", format!("{what}, until a child of one of its tasks has been forked elsewhere"), &samples, None);
+        let row =
+            Row::new("C4", format!("{what}, until a child of one of its tasks has been forked elsewhere"), &samples, None);
         report.add(row.reaching(format!("<= {most} s"), is_met));
     }
     Ok(())

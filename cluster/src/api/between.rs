@@ -9,10 +9,10 @@ use types::Digest;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::extract::{PathText, bytes_of};
+use super::extract::{PathText, QueryOf, bytes_of};
 use super::jobs::here_of;
 use super::routes::App;
-use super::wire::JobHere;
+use super::wire::{JobHere, LogQuery};
 use crate::jobs::keeper::{Copies, MESSAGE_BYTES_MAX};
 use crate::jobs::payload::PAYLOAD_BYTES_MAX;
 use crate::jobs::results::{ANSWER_BYTES, Asked, Told, blocking};
@@ -29,6 +29,11 @@ pub(crate) async fn keep_outputs(
 ) -> Result<StatusCode, ApiError> {
     let bytes = bytes_of(&app, request, MESSAGE_BYTES_MAX).await?;
     let copies = Copies::decode(&bytes, from.node).map_err(|what| ApiError::bad_request(format!("outputs: {what}")))?;
+    // Of jobs that nobody has submitted nothing is kept. One that this node has not heard of yet comes again.
+    let state = app.member()?.consensus.stale();
+    if let Some((of, _)) = copies.records.iter().find(|(of, _)| !state.jobs.contains_key(&of.job)) {
+        return Err(ClusterError::UnknownJob(of.job.to_string()).into());
+    }
     let store = std::sync::Arc::clone(&app.jobs()?.store);
     blocking(move || store.put(&copies.records)).await?;
     Ok(StatusCode::OK)
@@ -39,7 +44,7 @@ pub(crate) async fn read_outputs(Shared(app): Shared<App>, request: Request) -> 
     let bytes = bytes_of(&app, request, app.limits().body_bytes_max).await?;
     let asked: Asked = postcard::from_bytes(&bytes).map_err(|error| ApiError::bad_request(error.to_string()))?;
     let store = std::sync::Arc::clone(&app.jobs()?.store);
-    let records = blocking(move || store.get(&asked.tries, ANSWER_BYTES)).await?;
+    let records = blocking(move || store.get(&asked.tries, asked.with_files, ANSWER_BYTES)).await?;
     Ok(postcard::to_stdvec(&Told { records }).expect("plain data"))
 }
 
@@ -73,8 +78,12 @@ pub(crate) async fn here(Shared(app): Shared<App>, Path(job): Path<Uuid>) -> Res
 }
 
 /// Tells what a task prints that runs here.
-pub(crate) async fn printed(Shared(app): Shared<App>, Path((job, task)): Path<(Uuid, u32)>) -> Result<Vec<u8>, ApiError> {
-    let printed = app.jobs()?.tasks.printed(JobId(job), task).unwrap_or_default();
+pub(crate) async fn printed(
+    Shared(app): Shared<App>,
+    Path((job, task)): Path<(Uuid, u32)>,
+    QueryOf(from): QueryOf<LogQuery>,
+) -> Result<Vec<u8>, ApiError> {
+    let printed = app.jobs()?.tasks.printed(JobId(job), task, from).unwrap_or_default();
     Ok(postcard::to_stdvec(&printed).expect("plain data"))
 }
 

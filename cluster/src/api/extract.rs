@@ -10,8 +10,11 @@ use axum::http::request::Parts;
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use super::error::ApiError;
-use super::routes::App;
+use super::routes::{App, LARGE_BODIES_MAX};
+use crate::node::NodeError;
 
 /// A JSON body. The content type is not looked at: what is no JSON is refused anyway.
 pub struct JsonBody<T>(pub T);
@@ -26,25 +29,32 @@ impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
     }
 }
 
-/// The same, of a body that may be large: a job with its inputs and files. Few of them are read at a time.
-pub struct LargeJsonBody<T>(pub T);
+/// The same, of a body that may be large: a job with its inputs and files. Few of them are dealt with at a time: it is this one's turn
+/// until it is dropped.
+pub struct LargeJsonBody<T>(pub T, pub Option<OwnedSemaphorePermit>);
 
 /// The most bytes of such a body, and how long it may take to come.
 pub const LARGE_BODY_BYTES_MAX: usize = 64 << 20;
 const LARGE_BODY_WITHIN: Duration = Duration::from_secs(60);
+/// How long its turn is waited for.
+const LARGE_TURN_WITHIN: Duration = Duration::from_secs(30);
 
-impl<T: DeserializeOwned> FromRequest<App> for LargeJsonBody<T> {
+impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for LargeJsonBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         let limits = app.limits();
-        let bytes = if announced(&request).is_some_and(|bytes| bytes <= limits.body_bytes_max) {
-            read(request, limits.body_bytes_max, limits.read_deadline).await?
-        } else {
-            let _turn = app.large_body().await;
-            read(request, LARGE_BODY_BYTES_MAX, LARGE_BODY_WITHIN).await?
-        };
-        serde_json::from_slice(&bytes).map(Self).map_err(|error| ApiError::bad_json(&error))
+        if announced(&request).is_some_and(|bytes| bytes <= limits.body_bytes_max) {
+            let JsonBody(value) = JsonBody::from_request(request, app).await?;
+            return Ok(Self(value, None));
+        }
+        let turn = tokio::time::timeout(LARGE_TURN_WITHIN, app.large_body()).await;
+        let turn = turn.map_err(|_| NodeError::Busy { queued: LARGE_BODIES_MAX })?;
+        let bytes = read(request, LARGE_BODY_BYTES_MAX, LARGE_BODY_WITHIN).await?;
+        // Some tenths of a second of work, for the largest.
+        let parsed = tokio::task::spawn_blocking(move || serde_json::from_slice(&bytes)).await;
+        let value = parsed.map_err(|_| ApiError::internal())?.map_err(|error| ApiError::bad_json(&error))?;
+        Ok(Self(value, Some(turn)))
     }
 }
 
@@ -66,6 +76,18 @@ impl<S: Send + Sync> FromRequestParts<S> for PathText {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let path: Result<Path<String>, PathRejection> = Path::from_request_parts(parts, state).await;
         path.map(|Path(text)| Self(text)).map_err(|error| ApiError::bad_request(error.body_text()))
+    }
+}
+
+/// The two parameters of a path.
+pub struct PathTexts(pub (String, String));
+
+impl<S: Send + Sync> FromRequestParts<S> for PathTexts {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path: Result<Path<(String, String)>, PathRejection> = Path::from_request_parts(parts, state).await;
+        path.map(|Path(texts)| Self(texts)).map_err(|error| ApiError::bad_request(error.body_text()))
     }
 }
 

@@ -1,12 +1,13 @@
 //! Handlers of the tasks of a job: results, one task, what it prints and keeps.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Extension, Path, State as Shared};
+use axum::extract::{Extension, State as Shared};
 use axum::http::{Method, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
@@ -17,7 +18,7 @@ use types::NodeId;
 
 use super::caller::Caller;
 use super::error::ApiError;
-use super::extract::{PathText, QueryOf};
+use super::extract::{PathText, PathTexts, QueryOf};
 use super::jobs::{find, why_waiting};
 use super::routes::App;
 use super::wire::{ErrorAnswer, LogQuery, ResultsQuery, TaskAnswer, TaskLog, TaskResult};
@@ -29,6 +30,11 @@ use crate::member::{ClusterError, Membership, fork::name_of};
 const PIECE: usize = 256;
 /// How long nothing may have ended until it is looked again.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How long it is followed what this node has, until it asks whether others agree.
+const KNOWN_FOR: Duration = Duration::from_secs(10);
+/// How often it is looked again for an output that nobody has.
+const LOST_TRIES: u32 = 3;
+const LOST_TRY_EVERY: Duration = Duration::from_millis(500);
 /// How long a node may take to say what a task prints.
 const LOG_WITHIN: Duration = Duration::from_secs(3);
 
@@ -59,10 +65,23 @@ pub(crate) async fn results(
     let payload = app.jobs()?.payloads.of(&job.spec).await;
     let payload = payload.inspect_err(|error| tracing::warn!(job = %id, %error, "results come without inputs")).ok();
     let told = vec![false; job.spec.count as usize];
-    let telling = Telling { app, id, payload, told, from: query.from, follows: query.follow, next: VecDeque::new(), state };
-    let lines = stream::unfold((telling, permit), |(mut telling, permit)| async move {
-        let piece = telling.piece().await?;
-        Some((Ok::<_, std::convert::Infallible>(piece), (telling, permit)))
+    let telling = Telling {
+        app,
+        id,
+        payload,
+        told,
+        from: query.from,
+        follows: query.follow,
+        next: VecDeque::new(),
+        known: Instant::now(),
+    };
+    let lines = stream::unfold(Some((telling, permit)), |state| async move {
+        let (mut telling, permit) = state?;
+        match telling.piece().await {
+            Ok(piece) => Some((Ok(piece?), Some((telling, permit)))),
+            // The body breaks off: whoever reads it knows that it is not all.
+            Err(error) => Some((Err(error), None)),
+        }
     });
     let headers = [(header::CONTENT_TYPE, "application/x-ndjson")];
     Ok((headers, Body::from_stream(lines)).into_response())
@@ -79,37 +98,52 @@ struct Telling {
     follows: bool,
     /// Tasks that have ended and are not told yet.
     next: VecDeque<u32>,
-    state: Arc<State>,
+    /// When a majority was last known to agree with what this node has.
+    known: Instant,
 }
 
 impl Telling {
     /// The next lines; `None` if there are no more.
-    async fn piece(&mut self) -> Option<Bytes> {
-        let member = Arc::clone(self.app.member().ok()?);
+    async fn piece(&mut self) -> Result<Option<Bytes>, io::Error> {
+        let member = Arc::clone(self.app.member().map_err(io::Error::other)?);
+        let results = self.app.jobs().map_err(io::Error::other)?.results.clone();
+        let mut tries = 0;
         loop {
+            // Not kept between pieces: a reader may take its time, and the state goes on.
+            let state = member.consensus.stale();
+            let forgotten = || io::Error::other("the job was forgotten");
+            let job = state.jobs.get(&self.id).ok_or_else(forgotten)?;
             if self.next.is_empty() {
-                self.gather();
+                self.gather(job);
             }
-            let job = self.state.jobs.get(&self.id)?;
-            let count = self.next.len().min(PIECE);
-            let tasks: Vec<u32> = self.next.drain(..count).collect();
+            let tasks: Vec<u32> = self.next.iter().take(PIECE).copied().collect();
             if !tasks.is_empty() {
-                tasks.iter().for_each(|task| self.told[*task as usize] = true);
-                let results = &self.app.jobs().ok()?.results;
-                let results = results.of(&self.state, self.id, job, &tasks, self.payload.as_deref()).await;
-                return Some(lines(&results));
+                let (told, left) = results.of(&state, self.id, job, &tasks, self.payload.as_deref()).await;
+                // Who has one may be away for a moment.
+                if told.iter().any(|result| result.is_output_lost) && tries < LOST_TRIES {
+                    tries += 1;
+                    tokio::time::sleep(LOST_TRY_EVERY).await;
+                    continue;
+                }
+                self.next.drain(..tasks.len());
+                left.iter().rev().for_each(|task| self.next.push_front(*task));
+                told.iter().for_each(|result| self.told[result.task as usize] = true);
+                return Ok(Some(lines(&told)));
             }
             if !self.follows || job.ended.is_some() {
-                return None;
+                return Ok(None);
             }
+            drop(state);
             let _ = tokio::time::timeout(LOOK_EVERY, member.consensus.changed()).await;
-            self.state = member.consensus.stale();
+            if self.known.elapsed() > KNOWN_FOR {
+                member.read().await.map_err(io::Error::other)?;
+                self.known = Instant::now();
+            }
         }
     }
 
     /// Looks what has ended since.
-    fn gather(&mut self) {
-        let Some(job) = self.state.jobs.get(&self.id) else { return };
+    fn gather(&mut self, job: &Job) {
         for (range, task) in job.tasks.iter() {
             if matches!(task, Task::Done { .. }) {
                 let new = (range.start.max(self.from)..range.end).filter(|task| !self.told[*task as usize]);
@@ -146,7 +180,7 @@ fn lines(results: &[TaskResult]) -> Bytes {
 pub(crate) async fn task(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
-    Path(path): Path<(String, String)>,
+    PathTexts(path): PathTexts,
 ) -> Result<Json<TaskAnswer>, ApiError> {
     let state = app.member()?.read().await?;
     let (_, number, job, task) = meant(&state, &caller, &path)?;
@@ -202,7 +236,7 @@ pub(crate) async fn task(
 pub(crate) async fn log(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
-    Path(path): Path<(String, String)>,
+    PathTexts(path): PathTexts,
     QueryOf(query): QueryOf<LogQuery>,
 ) -> Result<Json<TaskLog>, ApiError> {
     let member = app.member()?;
@@ -210,20 +244,17 @@ pub(crate) async fn log(
     let (id, number, _, task) = meant(&state, &caller, &path)?;
     let (printed, is_all) = match task {
         Task::Waiting { .. } => (Printed::default(), false),
-        Task::Placed { node, .. } => (printed_on(&app, member, node, id, number).await?, false),
+        Task::Placed { node, .. } => (printed_on(&app, member, node, (id, number), query).await?, false),
         Task::Done { output, .. } => {
-            (kept(&app, id, number, output).await?.map(|record| record.printed).unwrap_or_default(), true)
+            let record = kept(&app, &state, id, number, output).await?;
+            (record.map(|record| record.printed.from(query.stdout, query.stderr)).unwrap_or_default(), true)
         }
     };
-    let from = |bytes: &[u8], known: u64| {
-        let known = usize::try_from(known).unwrap_or(usize::MAX).min(bytes.len());
-        BASE64_STANDARD.encode(&bytes[known..])
-    };
     Ok(Json(TaskLog {
-        stdout: from(&printed.stdout, query.stdout),
-        stderr: from(&printed.stderr, query.stderr),
-        next_stdout: printed.stdout.len() as u64,
-        next_stderr: printed.stderr.len() as u64,
+        stdout: BASE64_STANDARD.encode(&printed.stdout),
+        stderr: BASE64_STANDARD.encode(&printed.stderr),
+        next_stdout: query.stdout.saturating_add(printed.stdout.len() as u64),
+        next_stderr: query.stderr.saturating_add(printed.stderr.len() as u64),
         is_all,
     }))
 }
@@ -239,20 +270,22 @@ pub(crate) async fn log(
     ),
     responses(
         (status = 200, description = "A tar archive; empty if it has kept none", content_type = "application/x-tar", body = Vec<u8>),
-        (status = "4XX", description = "Refused; 409 OUTPUT_LOST if no node that answers has it", body = ErrorAnswer),
+        (status = "4XX", description = "Refused; 409 NOT_READY if the task has not ended, OUTPUT_LOST if no node that answers has it", body = ErrorAnswer),
         (status = "5XX", description = "503 NO_QUORUM", body = ErrorAnswer)
     )
 )]
 pub(crate) async fn files(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
-    Path(path): Path<(String, String)>,
+    PathTexts(path): PathTexts,
 ) -> Result<Response, ApiError> {
     let state = app.member()?.read().await?;
     let (id, number, _, task) = meant(&state, &caller, &path)?;
     let record = match task {
-        Task::Done { output, .. } => kept(&app, id, number, output).await?,
-        Task::Waiting { .. } | Task::Placed { .. } => None,
+        Task::Done { output, .. } => kept(&app, &state, id, number, output).await?,
+        Task::Waiting { .. } | Task::Placed { .. } => {
+            return Err(ClusterError::TaskRuns { job: id.to_string(), task: number }.into());
+        }
     };
     let headers = [(header::CONTENT_TYPE, "application/x-tar")];
     Ok((headers, record.map(|record| record.files).unwrap_or_default()).into_response())
@@ -269,17 +302,23 @@ fn meant<'a>(state: &'a State, caller: &Caller, path: &(String, String)) -> Resu
 }
 
 /// What is kept of a task that has ended; `None` if it never ran.
-async fn kept(app: &App, id: JobId, task: u32, output: Option<Output>) -> Result<Option<Record>, ApiError> {
+async fn kept(app: &App, state: &State, id: JobId, task: u32, output: Option<Output>) -> Result<Option<Record>, ApiError> {
     let Some(output) = output else { return Ok(None) };
-    let record = app.jobs()?.results.records(id, &[(task, output)]).await.remove(&task);
+    let record = app.jobs()?.results.record(state, id, task, output).await;
     record.map(Some).ok_or_else(|| ClusterError::OutputLost { job: id.to_string(), task }.into())
 }
 
-async fn printed_on(app: &App, member: &Membership, node: NodeId, id: JobId, task: u32) -> Result<Printed, ApiError> {
+async fn printed_on(
+    app: &App,
+    member: &Membership,
+    node: NodeId,
+    (id, task): (JobId, u32),
+    from: LogQuery,
+) -> Result<Printed, ApiError> {
     if node == member.node() {
-        return Ok(app.jobs()?.tasks.printed(id, task).unwrap_or_default());
+        return Ok(app.jobs()?.tasks.printed(id, task, from).unwrap_or_default());
     }
-    let path = format!("/v1/between/jobs/{}/tasks/{task}", id.0);
+    let path = format!("/v1/between/jobs/{}/tasks/{task}?stdout={}&stderr={}", id.0, from.stdout, from.stderr);
     let late = || ClusterError::NoAnswer { node, detail: format!("not within {LOG_WITHIN:?}") };
     let asked = tokio::time::timeout(LOG_WITHIN, member.ask_node(node, None, Method::GET, &path, None)).await;
     let (status, bytes) = asked.map_err(|_| late())??;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::State as Shared;
 use axum::http::Method;
@@ -30,6 +30,7 @@ use super::wire::{
 use crate::jobs::payload::{self, Payload};
 use crate::member::{ClusterError, EACH_CPU_MILLIS, Membership, fork::name_of};
 use crate::node::{NodeError, ShortId};
+use crate::raft::ConsensusError;
 
 /// Work of so many bytes goes into the log; what is longer, nodes keep.
 const WORK_IN_LOG_MAX: usize = 4 << 10;
@@ -39,6 +40,8 @@ const NAME_BYTES_MAX: usize = 64;
 /// Between two events of a job, at least and at most.
 const EVENT_AT_MOST_EVERY: Duration = Duration::from_millis(250);
 const EVENT_EVERY: Duration = Duration::from_secs(2);
+/// How long it is followed what this node has, until it asks whether others agree.
+const KNOWN_FOR: Duration = Duration::from_secs(10);
 /// How long a node may take to say what it has done for a job.
 const HERE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -60,7 +63,7 @@ pub(crate) async fn submit(
     Shared(app): Shared<App>,
     Extension(caller): Extension<Caller>,
     Extension(about): Extension<About>,
-    LargeJsonBody(request): LargeJsonBody<JobRequest>,
+    LargeJsonBody(request, turn): LargeJsonBody<JobRequest>,
 ) -> Result<Json<JobAnswer>, ApiError> {
     let (member, jobs) = (app.member()?, app.jobs()?);
     let name = caller.name(&request.template)?;
@@ -94,7 +97,8 @@ pub(crate) async fn submit(
             by: by.chars().take(NAME_BYTES_MAX).collect(),
         },
         each: Resources {
-            memory_bytes: request.memory_bytes.unwrap_or(dirty),
+            // What it prints and keeps is in the node's memory for a while, as its files are.
+            memory_bytes: request.memory_bytes.unwrap_or(dirty).saturating_add(payload.output_limit.saturating_mul(2)),
             cpu_millis: request.cpu_millis.unwrap_or(EACH_CPU_MILLIS),
             machines: 1,
         },
@@ -106,8 +110,13 @@ pub(crate) async fn submit(
         replicas: request.replicas,
     };
     check_numbers(&request)?;
-    let payload = payload(&request)?;
-    let encoded = payload.encode();
+    // What takes time of a large one holds nobody up.
+    let made = tokio::task::spawn_blocking(move || {
+        let payload = payload(&request)?;
+        let encoded = payload.encode();
+        Ok::<_, ApiError>((request, payload, encoded))
+    });
+    let (request, payload, encoded) = made.await.map_err(|_| ApiError::internal())??;
     let work = if encoded.len() <= WORK_IN_LOG_MAX {
         Work::Here(encoded)
     } else if encoded.len() <= payload::PAYLOAD_BYTES_MAX {
@@ -120,9 +129,21 @@ pub(crate) async fn submit(
         )));
     };
     let spec = spec_of(work, &payload, &request);
-    // Its id says once what it is: it needs no key of the log's.
     member.propose(None, Command::Submit { job: id, spec }).await?;
-    answer(&app, &*member.read().await?, id).await.map(Json)
+    drop(turn);
+    agreed(&app, id).await
+}
+
+/// A job of which something was agreed on a moment ago. Where that cannot be read it is not said that nothing was done.
+async fn agreed(app: &App, id: JobId) -> Result<Json<JobAnswer>, ApiError> {
+    let member = app.member()?;
+    let state = match member.read().await {
+        Err(ClusterError::Consensus(ConsensusError::NoQuorum { within })) => {
+            return Err(ClusterError::Consensus(ConsensusError::Unknown { within }).into());
+        }
+        read => read?,
+    };
+    answer(app, &state, id).await.map(Json)
 }
 
 /// Lists jobs
@@ -140,7 +161,7 @@ pub(crate) async fn list(Shared(app): Shared<App>, Extension(caller): Extension<
     let state = app.member()?.read().await?;
     let own = |job: &Job| caller.tenant().is_none_or(|tenant| *tenant == job.spec.image.tenant);
     let mut rows: Vec<_> = state.jobs.iter().filter(|(_, job)| own(job)).map(|(id, job)| row(&state, *id, job)).collect();
-    rows.sort_by_key(|row| (row.submitted_ms, row.id));
+    rows.sort_by_key(|row| (std::cmp::Reverse(row.age_ms), row.id));
     Ok(Json(JobsAnswer { jobs: rows }))
 }
 
@@ -173,7 +194,7 @@ pub(crate) async fn show(
     tag = "jobs",
     params(("id" = String, Path, description = "Full id, or its last 4 and more hex digits")),
     responses(
-        (status = 200, description = "It is agreed on: no task of it runs on, or counts", body = JobAnswer),
+        (status = 200, description = "It is agreed on: what tasks of it come to from now on does not count, and nodes end them as they hear of it", body = JobAnswer),
         (status = "4XX", description = "Refused", body = ErrorAnswer),
         (status = "5XX", description = "503 NO_QUORUM, 504 OUTCOME_UNKNOWN", body = ErrorAnswer)
     )
@@ -186,7 +207,7 @@ pub(crate) async fn cancel(
     let member = app.member()?;
     let id = find(&*member.read().await?, &caller, &given)?;
     member.propose(None, Command::Cancel { job: id }).await?;
-    answer(&app, &*member.read().await?, id).await.map(Json)
+    agreed(&app, id).await
 }
 
 /// Forgets a job that has ended, with its outputs
@@ -212,7 +233,7 @@ pub(crate) async fn remove(
     Ok(Json(RemovedAnswer { removed: id.to_string() }))
 }
 
-/// Follows a job: an event `progress` whenever something of it changes, and `end` when all of its tasks are at their end
+/// Follows a job: an event `progress` whenever something of it changes and every two seconds, and `end` when all of its tasks are at their end
 #[utoipa::path(
     get,
     path = "/v1/jobs/{id}/events",
@@ -231,7 +252,7 @@ pub(crate) async fn events(
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
     let permit = app.hand_over()?;
     let id = find(&*app.member()?.read().await?, &caller, &given)?;
-    let next = move |(app, last, permit): (App, Option<TaskCounts>, _)| async move {
+    let next = move |(app, last, (known, permit)): (App, Option<TaskCounts>, (Instant, _))| async move {
         let member = Arc::clone(app.member().ok()?);
         let is_new = |state: &State| state.jobs.get(&id).map(|job| counts(job)) != last;
         if last.is_some() {
@@ -243,15 +264,17 @@ pub(crate) async fn events(
             };
             let _ = tokio::time::timeout(EVENT_EVERY, changes).await;
         }
+        // What others do not agree with is not told for long.
+        let known = if known.elapsed() > KNOWN_FOR { member.read().await.ok().map(|_| Instant::now())? } else { known };
         let state = member.consensus.stale();
         // It was forgotten, or its end was told.
         let job = state.jobs.get(&id).filter(|_| last != Some(ENDED))?;
         let (counts, name) = if job.ended.is_some() { (ENDED, "end") } else { (counts(job), "progress") };
         let data = answer(&app, &state, id).await.ok()?;
         let event = Event::default().event(name).json_data(&data).expect("answers are maps with text keys");
-        Some((Ok(event), (app, Some(counts), permit)))
+        Some((Ok(event), (app, Some(counts), (known, permit))))
     };
-    Ok(Sse::new(stream::unfold((app, None, permit), next)).keep_alive(KeepAlive::default()))
+    Ok(Sse::new(stream::unfold((app, None, (Instant::now(), permit)), next)).keep_alive(KeepAlive::default()))
 }
 
 /// What no job can count: its end was told.
@@ -357,7 +380,7 @@ fn row(state: &State, id: JobId, job: &Job) -> JobRow {
         tenant: job.spec.image.tenant.to_string(),
         submitted_by: job.spec.about.by.clone(),
         about: job.spec.about.work.clone(),
-        submitted_ms: job.submitted.0,
+        age_ms: u64::try_from((state.time - job.submitted).as_millis()).unwrap_or(u64::MAX),
         for_ms: u64::try_from((until - job.submitted).as_millis()).unwrap_or(u64::MAX),
         is_ended: job.ended.is_some(),
         tasks: job.spec.count,

@@ -25,9 +25,7 @@ use uuid::Uuid;
 use super::audit::Strangers;
 use super::caller::{self, Caller, Who};
 use super::error::ApiError;
-use super::{
-    archive, audit, between, cluster, facts, images, job_tasks, jobs, kill, machines, node, templates, trust, users,
-};
+use super::{archive, audit, between, cluster, facts, images, job_tasks, jobs, kill, machines, node, templates, trust, users};
 use crate::cli::client::segment;
 use crate::jobs::Jobs;
 use crate::member::agent::facts_of;
@@ -69,7 +67,7 @@ struct Shared {
     /// Where it answers users of its cluster.
     https: OnceLock<SocketAddr>,
     /// Turns to send a large body.
-    large_bodies: Semaphore,
+    large_bodies: Arc<Semaphore>,
     /// Locked while it is looked for a user that this node does not know.
     unknown_users: tokio::sync::Mutex<()>,
     /// Turned away of late.
@@ -88,8 +86,8 @@ const UNKNOWN_USER_WITHIN: Duration = Duration::from_secs(1);
 /// How long other nodes may take to remove their file of a template.
 const REMOVE_WITHIN: Duration = Duration::from_secs(3);
 
-/// Large bodies that are read at once: each may be in memory twice.
-const LARGE_BODIES_MAX: usize = 4;
+/// Large bodies that are dealt with at once: each is in memory some times over.
+pub(super) const LARGE_BODIES_MAX: usize = 4;
 
 /// How much a node takes on.
 #[derive(Clone, Copy, Debug)]
@@ -147,7 +145,7 @@ impl App {
             jobs: OnceLock::new(),
             audit: OnceLock::new(),
             https: OnceLock::new(),
-            large_bodies: Semaphore::new(LARGE_BODIES_MAX),
+            large_bodies: Arc::new(Semaphore::new(LARGE_BODIES_MAX)),
             unknown_users: tokio::sync::Mutex::default(),
             strangers: Arc::default(),
         };
@@ -319,8 +317,8 @@ impl App {
     }
 
     /// A turn to send a large body.
-    pub(super) async fn large_body(&self) -> tokio::sync::SemaphorePermit<'_> {
-        self.shared.large_bodies.acquire().await.expect("never closed")
+    pub(super) async fn large_body(&self) -> OwnedSemaphorePermit {
+        Arc::clone(&self.shared.large_bodies).acquire_owned().await.expect("never closed")
     }
 
     /// Does what another node asks, when it is its turn, to its end.

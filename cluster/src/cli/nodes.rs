@@ -9,7 +9,7 @@ use super::error::CliError;
 use super::fork::full_name;
 use super::output::{printable, short, table};
 use super::{Context, size};
-use crate::api::wire::{TaskAnswer, ClusterAnswer, ExplainAnswer};
+use crate::api::wire::{ClusterAnswer, ExplainAnswer, TaskAnswer};
 use crate::node::trust::Role;
 
 #[derive(Debug, Subcommand)]
@@ -184,9 +184,11 @@ mod tests {
     #[test]
     fn a_task_is_said_to_be_where_it_is() {
         let task = |json: serde_json::Value| task_for_people(&serde_json::from_value(json).unwrap());
-        let said = task(serde_json::json!({"task": 7, "state": "waiting", "attempt": 2, "node": "a", "why_waiting": ["b is full"]}));
+        let said =
+            task(serde_json::json!({"task": 7, "state": "waiting", "attempt": 2, "node": "a", "why_waiting": ["b is full"]}));
         assert_eq!(said, "task 7 waits, after 2 tries, the last of them on a\n  b is full\n");
-        let said = task(serde_json::json!({"task": 7, "state": "ended", "status": 3, "node": "a", "copy": "b", "why_waiting": []}));
+        let said =
+            task(serde_json::json!({"task": 7, "state": "ended", "status": 3, "node": "a", "copy": "b", "why_waiting": []}));
         assert_eq!(said, "task 7 ended with status 3 on a; its output is there and on b\n");
         let said = task(serde_json::json!({"task": 7, "state": "ended", "reason": "KILLED", "why_waiting": []}));
         assert_eq!(said, "task 7 ended: KILLED\n");

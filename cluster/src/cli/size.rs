@@ -91,7 +91,9 @@ pub fn left(unix_ms: u64, now: SystemTime) -> String {
     in_short((UNIX_EPOCH + Duration::from_millis(unix_ms)).duration_since(now).unwrap_or_default())
 }
 
-fn in_short(duration: Duration) -> String {
+/// As [`age`], of a time that has been taken.
+#[must_use]
+pub fn in_short(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
         0..120 => format!("{seconds}s"),

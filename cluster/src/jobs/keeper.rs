@@ -5,10 +5,11 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
+use bytes::Bytes;
 use control::command::Kept;
 use control::state::{Life, Outcome};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use types::{NodeId, Reason};
 
 use super::record::{Record, Try};
@@ -19,6 +20,8 @@ use crate::member::Membership;
 /// Outputs that go to another node in one message, in all and in bytes: less than what one of that size may take there.
 const BATCH: usize = 2000;
 const BATCH_BYTES: usize = 16 << 20;
+/// Outputs that wait to be kept, in KiB: tasks that end meanwhile wait, and are counted as running.
+const WAITING_KIB: usize = 256 << 10;
 /// Messages under way at once.
 const MESSAGES: usize = 4;
 /// What more comes within this time goes with the first.
@@ -69,7 +72,8 @@ impl Copies {
 /// See the module.
 #[derive(Clone)]
 pub struct Keeper {
-    finished: mpsc::UnboundedSender<Finished>,
+    finished: mpsc::UnboundedSender<(Finished, OwnedSemaphorePermit)>,
+    room: Arc<Semaphore>,
     tasks: Arc<OnceLock<Weak<Tasks>>>,
 }
 
@@ -87,7 +91,7 @@ impl Keeper {
         let tasks = Arc::<OnceLock<Weak<Tasks>>>::default();
         let keeping = Arc::new(Keeping { store, member, tasks: Arc::clone(&tasks) });
         tokio::spawn(keeping.run(coming));
-        Self { finished, tasks }
+        Self { finished, room: Arc::new(Semaphore::new(WAITING_KIB)), tasks }
     }
 
     /// Whom it tells.
@@ -95,31 +99,34 @@ impl Keeper {
         self.tasks.get_or_init(|| Arc::downgrade(tasks));
     }
 
-    /// Keeps what a task came to; its end is told when that is done.
-    pub fn keep(&self, finished: Finished) {
-        if self.finished.send(finished).is_err() {
+    /// Keeps what a task came to, when there is room for it to wait; its end is told when that is done.
+    pub async fn keep(&self, finished: Finished) {
+        let kib = u32::try_from(finished.record.bytes().div_ceil(1024).min(WAITING_KIB)).expect("some thousands");
+        let room = Arc::clone(&self.room).acquire_many_owned(kib).await.expect("never closed");
+        if self.finished.send((finished, room)).is_err() {
             tracing::debug!("nobody keeps outputs any more");
         }
     }
 }
 
 impl Keeping {
-    async fn run(self: Arc<Self>, mut coming: mpsc::UnboundedReceiver<Finished>) {
+    async fn run(self: Arc<Self>, mut coming: mpsc::UnboundedReceiver<(Finished, OwnedSemaphorePermit)>) {
         let messages = Arc::new(Semaphore::new(MESSAGES));
-        while let Some(first) = coming.recv().await {
+        while let Some((first, mut rooms)) = coming.recv().await {
             let turn = Arc::clone(&messages).acquire_owned().await.expect("never closed");
             tokio::time::sleep(GATHER).await;
             let mut bytes = first.record.bytes();
             let mut batch = vec![(first.of, first.record)];
             while batch.len() < BATCH && bytes < BATCH_BYTES {
-                let Ok(Finished { of, record }) = coming.try_recv() else { break };
+                let Ok((Finished { of, record }, room)) = coming.try_recv() else { break };
+                rooms.merge(room);
                 bytes += record.bytes();
                 batch.push((of, record));
             }
             let keeping = Arc::clone(&self);
             tokio::spawn(async move {
                 keeping.keep(batch).await;
-                drop(turn);
+                drop((turn, rooms));
             });
         }
     }
@@ -141,7 +148,7 @@ impl Keeping {
     /// Where they are by now.
     async fn kept(&self, batch: Vec<(Try, Record)>) -> Result<Kept, String> {
         let copies = Copies { records: batch };
-        let message = postcard::to_stdvec(&copies).expect("plain data");
+        let message = Bytes::from(postcard::to_stdvec(&copies).expect("plain data"));
         let store = Arc::clone(&self.store);
         let here = tokio::task::spawn_blocking(move || store.put(&copies.records));
         let here: Result<(), StoreError> = here.await.map_err(|error| error.to_string())?;
@@ -175,8 +182,8 @@ impl Keeping {
         others.into_iter().map(|(id, _)| *id).collect()
     }
 
-    async fn copied(&self, other: NodeId, message: &[u8]) -> Result<(), String> {
-        let asked = self.member.ask_node(other, None, Method::PUT, PATH, Some(message.to_vec()));
+    async fn copied(&self, other: NodeId, message: &Bytes) -> Result<(), String> {
+        let asked = self.member.ask_node(other, None, Method::PUT, PATH, Some(message.clone()));
         match tokio::time::timeout(COPY_WITHIN, asked).await {
             Ok(Ok((status, _))) if status.is_success() => Ok(()),
             Ok(Ok((status, bytes))) => Err(format!("node {other} answers {status}: {}", String::from_utf8_lossy(&bytes))),

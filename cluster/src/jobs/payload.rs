@@ -17,8 +17,11 @@ pub const INPUT_BYTES_MAX: usize = 32 << 10;
 pub const OUTPUT_BYTES: u64 = 1 << 20;
 /// See [`OUTPUT_BYTES`].
 pub const OUTPUT_BYTES_MAX: u64 = 16 << 20;
-/// Files and directories that are kept of a child.
+/// Files and directories that are kept of a child, and the longest path of one in bytes.
 pub const OUTPUTS_MAX: usize = 64;
+const PATH_BYTES_MAX: usize = 4096;
+/// The longest name of a field that can be put in.
+const NAME_BYTES_MAX: usize = 128;
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,12 +78,29 @@ pub enum PayloadError {
     ZeroByte { what: String },
     #[error("{name:?} cannot be the name of a variable")]
     BadName { name: String },
-    #[error("task {task} has {bytes} bytes of arguments and environment, where at most {max} are allowed")]
-    TooMuch { task: u32, bytes: usize, max: usize },
+    #[error("what task {task} is told, with its input put in, has more than {max} bytes")]
+    TooMuch { task: u32, max: usize },
+    #[error("{what} is of a program's, and code that is evaluated has none")]
+    NotOfCode { what: &'static str },
     #[error("{what} is {number}, where {least} to {most} are allowed")]
     Range { what: &'static str, number: u64, least: u64, most: u64 },
     #[error("the payload of a job does not decode: {0}")]
     Malformed(String),
+}
+
+/// What is left of a message.
+struct Room {
+    left: usize,
+    all: usize,
+    task: u32,
+}
+
+impl Room {
+    fn take(&mut self, bytes: usize) -> Result<(), PayloadError> {
+        let too_much = PayloadError::TooMuch { task: self.task, max: self.all };
+        self.left = self.left.checked_sub(bytes).ok_or(too_much)?;
+        Ok(())
+    }
 }
 
 /// Which task is to be told what it does.
@@ -164,6 +184,9 @@ impl Payload {
                 return Err(PayloadError::Empty { what: "the command" });
             }
             Work::Eval(code) if code.is_empty() => return Err(PayloadError::Empty { what: "the code" }),
+            Work::Eval(_) if !self.env.is_empty() => return Err(PayloadError::NotOfCode { what: "env" }),
+            Work::Eval(_) if self.workdir.is_some() => return Err(PayloadError::NotOfCode { what: "workdir" }),
+            Work::Eval(_) if self.user.is_some() => return Err(PayloadError::NotOfCode { what: "user" }),
             _ => {}
         }
         if let Some(name) = self.env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
@@ -173,6 +196,10 @@ impl Payload {
         let arguments = if let Work::Exec(arguments) = &self.work { &arguments[..] } else { &[] };
         if let Some(text) = texts.chain(arguments).find(|text| text.contains('\0')) {
             return Err(PayloadError::ZeroByte { what: format!("{:?}", text.chars().take(64).collect::<String>()) });
+        }
+        if let Some(path) = self.outputs.iter().find(|path| path.len() > PATH_BYTES_MAX) {
+            let (what, bytes) = ("the path of a file to keep".to_owned(), path.len());
+            return Err(PayloadError::TooLong { what, bytes, max: PATH_BYTES_MAX });
         }
         if let Inputs::List(list) = &self.inputs {
             for (task, input) in list.iter().enumerate() {
@@ -198,62 +225,81 @@ impl Payload {
             }
         };
         let told = Told { job: "00000000-0000-0000-0000-000000000000", task: longest, attempt: u32::MAX };
-        let (bytes, max) = match &self.work {
-            Work::Exec(_) => {
-                let exec = self.exec(told);
-                let of_exec = exec.arguments.iter().map(String::len).sum::<usize>();
-                let of_env = exec.environment.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
-                // What does not fit into a frame does not encode.
-                match encode(&ToAgent::Exec(exec)) {
-                    Ok(_) => (0, FRAME_MAX),
-                    Err(_) => (of_exec + of_env, FRAME_MAX),
-                }
-            }
-            Work::Eval(_) => (self.eval(told).len(), MAIN_MESSAGE_MAX),
-        };
-        if bytes > max { Err(PayloadError::TooMuch { task: longest, bytes, max }) } else { Ok(()) }
+        match &self.work {
+            Work::Exec(_) => self.exec(told).map(drop),
+            Work::Eval(_) => self.eval(told).map(drop),
+        }
     }
 
     /// The program that a task runs.
-    #[must_use]
-    pub fn exec(&self, told: Told<'_>) -> Exec {
+    ///
+    /// # Errors
+    /// [`PayloadError::TooMuch`] if it does not fit into a message.
+    pub fn exec(&self, told: Told<'_>) -> Result<Exec, PayloadError> {
         let fields = self.fields(told.task);
-        let said = |text: &str| self.said(text, told, fields.as_ref());
+        let mut room = Room { left: FRAME_MAX, all: FRAME_MAX, task: told.task };
         let arguments = if let Work::Exec(arguments) = &self.work { &arguments[..] } else { &[] };
-        let mut environment: Vec<(String, String)> = self.env.iter().map(|(name, value)| (name.clone(), said(value))).collect();
+        let arguments: Result<Vec<String>, PayloadError> =
+            arguments.iter().map(|argument| self.said(argument, told, fields.as_ref(), &mut room)).collect();
+        let mut environment = Vec::with_capacity(self.env.len() + 3);
+        for (name, value) in &self.env {
+            room.take(name.len())?;
+            environment.push((name.clone(), self.said(value, told, fields.as_ref(), &mut room)?));
+        }
         environment.push(("FARFORK_JOB".to_owned(), told.job.to_owned()));
         environment.push(("FARFORK_TASK".to_owned(), told.task.to_string()));
         environment.push(("FARFORK_ATTEMPT".to_owned(), told.attempt.to_string()));
-        Exec {
-            arguments: arguments.iter().map(|argument| said(argument)).collect(),
+        let exec = Exec {
+            arguments: arguments?,
             environment,
             directory: self.workdir.clone(),
             user: self.user.clone(),
             terminal: None,
             has_input: false,
             is_detached: false,
+        };
+        // Lengths and the rest take some room, too.
+        match encode(&ToAgent::Exec(exec.clone())) {
+            Ok(_) => Ok(exec),
+            Err(_) => Err(PayloadError::TooMuch { task: told.task, max: FRAME_MAX }),
         }
     }
 
     /// The code that a task has evaluated.
-    #[must_use]
-    pub fn eval(&self, told: Told<'_>) -> String {
-        let Work::Eval(code) = &self.work else { return String::new() };
-        self.said(code, told, self.fields(told.task).as_ref())
+    ///
+    /// # Errors
+    /// [`PayloadError::TooMuch`] if it does not fit into a message.
+    pub fn eval(&self, told: Told<'_>) -> Result<String, PayloadError> {
+        let Work::Eval(code) = &self.work else { return Ok(String::new()) };
+        let mut room = Room { left: MAIN_MESSAGE_MAX, all: MAIN_MESSAGE_MAX, task: told.task };
+        self.said(code, told, self.fields(told.task).as_ref(), &mut room)
     }
 
     fn fields(&self, task: u32) -> Option<serde_json::Map<String, serde_json::Value>> {
         serde_json::from_str(self.inputs.of(task)?).ok()
     }
 
-    /// `text` with what stands for a task's own things put in. What stands for nothing stays.
-    fn said(&self, text: &str, told: Told<'_>, fields: Option<&serde_json::Map<String, serde_json::Value>>) -> String {
-        let mut said = String::with_capacity(text.len());
+    /// `text` with what stands for a task's own things put in, as far as there is room. What stands for nothing stays.
+    fn said(
+        &self,
+        text: &str,
+        told: Told<'_>,
+        fields: Option<&serde_json::Map<String, serde_json::Value>>,
+        room: &mut Room,
+    ) -> Result<String, PayloadError> {
+        let mut said = String::new();
+        let mut add = |said: &mut String, more: &str| -> Result<(), PayloadError> {
+            room.take(more.len())?;
+            said.push_str(more);
+            Ok(())
+        };
         let mut rest = text;
         while let Some(at) = rest.find('{') {
-            said.push_str(&rest[..at]);
+            add(&mut said, &rest[..at])?;
             rest = &rest[at..];
-            let value = rest.find('}').and_then(|end| {
+            // No further than a name can reach: a text of nothing but brackets is looked at once.
+            let near = rest.as_bytes().iter().take(NAME_BYTES_MAX).position(|byte| *byte == b'}');
+            let value = near.and_then(|end| {
                 let value = match &rest[1..end] {
                     "index" => Some(told.task.to_string()),
                     "input" => self.inputs.of(told.task).map(str::to_owned),
@@ -266,17 +312,17 @@ impl Payload {
             });
             match value {
                 Some((value, end)) => {
-                    said.push_str(&value);
+                    add(&mut said, &value)?;
                     rest = &rest[end..];
                 }
                 None => {
-                    said.push('{');
+                    add(&mut said, "{")?;
                     rest = &rest[1..];
                 }
             }
         }
-        said.push_str(rest);
-        said
+        add(&mut said, rest)?;
+        Ok(said)
     }
 
     /// What its tasks do, in short, for people.
@@ -323,13 +369,13 @@ pub(crate) mod tests {
         let inputs = Inputs::List(vec!["plain".to_owned(), r#"{"a":"x y","n":7,"l":[1]}"#.to_owned()]);
         let payload =
             exec(&["cmd", "{index}", "{input}", "{input.a}-{input.n}{input.l}", "${x} {} {index", "{{index}}"], inputs);
-        let told = |task| payload.exec(Told { job: "j", task, attempt: 0 });
+        let told = |task| payload.exec(Told { job: "j", task, attempt: 0 }).unwrap();
         assert_eq!(told(0).arguments, ["cmd", "0", "plain", "{input.a}-{input.n}{input.l}", "${x} {} {index", "{0}"]);
         assert_eq!(told(1).arguments[2..5], [r#"{"a":"x y","n":7,"l":[1]}"#, "x y-7[1]", "${x} {} {index"]);
         assert_eq!(told(0).environment[0], ("SHARD".to_owned(), "0 of plain".to_owned()));
         // What is put in is not looked at again.
         let tricky = exec(&["cmd", "{input}"], Inputs::List(vec!["{index}".to_owned()]));
-        assert_eq!(tricky.exec(Told { job: "j", task: 0, attempt: 0 }).arguments[1], "{index}");
+        assert_eq!(tricky.exec(Told { job: "j", task: 0, attempt: 0 }).unwrap().arguments[1], "{index}");
     }
 
     #[test]
@@ -351,6 +397,12 @@ pub(crate) mod tests {
             Err(PayloadError::TooMuch { task: 1, .. })
         ));
         assert_eq!(exec(&["echo", "{index}"], inputs).check(), Ok(()), "once, in its environment, it fits");
+        // A little text that says it a million times, and a long one that says nothing: neither is written out, or gone over twice.
+        let much = exec(&["echo", &"{input}".repeat(1 << 20)], Inputs::List(vec!["y".repeat(INPUT_BYTES_MAX)]));
+        assert!(matches!(much.check(), Err(PayloadError::TooMuch { .. })));
+        let brackets = payload(Work::Eval("{".repeat(1 << 20)), count(1));
+        assert_eq!(Payload { env: BTreeMap::new(), ..brackets }.check(), Ok(()));
+        assert!(matches!(payload(Work::Eval("1".to_owned()), count(1)).check(), Err(PayloadError::NotOfCode { what: "env" })));
         let mut bad = exec(&["true"], count(1));
         bad.env.insert("A=B".to_owned(), String::new());
         assert!(matches!(bad.check(), Err(PayloadError::BadName { .. })));

@@ -67,11 +67,11 @@ pub async fn perform(stream: UnixStream, payload: &Payload, told: Told<'_>, log:
 }
 
 async fn exec(guest: &mut Guest, payload: &Payload, told: Told<'_>, log: &Log) -> Result<Done, GuestError> {
-    match guest.says.say(&ToAgent::Exec(payload.exec(told))).await {
-        // Longer than a message can be: it never went out.
-        Err(GuestError::Refused(why)) => return Ok(Done { status: 125, detail: Some(why), ..Done::default() }),
-        said => said?,
-    }
+    let exec = match payload.exec(told) {
+        Ok(exec) => exec,
+        Err(error) => return Ok(Done { status: 125, detail: Some(error.to_string()), ..Done::default() }),
+    };
+    guest.says.say(&ToAgent::Exec(exec)).await?;
     loop {
         let (is_stderr, piece) = match guest.hears.hear().await {
             Ok(FromAgent::Stdout(piece)) => (false, piece),
@@ -92,7 +92,11 @@ async fn exec(guest: &mut Guest, payload: &Payload, told: Told<'_>, log: &Log) -
 }
 
 async fn eval(guest: &mut Guest, payload: &Payload, told: Told<'_>, log: &Log) -> Result<Done, GuestError> {
-    let raw = match guest.ask(&Evaluate::bytes(&payload.eval(told))).await {
+    let code = match payload.eval(told) {
+        Ok(code) => code,
+        Err(error) => return Ok(Done { status: 125, detail: Some(error.to_string()), ..Done::default() }),
+    };
+    let raw = match guest.ask(&Evaluate::bytes(&code)).await {
         Ok(raw) => raw,
         Err(GuestError::Refused(why)) => return Ok(Done { status: 125, detail: Some(why), ..Done::default() }),
         Err(GuestError::Failed(failed)) => return Ok(of_own_failure(&failed, "")),
@@ -151,7 +155,7 @@ async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -
             log.printed().cut_bytes += bytes;
             notes.push(format!("{path} is not kept: {bytes} bytes are beyond the limit"));
         } else {
-            match add_all(&mut kept, &archive, path) {
+            match add_all(&mut kept, &archive, path, payload.output_limit) {
                 Ok(()) => count += 1,
                 Err(error) => notes.push(format!("{path} is not kept: {error}")),
             }
@@ -165,19 +169,30 @@ async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -
     Ok(done)
 }
 
-/// Adds what a guest has packed, under the directory where it was.
-fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &str) -> io::Result<()> {
+/// Adds what a guest has packed, under the directory where it was: files, directories and links, as they are and no larger than the
+/// archive in which they came.
+fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &str, limit: u64) -> io::Result<()> {
     let plain = |path: &Path| path.components().filter(|part| matches!(part, Component::Normal(_))).collect::<PathBuf>();
     let parent = plain(Path::new(path).parent().unwrap_or(Path::new("")));
     for entry in tar::Archive::new(archive).entries()? {
         let mut entry = entry?;
         let (mut header, at) = (entry.header().clone(), parent.join(plain(&entry.path()?)));
+        let kind = header.entry_type();
+        if !(kind.is_file() || kind.is_dir() || kind.is_symlink() || kind.is_hard_link()) {
+            return Err(io::Error::other(format!("{} is no file, directory or link", at.display())));
+        }
+        // Nobody gains rights by unpacking it.
+        header.set_mode(header.mode()? & 0o777);
         if let Some(link) = entry.link_name()? {
             let link = link.into_owned();
             kept.append_link(&mut header, at, link)?;
         } else {
             let mut contents = Vec::new();
-            entry.read_to_end(&mut contents)?;
+            let room = limit.saturating_sub(kept.get_ref().len() as u64);
+            (&mut entry).take(room + 1).read_to_end(&mut contents)?;
+            if contents.len() as u64 > room {
+                return Err(io::Error::other("it is larger than the limit"));
+            }
             header.set_size(contents.len() as u64);
             kept.append_data(&mut header, at, &contents[..])?;
         }
@@ -279,6 +294,34 @@ mod tests {
             .map(|entry| entry.unwrap().path().unwrap().into_owned().display().to_string())
             .collect();
         assert_eq!(names, ["tmp/x/ab", "tmp/x/b"]);
+    }
+
+    #[test]
+    fn archives_that_grow_when_they_are_read_or_hold_devices_are_refused() {
+        let archived = |kind: tar::EntryType, size: u64| {
+            let mut header = tar::Header::new_gnu();
+            header.set_path("x").unwrap();
+            header.set_entry_type(kind);
+            header.set_mode(0o4755);
+            header.set_size(0);
+            if kind == tar::EntryType::GNUSparse {
+                header.as_gnu_mut().unwrap().set_real_size(size);
+                let sparse = &mut header.as_gnu_mut().unwrap().sparse[0];
+                sparse.set_offset(size);
+                sparse.set_length(0);
+            }
+            header.set_cksum();
+            [header.as_bytes().as_slice(), &[0; 1024]].concat()
+        };
+        for kind in [tar::EntryType::GNUSparse, tar::EntryType::Char, tar::EntryType::Block, tar::EntryType::Fifo] {
+            let mut kept = tar::Builder::new(Vec::new());
+            assert!(add_all(&mut kept, &archived(kind, 1 << 40), "/x", 1 << 20).is_err(), "{kind:?}");
+        }
+        let mut kept = tar::Builder::new(Vec::new());
+        add_all(&mut kept, &archived(tar::EntryType::Regular, 0), "/x", 1 << 20).unwrap();
+        let bytes = kept.into_inner().unwrap();
+        let mode = tar::Archive::new(&bytes[..]).entries().unwrap().next().unwrap().unwrap().header().mode().unwrap();
+        assert_eq!(mode, 0o755);
     }
 
     #[tokio::test]

@@ -44,8 +44,10 @@ pub struct Record {
     pub printed: Printed,
     /// What its code came to.
     pub value: Option<String>,
-    /// A tar archive of the files that were kept; empty if there are none.
+    /// A tar archive of the files that were kept; empty if there are none, or they were not asked for.
     pub files: Vec<u8>,
+    /// How many bytes that archive has.
+    pub files_bytes: u64,
 }
 
 /// What a task has printed, up to a limit.
@@ -70,6 +72,15 @@ impl Printed {
     }
 }
 
+impl Printed {
+    /// What comes after so many bytes of each.
+    #[must_use]
+    pub fn from(&self, stdout: u64, stderr: u64) -> Self {
+        let after = |bytes: &[u8], known: u64| bytes[usize::try_from(known).unwrap_or(usize::MAX).min(bytes.len())..].to_vec();
+        Self { stdout: after(&self.stdout, stdout), stderr: after(&self.stderr, stderr), cut_bytes: self.cut_bytes }
+    }
+}
+
 impl Record {
     /// One that has nothing but its end.
     #[must_use]
@@ -87,6 +98,7 @@ impl Record {
             printed: Printed::default(),
             value: None,
             files: Vec::new(),
+            files_bytes: 0,
         }
     }
 

@@ -1,14 +1,15 @@
 //! Finds payloads and outputs again, on whichever node they are.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::http::Method;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
 use control::State;
-use control::state::{Job, JobId, JobSpec, Outcome, Output, Task, Work};
+use control::state::{Job, JobId, JobSpec, Life, Outcome, Output, Task, Work};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{Digest, NodeId};
@@ -25,8 +26,8 @@ pub const OUTPUTS: &str = "/v1/between/outputs/read";
 pub const PAYLOADS: &str = "/v1/between/payloads/";
 /// The most bytes of outputs in one answer, unless one alone has more.
 pub const ANSWER_BYTES: usize = 8 << 20;
-/// The most outputs that are asked for at once.
-const AT_ONCE: usize = 512;
+/// How long a node that did not answer is not asked again.
+const SILENT_FOR: Duration = Duration::from_secs(10);
 /// How long another node may take to answer.
 const ASK_WITHIN: Duration = Duration::from_secs(5);
 /// Payloads in memory.
@@ -50,13 +51,15 @@ pub struct Payloads {
     store: Arc<Store>,
     member: Arc<Membership>,
     recent: Arc<Mutex<VecDeque<(Digest, Arc<Payload>)>>>,
+    /// Locked while one is read: many batches of a job want it at once.
+    reading: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Payloads {
     /// Of this node.
     #[must_use]
     pub fn new(store: Arc<Store>, member: Arc<Membership>) -> Self {
-        Self { store, member, recent: Arc::default() }
+        Self { store, member, recent: Arc::default(), reading: Arc::default() }
     }
 
     /// What the tasks of a job do. It is fetched from another node if need be, and kept here.
@@ -71,6 +74,10 @@ impl Payloads {
         let recent = |payloads: &VecDeque<(Digest, Arc<Payload>)>| {
             payloads.iter().find(|(known, _)| *known == digest).map(|(_, payload)| Arc::clone(payload))
         };
+        if let Some(known) = recent(&self.recent.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(known);
+        }
+        let _one_at_a_time = self.reading.lock().await;
         if let Some(known) = recent(&self.recent.lock().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(known);
         }
@@ -100,7 +107,7 @@ impl Payloads {
             let asked = self.member.ask_node(node, None, Method::GET, &path, None);
             let Ok(Ok((status, bytes))) = tokio::time::timeout(ASK_WITHIN, asked).await else { continue };
             if status.is_success() && Digest::of(&bytes) == digest {
-                let (store, kept) = (Arc::clone(&self.store), bytes.to_vec());
+                let (store, kept) = (Arc::clone(&self.store), bytes.clone());
                 // The next one asks again, if this node cannot keep it.
                 let kept = blocking(move || store.put_payload(&kept)).await;
                 kept.map(drop).unwrap_or_else(|error| tracing::warn!(%error, "a payload is not kept"));
@@ -115,25 +122,26 @@ impl Payloads {
     /// # Errors
     /// [`StoreError`] of this node, or [`ClusterError`] if no majority keeps it in time.
     pub async fn spread(&self, payload: Vec<u8>) -> Result<Digest, SpreadError> {
+        let payload = Bytes::from(payload);
         let (store, here) = (Arc::clone(&self.store), payload.clone());
         let digest = blocking(move || store.put_payload(&here)).await?;
-        let voters = self.member.consensus.voters();
-        let mut have = usize::from(voters.contains(&self.member.node()));
-        let asks = self.member.others().into_iter().map(|node| {
-            let (member, payload) = (Arc::clone(&self.member), payload.clone());
+        let (own, voters) = (self.member.node(), self.member.consensus.voters());
+        let mut have = usize::from(voters.contains(&own));
+        // The others fetch it when they run tasks of it.
+        let asks = voters.iter().filter(|node| **node != own).map(|node| {
+            let (member, payload, node) = (Arc::clone(&self.member), payload.clone(), *node);
             let path = format!("{PAYLOADS}{digest}");
-            // They go on where nobody waits for them any more: those nodes need it as well.
+            // Those that nobody waits for any more go on: the more have it the better.
             tokio::spawn(async move {
                 let asked = member.ask_node(node, None, Method::PUT, &path, Some(payload)).await;
-                asked.is_ok_and(|(status, _)| status.is_success()).then_some(node)
+                asked.is_ok_and(|(status, _)| status.is_success())
             })
         });
         let mut asks: futures_util::stream::FuturesUnordered<_> = asks.collect();
         let until = tokio::time::Instant::now() + SPREAD_WITHIN;
         while have <= voters.len() / 2 {
             match tokio::time::timeout_at(until, futures_util::StreamExt::next(&mut asks)).await {
-                Ok(Some(Ok(Some(node)))) => have += usize::from(voters.contains(&node)),
-                Ok(Some(_)) => {}
+                Ok(Some(kept)) => have += usize::from(kept.unwrap_or(false)),
                 Ok(None) | Err(_) => return Err(SpreadError::NoMajority { have, voters: voters.len() }),
             }
         }
@@ -142,7 +150,7 @@ impl Payloads {
 }
 
 /// How long a payload may take to reach a majority.
-const SPREAD_WITHIN: Duration = Duration::from_secs(10);
+const SPREAD_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why a payload is not where it has to be.
 #[derive(Debug, Error)]
@@ -159,6 +167,8 @@ pub enum SpreadError {
 pub struct Asked {
     /// Which tries.
     pub tries: Vec<Try>,
+    /// Whether their files are wanted, too.
+    pub with_files: bool,
 }
 
 /// Its answer: those that are there, from the first on, as many as are told at once.
@@ -173,84 +183,111 @@ pub struct Told {
 pub struct Results {
     store: Arc<Store>,
     member: Arc<Membership>,
+    /// Nodes that did not answer, and when: they are not waited for again at once.
+    silent: Arc<Mutex<BTreeMap<NodeId, Instant>>>,
+}
+
+/// What was found of some tasks.
+#[derive(Default)]
+struct Found {
+    records: BTreeMap<u32, Record>,
+    /// Tasks that were not looked for: what was found is enough at a time.
+    left: Vec<u32>,
 }
 
 impl Results {
     /// As this node finds them.
     #[must_use]
     pub fn new(store: Arc<Store>, member: Arc<Membership>) -> Self {
-        Self { store, member }
+        Self { store, member, silent: Arc::default() }
     }
 
-    /// What is kept of these tasks. Of each that is missing in the answer nobody has anything who answers.
-    pub async fn records(&self, job: JobId, wanted: &[(u32, Output)]) -> BTreeMap<u32, Record> {
-        let mut found = BTreeMap::new();
-        // By whom to ask: first the node that ran it, then the one that has a copy.
-        for of_copy in [false, true] {
+    /// What is kept of a task, with its files; `None`: nobody has anything who answers.
+    pub async fn record(&self, state: &State, job: JobId, task: u32, output: Output) -> Option<Record> {
+        self.find(state, job, &[(task, output)], true).await.records.remove(&task)
+    }
+
+    /// What is kept of these tasks, as much as one answer of each node holds.
+    async fn find(&self, state: &State, job: JobId, wanted: &[(u32, Output)], with_files: bool) -> Found {
+        let mut found = Found::default();
+        let mut left: Vec<(u32, Output)> = wanted.to_vec();
+        // First those that are heard, and of two of them the one that ran it.
+        for turn in 0..2 {
             let mut by_node: BTreeMap<NodeId, Vec<Try>> = BTreeMap::new();
-            for (task, output) in wanted.iter().filter(|(task, _)| !found.contains_key(task)) {
+            for (task, output) in &left {
                 let of = Try { job, task: *task, epoch: output.epoch, node: output.node };
-                let at = if of_copy { output.copy } else { Some(output.node) };
-                if let Some(at) = at {
-                    by_node.entry(at).or_default().push(of);
+                let mut at: Vec<NodeId> = [Some(output.node), output.copy].into_iter().flatten().collect();
+                at.sort_by_key(|node| state.nodes.get(node).is_none_or(|node| node.life != Life::Up) || self.is_silent(*node));
+                if let Some(at) = at.get(turn) {
+                    by_node.entry(*at).or_default().push(of);
                 }
             }
-            let asks = by_node.into_iter().map(|(node, tries)| self.at(node, tries));
-            for records in futures_util::future::join_all(asks).await {
-                found.extend(records.into_iter().map(|(of, record)| (of.task, record)));
+            let asks = by_node.into_iter().map(|(node, tries)| async move {
+                let told = self.at(node, &tries, with_files).await;
+                (tries, told)
+            });
+            let mut looked = BTreeSet::new();
+            for (tries, told) in futures_util::future::join_all(asks).await {
+                let last = told.last().map(|(of, _)| of.task);
+                // Told in the order of tasks: what comes after the last, of an answer that is full, was not looked for.
+                let bytes: usize = told.iter().map(|(_, record)| record.bytes()).sum();
+                let is_full = bytes >= ANSWER_BYTES / 2;
+                for of in &tries {
+                    if is_full && last.is_some_and(|last| of.task > last) {
+                        found.left.push(of.task);
+                    }
+                    looked.insert(of.task);
+                }
+                let ours = told.into_iter().filter(|(of, _)| tries.contains(of));
+                found.records.extend(ours.map(|(of, record)| (of.task, record)));
+            }
+            left.retain(|(task, _)| !found.records.contains_key(task) && !found.left.contains(task));
+            if left.is_empty() {
+                break;
             }
         }
         found
     }
 
-    async fn at(&self, node: NodeId, tries: Vec<Try>) -> Vec<(Try, Record)> {
-        let mut found = Vec::new();
-        for tries in tries.chunks(AT_ONCE) {
-            let mut left = tries.to_vec();
-            while !left.is_empty() {
-                let told = if node == self.member.node() {
-                    let (store, asked) = (Arc::clone(&self.store), left.clone());
-                    let read = blocking(move || store.get(&asked, ANSWER_BYTES)).await;
-                    read.inspect_err(|error| tracing::error!(%error, "outputs are not read")).ok()
-                } else {
-                    self.ask(node, &left).await
-                };
-                let Some(mut told) = told else { return found };
-                told.retain(|(of, _)| left.contains(of));
-                let Some((last, _)) = told.last() else { break };
-                // In the order that they were asked for in: those before the last that are missing are not there.
-                let at = left.iter().position(|of| of == last).map_or(left.len(), |at| at + 1);
-                left.drain(..at);
-                found.append(&mut told);
-            }
+    async fn at(&self, node: NodeId, tries: &[Try], with_files: bool) -> Vec<(Try, Record)> {
+        if node == self.member.node() {
+            let (store, asked) = (Arc::clone(&self.store), tries.to_vec());
+            let read = blocking(move || store.get(&asked, with_files, ANSWER_BYTES)).await;
+            return read.inspect_err(|error| tracing::error!(%error, "outputs are not read")).unwrap_or_default();
         }
-        found
-    }
-
-    async fn ask(&self, node: NodeId, tries: &[Try]) -> Option<Vec<(Try, Record)>> {
-        let asked = postcard::to_stdvec(&Asked { tries: tries.to_vec() }).expect("plain data");
-        let asking = self.member.ask_node(node, None, Method::POST, OUTPUTS, Some(asked));
+        if self.is_silent(node) {
+            return Vec::new();
+        }
+        let asked = postcard::to_stdvec(&Asked { tries: tries.to_vec(), with_files }).expect("plain data");
+        let asking = self.member.ask_node(node, None, Method::POST, OUTPUTS, Some(asked.into()));
         match tokio::time::timeout(ASK_WITHIN, asking).await {
             Ok(Ok((status, bytes))) if status.is_success() => {
                 let told: Result<Told, _> = postcard::from_bytes(&bytes);
-                told.inspect_err(|error| tracing::warn!(%node, %error, "its outputs are not understood"))
-                    .ok()
-                    .map(|told| told.records)
+                let told = told.inspect_err(|error| tracing::warn!(%node, %error, "its outputs are not understood"));
+                return told.map(|told| told.records).unwrap_or_default();
             }
-            Ok(Ok((status, _))) => {
-                tracing::warn!(%node, %status, "does not tell outputs");
-                None
-            }
-            Ok(Err(error)) => {
-                tracing::debug!(%node, %error, "cannot be asked for outputs");
-                None
-            }
-            Err(_) => None,
+            Ok(Ok((status, _))) => tracing::warn!(%node, %status, "does not tell outputs"),
+            Ok(Err(error)) => tracing::debug!(%node, %error, "cannot be asked for outputs"),
+            Err(_) => tracing::warn!(%node, "does not tell outputs in time"),
         }
+        self.silent.lock().unwrap_or_else(PoisonError::into_inner).insert(node, Instant::now());
+        Vec::new()
     }
 
-    /// How these tasks of a job ended, in words; those that have not are left out.
-    pub async fn of(&self, state: &State, id: JobId, job: &Job, tasks: &[u32], payload: Option<&Payload>) -> Vec<TaskResult> {
+    fn is_silent(&self, node: NodeId) -> bool {
+        let silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        silent.get(&node).is_some_and(|since| since.elapsed() < SILENT_FOR)
+    }
+
+    /// How these tasks of a job ended, in words, and which of them are left for the next time. Those that have not ended are left out.
+    pub async fn of(
+        &self,
+        state: &State,
+        id: JobId,
+        job: &Job,
+        tasks: &[u32],
+        payload: Option<&Payload>,
+    ) -> (Vec<TaskResult>, Vec<u32>) {
         let ended: Vec<(u32, Outcome, Option<Output>)> = tasks
             .iter()
             .filter_map(|task| match job.tasks.get(*task)? {
@@ -259,15 +296,16 @@ impl Results {
             })
             .collect();
         let wanted: Vec<(u32, Output)> = ended.iter().filter_map(|(task, _, output)| Some((*task, (*output)?))).collect();
-        let mut records = self.records(id, &wanted).await;
-        let results = ended.into_iter().map(|(task, outcome, output)| {
+        let Found { mut records, left } = self.find(state, id, &wanted, false).await;
+        let told = ended.into_iter().filter(|(task, ..)| !left.contains(task));
+        let results = told.map(|(task, outcome, output)| {
             let input = payload.and_then(|payload| payload.inputs.of(task)).map(str::to_owned);
             let record = records.remove(&task);
             let is_output_lost = output.is_some() && record.is_none();
             let node = output.map(|output| name_of(state, output.node)).unwrap_or_default();
             TaskResult { is_output_lost, ..result(task, outcome, input, record, node) }
         });
-        results.collect()
+        (results.collect(), left)
     }
 }
 
@@ -300,7 +338,7 @@ fn result(task: u32, outcome: Outcome, input: Option<String>, record: Option<Rec
     result.detail = record.detail;
     result.value = record.value;
     result.cut_bytes = record.printed.cut_bytes;
-    result.files_bytes = record.files.len() as u64;
+    result.files_bytes = record.files_bytes;
     result.run = Some(TaskRun {
         attempt: record.attempt,
         node,

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use control::state::JobId;
@@ -28,6 +28,7 @@ const CACHE_BYTES: usize = 16 << 20;
 const RESERVE_BYTES: u64 = 64 << 20;
 /// What nobody knows of any more goes after so long: what was just submitted may not have come here yet.
 const UNKNOWN_FOR: Duration = Duration::from_mins(10);
+const REMOVED_AT_ONCE: usize = 2000;
 
 /// Why outputs or payloads cannot be kept or read.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -53,7 +54,7 @@ impl StoreError {
 /// See the module.
 pub struct Store {
     directory: PathBuf,
-    database: Mutex<Database>,
+    database: Database,
     /// What nobody knows of, and since when.
     unknown: Mutex<BTreeMap<Vec<u8>, Instant>>,
 }
@@ -75,17 +76,12 @@ impl Store {
             }
             opened => opened,
         };
-        let database = Mutex::new(database.map_err(|error| io(error.to_string()))?);
+        let database = database.map_err(|error| io(error.to_string()))?;
         Ok(Self { directory: directory.to_owned(), database, unknown: Mutex::default() })
     }
 
-    fn database(&self) -> MutexGuard<'_, Database> {
-        self.database.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, DiskError>) -> Result<T, StoreError> {
-        let database = self.database();
-        let done = caught(|| work(&database)).and_then(|done| done);
+        let done = caught(|| work(&self.database)).and_then(|done| done);
         done.map_err(|error| StoreError::Io { path: self.directory.clone(), cause: error.to_string() })
     }
 
@@ -118,11 +114,11 @@ impl Store {
         })
     }
 
-    /// Outputs of these tries, as many as fit into so many bytes, but at least one that is there.
+    /// Outputs of these tries, with their files or without, as many as fit into so many bytes, but at least one that is there.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn get(&self, tries: &[Try], bytes_max: usize) -> Result<Vec<(Try, Record)>, StoreError> {
+    pub fn get(&self, tries: &[Try], with_files: bool, bytes_max: usize) -> Result<Vec<(Try, Record)>, StoreError> {
         self.with(|database| {
             let reading = database.begin_read().map_err(of_redb)?;
             let outputs = reading.open_table(OUTPUTS).map_err(of_redb)?;
@@ -130,15 +126,22 @@ impl Store {
             for of in tries {
                 let key = key_of(of);
                 let Some(bytes) = outputs.get(&key[..]).map_err(of_redb)? else { continue };
-                sum += bytes.value().len();
+                let mut record: Record = match decoded(&place(&key), bytes.value()) {
+                    Ok(record) => record,
+                    Err(error) => {
+                        // The other node that has it is asked.
+                        tracing::error!(%error, job = %of.job, task = of.task, "a damaged output");
+                        continue;
+                    }
+                };
+                if !with_files {
+                    record.files = Vec::new();
+                }
+                sum += record.bytes();
                 if sum > bytes_max && !found.is_empty() {
                     break;
                 }
-                match decoded(&place(&key), bytes.value()) {
-                    Ok(record) => found.push((*of, record)),
-                    // The other node that has it is asked.
-                    Err(error) => tracing::error!(%error, job = %of.job, task = of.task, "a damaged output"),
-                }
+                found.push((*of, record));
             }
             Ok(found)
         })
@@ -173,10 +176,8 @@ impl Store {
     }
 
     /// How many outputs of a job are here.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn count(&self, job: JobId) -> Result<u64, StoreError> {
+    #[cfg(test)]
+    fn count(&self, job: JobId) -> Result<u64, StoreError> {
         self.with(|database| {
             let reading = database.begin_read().map_err(of_redb)?;
             let outputs = reading.open_table(OUTPUTS).map_err(of_redb)?;
@@ -222,27 +223,36 @@ impl Store {
             }
             unknown.iter().filter(|(_, since)| now - **since >= UNKNOWN_FOR).map(|(key, _)| key.clone()).collect()
         };
-        if gone.is_empty() {
-            return Ok(0);
+        for key in &gone {
+            match <[u8; 16]>::try_from(&key[..]) {
+                Ok(job) => while self.remove_some(JobId(Uuid::from_bytes(job)))? {},
+                Err(_) => self.with(|database| {
+                    let writing = database.begin_write().map_err(of_redb)?;
+                    writing.open_table(PAYLOADS).map_err(of_redb)?.remove(&key[..]).map_err(of_redb)?;
+                    writing.commit().map_err(of_redb)
+                })?,
+            }
         }
+        Ok(gone.len())
+    }
+
+    /// Some outputs of a job: what is put meanwhile does not wait for all of them. Whether there are more.
+    fn remove_some(&self, job: JobId) -> Result<bool, StoreError> {
         self.with(|database| {
             let writing = database.begin_write().map_err(of_redb)?;
+            let mut removed = 0;
             {
                 let mut outputs = writing.open_table(OUTPUTS).map_err(of_redb)?;
-                let mut payloads = writing.open_table(PAYLOADS).map_err(of_redb)?;
-                for key in &gone {
-                    match <[u8; 16]>::try_from(&key[..]) {
-                        Ok(job) => {
-                            let (first, last) = ends_of(JobId(Uuid::from_bytes(job)));
-                            outputs.retain_in(&first[..]..=&last[..], |_, _| false).map_err(of_redb)?;
-                        }
-                        Err(_) => drop(payloads.remove(&key[..]).map_err(of_redb)?),
-                    }
+                let (first, last) = ends_of(job);
+                let some = outputs.extract_from_if(&first[..]..=&last[..], |_, _| true).map_err(of_redb)?;
+                for item in some.take(REMOVED_AT_ONCE) {
+                    item.map_err(of_redb)?;
+                    removed += 1;
                 }
             }
-            writing.commit().map_err(of_redb)
-        })?;
-        Ok(gone.len())
+            writing.commit().map_err(of_redb)?;
+            Ok(removed == REMOVED_AT_ONCE)
+        })
     }
 
     /// Whether nothing is kept here.
@@ -326,10 +336,10 @@ mod tests {
         };
         let store = Store::open(directory.path()).unwrap();
         let wanted = [of(1, 0, 1), of(1, 0, 2), of(1, 7, 1), of(2, 0, 1)];
-        let found = store.get(&wanted, usize::MAX).unwrap();
+        let found = store.get(&wanted, true, usize::MAX).unwrap();
         let texts: Vec<_> = found.iter().map(|(_, record)| String::from_utf8_lossy(&record.printed.stdout)).collect();
         assert_eq!(texts, ["a", "y", "c"]);
-        assert_eq!(store.get(&wanted, 1).unwrap().len(), 1, "one at least");
+        assert_eq!(store.get(&wanted, true, 1).unwrap().len(), 1, "one at least");
         assert_eq!(store.payload(digest).unwrap(), Some(payload));
         assert_eq!(store.payload(Digest::of(b"other")).unwrap(), None);
         assert_eq!(store.count(JobId(Uuid::from_u128(1))).unwrap(), 3);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use control::State;
 use control::command::Kept;
 use control::reconcile::Run;
-use control::state::{ImageKey, Job, JobId, Outcome, Task};
+use control::state::{ImageKey, JobId, JobSpec, Outcome, Task};
 use tokio::sync::{Notify, Semaphore, watch};
 use types::{Epoch, MachineId, NodeId, Reason};
 
@@ -17,7 +17,7 @@ use super::perform::{Done, Log, perform};
 use super::record::{Printed, Record, Try};
 use super::results::Payloads;
 use crate::api::App;
-use crate::api::wire::{JobHere, TaskFrom};
+use crate::api::wire::{JobHere, LogQuery, TaskFrom};
 use crate::node::guest::words::GuestError;
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{MachineState, Origin};
@@ -30,6 +30,7 @@ const BATCH: usize = 16;
 const BATCHES: usize = 4;
 /// How long it may take until it is known why a guest broke off.
 const ENDS_WITHIN: Duration = Duration::from_secs(2);
+const KILL_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub struct Tasks {
@@ -54,6 +55,8 @@ struct OnNode {
     epoch: Epoch,
     ended: Option<(Outcome, Kept)>,
     is_over: watch::Sender<bool>,
+    /// It prints no more; what it has printed is being kept.
+    is_done: bool,
     log: Arc<Log>,
 }
 
@@ -99,11 +102,11 @@ impl Tasks {
         self.lock().here.get(&job).copied()
     }
 
-    /// What a task has printed so far; `None`: it does not run here.
+    /// What a task has printed from there on; `None`: it does not run here, or not any more.
     #[must_use]
-    pub fn printed(&self, job: JobId, task: u32) -> Option<Printed> {
-        let log = Arc::clone(&self.lock().runs.get(&(job, task))?.log);
-        let printed = log.printed().clone();
+    pub fn printed(&self, job: JobId, task: u32, from: LogQuery) -> Option<Printed> {
+        let log = Arc::clone(&self.lock().runs.get(&(job, task)).filter(|run| !run.is_done)?.log);
+        let printed = log.printed().from(from.stdout, from.stderr);
         Some(printed)
     }
 
@@ -114,13 +117,13 @@ impl Tasks {
             let Some(Task::Placed { attempt, .. }) = state.jobs.get(job).and_then(|job| job.tasks.get(*task)) else { continue };
             let (over, is_over) = watch::channel(false);
             let log = Arc::<Log>::default();
-            let run = OnNode { epoch: *epoch, ended: None, is_over: over, log: Arc::clone(&log) };
+            let run = OnNode { epoch: *epoch, ended: None, is_over: over, is_done: false, log: Arc::clone(&log) };
             self.lock().runs.insert((*job, *task), run);
             let of = Try { job: *job, task: *task, epoch: *epoch, node: self.node };
             by_job.entry(*job).or_default().push(Order { of, attempt, log, is_over });
         }
         for (job, orders) in by_job {
-            let spec = Arc::new(state.jobs[&job].clone());
+            let spec = Arc::new(state.jobs[&job].spec.clone());
             for batch in orders.chunks(BATCH) {
                 tokio::spawn(Arc::clone(self).run(Arc::clone(&spec), batch.to_vec()));
             }
@@ -154,7 +157,9 @@ impl Tasks {
         self.lock().here.retain(|job, _| state.jobs.contains_key(job));
     }
 
-    async fn run(self: Arc<Self>, job: Arc<Job>, orders: Vec<Order>) {
+    async fn run(self: Arc<Self>, spec: Arc<JobSpec>, orders: Vec<Order>) {
+        // Before it is this batch's turn: others need not wait for what comes from another node.
+        let payload = self.payloads.of(&spec).await;
         let turn = self.forks.acquire().await.expect("never closed");
         let (wanted, over): (Vec<Order>, Vec<Order>) = orders.into_iter().partition(|order| !*order.is_over.borrow());
         over.iter().for_each(|order| self.drop_run(&order.of));
@@ -163,31 +168,43 @@ impl Tasks {
         }
         let began_ms = pages::clock::wall().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let began_ms = u64::try_from(began_ms).unwrap_or(u64::MAX);
-        let payload = match self.payloads.of(&job.spec).await {
+        let payload = match payload {
             Ok(payload) => payload,
-            Err(error) => {
-                let failed = |order| self.fail(order, Reason::ForkFailed, error.to_string(), began_ms);
-                return wanted.into_iter().for_each(failed);
-            }
+            Err(error) => return self.fail(wanted, Reason::ForkFailed, &error.to_string(), began_ms).await,
         };
-        let batch = Arc::new(Batch { key: job.spec.image.clone(), payload, began: Instant::now(), began_ms });
+        let batch = Arc::new(Batch { key: spec.image.clone(), payload, began: Instant::now(), began_ms });
         let forked = self.fork(&batch, wanted.len()).await;
         drop(turn);
         let (report, from) = match forked {
             Ok(forked) => forked,
             Err(error) => {
-                let (reason, detail) = (error.reason().unwrap_or(Reason::ForkFailed), error.to_string());
-                return wanted.into_iter().for_each(|order| self.fail(order, reason, detail.clone(), began_ms));
+                let reason = error.reason().unwrap_or(Reason::ForkFailed);
+                return self.fail(wanted, reason, &error.to_string(), began_ms).await;
             }
         };
         let mut orders = wanted.into_iter();
         for (child, order) in report.children.iter().zip(&mut orders) {
             let (tasks, batch, child) = (Arc::clone(&self), Arc::clone(&batch), child.clone());
-            tokio::spawn(async move { tasks.task(&batch, &child, from, order).await });
+            tokio::spawn(async move {
+                let (performs, again) = (Arc::clone(&tasks), order.clone());
+                let performed = tokio::spawn(async move { performs.task(&batch, &child, from, order).await });
+                if let Err(error) = performed.await {
+                    tracing::error!(%error, "a task's conversation");
+                    tasks.fail(vec![again], Reason::ForkFailed, "something of farfork failed", began_ms).await;
+                }
+            });
         }
-        for ((_, error), order) in report.failures.into_iter().zip(orders) {
-            self.fail(order, error.reason().unwrap_or(Reason::ForkFailed), error.to_string(), began_ms);
+        for ((id, error), order) in report.failures.into_iter().zip(&mut orders) {
+            // One that broke off while it was told who it is may have ended for a reason that says more.
+            let state = self.app.work(move |service: &Service| Ok(service.machine(&id.to_string())?.machine.state)).await;
+            let reason = match state {
+                Ok(MachineState::Ended { ended, .. }) if ended.reason != Reason::Killed => ended.reason,
+                _ => error.reason().unwrap_or(Reason::ForkFailed),
+            };
+            self.fail(vec![order], reason, &error.to_string(), began_ms).await;
         }
+        // Children that have ended and were forgotten before they were told of.
+        self.fail(orders.collect(), Reason::ForkFailed, "its child is gone", began_ms).await;
     }
 
     async fn fork(&self, batch: &Batch, count: usize) -> Result<(ForkReport, TaskFrom), NodeError> {
@@ -247,9 +264,9 @@ impl Tasks {
         }
         let Some((outcome, Done { value, detail, files, .. })) = ended else { return self.drop_run(&order.of) };
         let us = |time: Duration| u64::try_from(time.as_micros()).ok();
+        // Whoever follows it finds it where it is kept, from then on.
+        self.lock().runs.get_mut(&(order.of.job, order.of.task)).map(|run| run.is_done = true).unwrap_or_default();
         let printed = std::mem::take(&mut *order.log.printed());
-        // Whoever follows what it prints reads on until its end is known.
-        order.log.printed().clone_from(&printed);
         let record = Record {
             machine: Some(id),
             from: Some(from),
@@ -258,10 +275,11 @@ impl Tasks {
             done_us: us(ended_after),
             printed,
             value,
+            files_bytes: files.len() as u64,
             files,
             ..Record::ended(outcome, detail, order.attempt, batch.began_ms)
         };
-        self.keeper.keep(Finished { of: order.of, record });
+        self.keeper.keep(Finished { of: order.of, record }).await;
     }
 
     /// Has the child do the work, and says how that ended.
@@ -298,21 +316,28 @@ impl Tasks {
         }
     }
 
+    /// Ends a child. Its room is not given to others before it is gone.
     async fn kill(&self, id: MachineId) {
-        match self.app.work(move |service: &Service| service.kill(&[id.to_string()], false, None)).await {
-            // It has ended by itself.
-            Ok(_) | Err(NodeError::Ended { .. }) => {}
-            Err(error) => tracing::warn!(machine = %id, %error, "the child of a task is not ended"),
+        loop {
+            match self.app.work(move |service: &Service| service.kill(&[id.to_string()], false, None)).await {
+                // It has ended by itself, long ago perhaps; or all of them end with the node.
+                Ok(_) | Err(NodeError::Ended { .. } | NodeError::UnknownMachine { .. } | NodeError::Stopping) => return,
+                Err(error) => tracing::warn!(machine = %id, %error, "the child of a task is not ended yet"),
+            }
+            tokio::time::sleep(KILL_AGAIN_AFTER).await;
         }
     }
 
-    fn fail(&self, order: Order, reason: Reason, detail: String, began_ms: u64) {
-        tracing::debug!(job = %order.of.job, task = order.of.task, %reason, detail, "not run");
-        if *order.is_over.borrow() {
-            return self.drop_run(&order.of);
+    async fn fail(&self, orders: Vec<Order>, reason: Reason, detail: &str, began_ms: u64) {
+        for order in orders {
+            tracing::debug!(job = %order.of.job, task = order.of.task, %reason, detail, "not run");
+            if *order.is_over.borrow() {
+                self.drop_run(&order.of);
+                continue;
+            }
+            let record = Record::ended(Outcome::Failed(reason), Some(detail.to_owned()), order.attempt, began_ms);
+            self.keeper.keep(Finished { of: order.of, record }).await;
         }
-        let record = Record::ended(Outcome::Failed(reason), Some(detail), order.attempt, began_ms);
-        self.keeper.keep(Finished { of: order.of, record });
     }
 
     /// A task of this order is not here any more.

@@ -138,7 +138,7 @@ impl Membership {
         caller: Option<&Caller>,
         method: Method,
         path: &str,
-        body: Option<Vec<u8>>,
+        body: Option<Bytes>,
     ) -> Result<(StatusCode, Bytes), ClusterError> {
         let mut request = Request::builder().method(method).uri(path);
         if let Some(caller) = caller {
@@ -164,7 +164,7 @@ impl Membership {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Result<T, (StatusCode, Bytes)>, ClusterError> {
-        let body = body.map(|body| serde_json::to_vec(body).expect("requests are maps with text keys"));
+        let body = body.map(|body| serde_json::to_vec(body).expect("requests are maps with text keys").into());
         let (status, bytes) = self.ask_node(node, caller, method, path, body).await?;
         if !status.is_success() {
             return Ok(Err((status, bytes)));

@@ -115,6 +115,8 @@ pub enum ClusterError {
     OutputLost { job: String, task: u32 },
     #[error(transparent)]
     Outputs(#[from] StoreError),
+    #[error("task {task} of job {job} has not ended")]
+    TaskRuns { job: String, task: u32 },
     #[error("job {job} has no task {task}")]
     UnknownTask { job: String, task: u32 },
     #[error("machine {machine} is of an image that only {node} knows: its forks run there")]
@@ -144,6 +146,7 @@ impl ClusterError {
             Self::UnknownJob(_) | Self::UnknownTask { .. } => "UNKNOWN_JOB",
             Self::AmbiguousJob { .. } => "AMBIGUOUS_ID",
             Self::OutputLost { .. } => "OUTPUT_LOST",
+            Self::TaskRuns { .. } => "NOT_READY",
             Self::Outputs(StoreError::Full { .. }) => "STORE_FULL",
             Self::Outputs(StoreError::Io { .. }) => "STORE",
             Self::LastVote(_) => "REFUSED",
@@ -168,6 +171,7 @@ impl ClusterError {
             Self::NotKept(_) => "submit it again with the same key; look which voters run and have room on their disks",
             Self::UnknownJob(_) => "`farfork job ls` lists jobs; they are forgotten a day after they ended",
             Self::AmbiguousJob { .. } => "give more digits from the end of the id",
+            Self::TaskRuns { .. } => "wait for it: farfork job wait",
             Self::OutputLost { .. } => "start the nodes again that ran it (`farfork explain` names them), or submit it anew",
             Self::Outputs(error) => error.remedy(),
             Self::UnknownTask { .. } => "tasks are numbered from 0: `farfork job show` says how many there are",

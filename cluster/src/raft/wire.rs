@@ -10,8 +10,8 @@ use thiserror::Error;
 
 use super::{Member, Types};
 
-/// The most bytes of a message: a state of a million tasks is some ten of them.
-pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// The most bytes of a message. The largest is a state: four million tasks of which no two neighbours are alike are 200 MiB.
+pub const MESSAGE_BYTES_MAX: usize = 256 << 20;
 
 /// What a member asks of another. The list grows only at its end.
 #[derive(Clone, Debug, Serialize, Deserialize)]

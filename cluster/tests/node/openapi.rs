@@ -40,7 +40,11 @@ fn a_node_describes_every_route_that_it_has() {
     assert_eq!(paths.len(), 37, "{:?}", paths.keys());
     for (path, methods) in paths {
         for method in methods.as_object().unwrap().keys() {
-            let answer = node.http(&method.to_uppercase(), &path.replace("{id}", "0000").replace("{verb}", "cordon").replace("{task}", "0"), b"");
+            let answer = node.http(
+                &method.to_uppercase(),
+                &path.replace("{id}", "0000").replace("{verb}", "cordon").replace("{task}", "0"),
+                b"",
+            );
             assert!(!answer.body.contains("UNKNOWN_ROUTE") && answer.status != 405, "{method} {path}: {answer:?}");
         }
     }

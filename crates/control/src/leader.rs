@@ -56,7 +56,8 @@ pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
     let (placed, left) = place_all(state);
     commands.extend(placed);
     commands.extend(left.iter().filter_map(|id| make_room(state, &state.jobs[id])));
-    let is_over = state.users.values().any(|user| user.until.is_some_and(|until| until <= now));
+    let is_over = state.users.values().any(|user| user.until.is_some_and(|until| until <= now))
+        || state.jobs.values().any(|job| job.ended.is_none() && job.deadline.is_some_and(|deadline| deadline <= now));
     if commands.is_empty() && (is_over || now - state.time >= NOTE_EVERY && waits_for_time(state)) {
         commands.push(Command::Note);
     }
@@ -90,18 +91,17 @@ fn images(state: &State, key: &ImageKey, image: &Image, is_needed: bool, now: Ti
     let settled_elsewhere = state.settled_and_up(image).filter(|id| !is_draining(id)).count();
     let is_forgotten = image.unneeded.is_some_and(|since| now - since >= UNNEEDED_AFTER);
     for (id, holder) in image.holders.iter().filter(|(_, holder)| holder.is_kept()) {
-        let is_free = image.readers_of(*id).next().is_none() && !has_tasks(state, key, *id);
         let is_to_go = is_forgotten || is_draining(id) && (!holder.is_settled() || !is_needed || settled_elsewhere > 0);
-        if is_free && is_to_go {
+        // Whether tasks are there is asked last: that takes a walk over them.
+        if is_to_go && image.readers_of(*id).next().is_none() && !has_tasks(state, key, *id) {
             commands.push(Command::LetGo { key: key.clone(), node: *id });
         }
     }
     // What only nodes have that are being drained goes to another; and to as many as its jobs say.
     let on_their_way = image.holders.keys().filter(|id| stays(id) && crate::apply::leads_to_all(image, **id)).count();
     let is_on_drained = image.settled().any(|id| is_draining(&id));
-    let replicas = running(state, key).map(|job| usize::from(job.spec.replicas)).max().unwrap_or(0);
     if is_needed
-        && on_their_way < replicas.max(usize::from(is_on_drained))
+        && on_their_way < replicas(state, key).max(usize::from(is_on_drained))
         && let Some((node, sources)) = home(state, key)
     {
         commands.push(Command::Open { key: key.clone(), node, sources });
@@ -122,7 +122,7 @@ fn make_room(state: &State, job: &Job) -> Option<Command> {
         let can_be_spared = |(key, image): &(&ImageKey, &Image)| {
             image.holders.get(id).is_some_and(|holder| holder.is_kept() && holder.is_settled())
                 && image.readers_of(*id).next().is_none()
-                && state.settled_and_up(image).any(|other| other != *id)
+                && state.settled_and_up(image).filter(|other| other != id).count() >= replicas(state, key).max(1)
                 && !has_tasks(state, key, *id)
                 && needed.fits(Resources { memory_bytes: free.memory_bytes.saturating_add(image.facts.data_bytes), ..*free })
         };
@@ -133,6 +133,11 @@ fn make_room(state: &State, job: &Job) -> Option<Command> {
 /// Jobs of an image that go on.
 fn running<'a>(state: &'a State, key: &'a ImageKey) -> impl Iterator<Item = &'a Job> {
     state.jobs.values().filter(move |job| job.ended.is_none() && job.spec.image == *key)
+}
+
+/// On how many nodes an image is to be for its jobs.
+fn replicas(state: &State, key: &ImageKey) -> usize {
+    running(state, key).map(|job| usize::from(job.spec.replicas)).max().unwrap_or(0)
 }
 
 fn has_tasks(state: &State, key: &ImageKey, id: NodeId) -> bool {

@@ -15,6 +15,8 @@ use crate::state::{Holder, Image, ImageKey, Job, JobId, Life, Resources, Spread,
 
 /// The most nodes that read an image from one holder first.
 pub const DEGREE: usize = 2;
+/// Jobs that are placed at a time: the next ones are when these are agreed on.
+const PLACED_AT_ONCE: usize = 64;
 /// The most nodes that a holder reads from.
 const SOURCES_MAX: usize = 3;
 /// The label by which nodes are near to one another.
@@ -126,8 +128,10 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
             Err(verdict) => drop(plan.verdicts.insert(*id, verdict)),
         }
     }
-    let others = rooms.values().flatten().filter(|(id, _)| Some(*id) != wanted.not_on).map(|(_, room)| *room);
-    let last_resort = wanted.not_on.filter(|_| others.fold(0u64, u64::saturating_add) >= wanted.count);
+    // One that has no room now will have some: what has failed there is not tried there again for being the first that is free.
+    let could = |id: &NodeId| matches!(plan.verdicts[id], Verdict::NotNeeded { .. } | Verdict::Full { .. });
+    let has_others = state.nodes.keys().any(|id| Some(*id) != wanted.not_on && could(id));
+    let last_resort = wanted.not_on.filter(|_| has_others);
     let mut tree = Tree::of(state, image);
     for (tier, mut nodes) in rooms {
         if let Some(failed) = last_resort {
@@ -282,6 +286,7 @@ pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
             continue;
         }
         match place_beside(state, &usage, *id, job) {
+            Some(_) if commands.len() == PLACED_AT_ONCE => break,
             Some((command, taken)) => {
                 taken.into_iter().for_each(|(node, more)| *usage.entry(node).or_default() += more);
                 commands.push(command);

@@ -24,7 +24,7 @@ pub struct JobRequest {
     /// For people; at most 64 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Added to the environment of each task.
+    /// Added to the environment of each task's program.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
     /// Where its program starts.
@@ -43,7 +43,7 @@ pub struct JobRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit_bytes: Option<u64>,
     /// The most memory of its own that each child may have, which placement counts with; what its template is expected to need
-    /// unless given.
+    /// unless given. Twice the limit of output is counted on top.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
     /// What placement counts each child as, in thousandths of a processor; 10 unless given.
@@ -66,7 +66,7 @@ pub struct JobRequest {
     /// After so long what has not ended is ended with `DEADLINE_EXCEEDED`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
-    /// The same for each try of a task, counted from its child's first instruction.
+    /// The same for each try of a task, counted from when its child knows who it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task_deadline_ms: Option<u64>,
     /// The most tasks that are placed at a time; as many as there is room for unless given.
@@ -139,8 +139,8 @@ pub struct JobRow {
     pub submitted_by: String,
     /// What its tasks do, in short.
     pub about: String,
-    /// When it was submitted, by the cluster's clock.
-    pub submitted_ms: u64,
+    /// How long ago it was submitted.
+    pub age_ms: u64,
     /// How long it has been going on, or took.
     pub for_ms: u64,
     /// Whether all of its tasks are at their end.

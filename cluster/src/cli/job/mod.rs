@@ -243,7 +243,6 @@ fn for_terminal(bytes: Vec<u8>, is_terminal: bool) -> Vec<u8> {
 }
 
 fn listed(answer: &JobsAnswer) -> String {
-    let now = pages::clock::wall();
     let rows = answer.jobs.iter().map(|job| {
         [
             short(&job.id),
@@ -253,7 +252,7 @@ fn listed(answer: &JobsAnswer) -> String {
             job.tasks.to_string(),
             job.counts.succeeded.saturating_add(job.counts.failed).to_string(),
             job.counts.failed.to_string(),
-            size::age(job.submitted_ms, now),
+            size::in_short(Duration::from_millis(job.age_ms)),
         ]
     });
     table(["JOB", "NAME", "TEMPLATE", "STATE", "TASKS", "DONE", "FAILED", "AGE"], &[4, 5, 6, 7], rows.collect())

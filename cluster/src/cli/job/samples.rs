@@ -16,7 +16,7 @@ pub(super) fn job(tasks: u32, succeeded: u32, failed: u32) -> JobAnswer {
             tenant: "default".to_owned(),
             submitted_by: "ann".to_owned(),
             about: "echo {index}".to_owned(),
-            submitted_ms: 0,
+            age_ms: 0,
             for_ms: 4_210,
             is_ended: placed == 0,
             tasks,

@@ -263,7 +263,7 @@ pub(super) mod tests {
     fn job(number: u128, name: Option<&str>, for_ms: u64, succeeded: u32) -> Value {
         json!({
             "id": id(number), "name": name, "template": "py", "image": "a", "tenant": "default", "submitted_by": "uid 0",
-            "about": "exec", "submitted_ms": 0, "for_ms": for_ms, "is_ended": false, "tasks": 300,
+            "about": "exec", "age_ms": 0, "for_ms": for_ms, "is_ended": false, "tasks": 300,
             "counts": {"waiting": 240 - succeeded, "placed": 50, "succeeded": succeeded, "failed": 10},
         })
     }

@@ -11,8 +11,10 @@ use crate::state::{Holder, Job, JobId, JobSpec, Outcome, Output, Resources, Stat
 
 /// The most tasks of one job.
 pub const TASKS_MAX: u32 = 1_000_000;
-/// The most jobs at a time, with those that ended within a day.
+/// The most jobs at a time. Of those that have ended the oldest is forgotten for a new one.
 pub const JOBS_MAX: usize = 20_000;
+/// The most tasks of all of them: each may take some tens of bytes of the state, which nodes send one another in one piece.
+pub const TASKS_IN_ALL_MAX: u64 = 4_000_000;
 
 impl From<Reason> for Outcome {
     fn from(reason: Reason) -> Self {
@@ -32,15 +34,29 @@ pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
     if memory_bytes == 0 || cpu_millis == 0 || machines != 1 {
         return Err(Refusal::BadResources);
     }
-    if state.jobs.len() >= JOBS_MAX {
-        return Err(Refusal::TooManyJobs { max: JOBS_MAX });
-    }
     let image = state.images.get(&spec.image).filter(|image| image.holders.values().any(Holder::is_kept));
     image.ok_or_else(|| Refusal::UnknownImage(spec.image.clone()))?;
+    make_room(state, spec.count)?;
     let tasks = Tasks::new(spec.count);
     let deadline = spec.lasts_ms.map(|ms| state.time + Duration::from_millis(ms));
     state.jobs.insert(id, Job { spec: spec.clone(), submitted: state.time, deadline, tasks, ended: None });
     Ok(Answer::Done)
+}
+
+/// Forgets jobs that have ended, the oldest first, until there is room for another one.
+fn make_room(state: &mut State, count: u32) -> Result<(), Refusal> {
+    let size =
+        |jobs: &mut dyn Iterator<Item = &Job>| jobs.fold((0, 0), |(n, tasks), job| (n + 1, tasks + u64::from(job.spec.count)));
+    let is_room = |(jobs, tasks): (usize, u64)| jobs < JOBS_MAX && tasks + u64::from(count) <= TASKS_IN_ALL_MAX;
+    if !is_room(size(&mut state.jobs.values().filter(|job| job.ended.is_none()))) {
+        return Err(Refusal::TooManyJobs { max: JOBS_MAX, tasks: TASKS_IN_ALL_MAX });
+    }
+    while !is_room(size(&mut state.jobs.values())) {
+        let ended = state.jobs.iter().filter_map(|(id, job)| Some((job.ended?, *id)));
+        let (_, oldest) = ended.min().expect("without those that have ended there is room");
+        state.jobs.remove(&oldest);
+    }
+    Ok(())
 }
 
 pub(super) fn place(

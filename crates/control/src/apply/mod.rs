@@ -11,7 +11,7 @@ use std::time::Duration;
 use types::{Digest, Reason};
 
 pub(crate) use images::leads_to_all;
-pub use jobs::{JOBS_MAX, TASKS_MAX};
+pub use jobs::{JOBS_MAX, TASKS_IN_ALL_MAX, TASKS_MAX};
 pub use nodes::check_replace;
 
 use crate::clock::Tick;

@@ -49,8 +49,8 @@ pub enum Refusal {
     BadResources,
     #[error("job {0} was submitted with another request")]
     JobExists(JobId),
-    #[error("there are {max} jobs already")]
-    TooManyJobs { max: usize },
+    #[error("there are {max} jobs already that go on, or {tasks} tasks with this one's")]
+    TooManyJobs { max: usize, tasks: u64 },
     #[error("job {0} has not ended")]
     JobRuns(JobId),
     #[error("the token is none of this cluster's, was used, or is out of date")]
@@ -99,7 +99,7 @@ impl Refusal {
             Self::BadCount { .. } => "submit several jobs",
             Self::BadResources => "say what each task takes",
             Self::JobExists(_) => "draw a key for each request",
-            Self::TooManyJobs { .. } => "wait, or have some forgotten that have ended: farfork job rm",
+            Self::TooManyJobs { .. } => "wait until some have ended, or cancel some",
             Self::JobRuns(_) => "cancel it first",
             Self::BadToken => "make a new one on a voter: farfork cluster token NAME",
             Self::NodeExists(_) => "let it join with an empty data directory: that gives it an id of its own",

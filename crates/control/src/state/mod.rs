@@ -73,7 +73,7 @@ impl State {
     #[must_use]
     pub fn claims(&self) -> BTreeMap<NodeId, Resources> {
         let mut usage: BTreeMap<NodeId, Resources> = BTreeMap::new();
-        for job in self.jobs.values() {
+        for job in self.jobs.values().filter(|job| job.ended.is_none()) {
             for (range, task) in job.tasks.iter() {
                 if let Task::Placed { node, .. } = task {
                     let tasks = u64::from(range.end - range.start);
