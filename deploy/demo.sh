@@ -42,8 +42,8 @@ else
     sed 's/^/          /' "$here/template"
 fi
 
-say run "$tasks tasks, each a child of that interpreter; at most 100 at a time, so that later ones find the memory settled"
-$farfork run demo -n $tasks --max-parallel 100 --name demo --eval "dataset.shard({index}, $tasks)" \
+say run "$tasks tasks, each a child of that interpreter; a node takes 20 at a time here, so that all have some"
+$farfork run demo -n $tasks --cpus 0.1 --name demo --eval "dataset.shard({index}, $tasks)" \
     --results "$here/results.jsonl" 2>"$here/summary" || { cat "$here/summary" >&2; exit 5; }
 sed 's/^/          /' "$here/summary"
 
@@ -68,7 +68,7 @@ Three nodes are running. Try next:
 
   export FARFORK_SOCKET=$FARFORK_SOCKET
   $farfork top                                       # nodes, templates and jobs, live
-  $farfork job show demo 2>/dev/null || $farfork job ls       # what was just run
+  $farfork job ls                                     # what was just run
   $farfork explain demo -n 100                        # where 100 more would go, and why
   $farfork run demo -n 1000 --eval 'dataset.shard({index}, 1000)' | head -3
   $farfork down --data $here/nodes                    # stop them; make demo starts them again

@@ -15,7 +15,7 @@ use crate::{daemon, http};
 
 pub(crate) const NODES: usize = 3;
 /// Nothing here takes so long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 pub(crate) struct Nodes {

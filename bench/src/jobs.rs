@@ -23,7 +23,7 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, guests: Option<&P
     let guests = guests.map_or_else(linux::default_guests, |path| Ok(path.to_owned()))?;
     let mut nodes = Nodes::start(program.clone())?;
     announce("C1: a Linux template");
-    let order = linux::order(&guests, "base", 64, ("warm", "/bin/true"))?;
+    let order = linux::order(&guests, "python", 192, ("main", "python3 /usr/lib/farfork/main.py json"))?;
     nodes.ask(0, "POST", "/v1/templates", &order.to_string())?;
     announce("C1: farfork run -n 300");
     tasks(report, &nodes, &program, if quick { 2 } else { 10 })?;
@@ -75,9 +75,8 @@ fn job(nodes: &Nodes, program: &Path, tasks: u64) -> Result<()> {
     let results: PathBuf = nodes.directory().join("results");
     let status = Command::new(program)
         .env("FARFORK_SOCKET", nodes.socket(0))
-        .args(["run", "base", "--quiet", "-n", &tasks.to_string(), "--results"])
+        .args(["run", "python", "--quiet", "-n", &tasks.to_string(), "--eval", "{index} * {index} + 7", "--results"])
         .arg(&results)
-        .args(["--", "sh", "-c", "echo $(( {index} * {index} + 7 ))"])
         .status()?;
     ensure!(status.success(), "farfork run ended with {status}");
     let text = std::fs::read_to_string(&results)?;
@@ -86,7 +85,7 @@ fn job(nodes: &Nodes, program: &Path, tasks: u64) -> Result<()> {
     for line in text.lines() {
         let result: Value = serde_json::from_str(line)?;
         let task = result["task"].as_u64().context("a task")?;
-        ensure!(result["stdout"] == format!("{}\n", task * task + 7), "a wrong result: {result}");
+        ensure!(result["value"] == (task * task + 7).to_string(), "a wrong result: {result}");
         ensure!(!std::mem::replace(&mut seen[usize::try_from(task)?], true), "two results of task {task}");
     }
     ensure!(seen.iter().all(|seen| *seen), "a task has no result");
@@ -151,7 +150,9 @@ fn rescheduled(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
             let victim = if of_leader { leader } else { (leader + 1) % NODES };
             let at = (victim + 1) % NODES;
             let order = json!({
-                "template": "base", "inputs": {"count": 2 * NODES}, "work": {"exec": ["sleep", "1000"]}, "replicas": NODES,
+                "template": "python", "inputs": {"count": 2 * NODES}, "work": {"eval": "__import__('time').sleep(1000)"}, "replicas": NODES,
+                // Two on each.
+                "cpu_millis": 900,
             });
             let id = nodes.ask(at, "POST", "/v1/jobs", &order.to_string())?["job"]["id"].as_str().context("an id")?.to_owned();
             let path = format!("/v1/jobs/{id}");
