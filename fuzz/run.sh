@@ -10,7 +10,7 @@ export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-co
 -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions"
 cargo build --quiet --release --target "$host"
 for target in ${*:-head hash_page image_file machine_state from_worker to_worker virtio kernel page_request page_answer certificate \
-    order order_answer about_image from_agent job_file}; do
+    order order_answer about_image from_agent join join_token raft_message job_file job_payload job_outputs kept_files}; do
     mkdir -p "found/$target" "artifacts/$target"
     echo "fuzzing $target for ${FUZZ_SECONDS:=60} s"
     "target/$host/release/$target" "found/$target" "corpus/$target" -max_total_time="$FUZZ_SECONDS" -max_len=70000 \

@@ -16,6 +16,8 @@
 //! | [`store`] | the disk |
 //! | [`results`] | finds it again, wherever it is |
 
+#[cfg(feature = "testing")]
+pub mod fuzzing;
 pub mod keeper;
 pub mod payload;
 pub mod perform;

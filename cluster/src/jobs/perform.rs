@@ -171,7 +171,7 @@ async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -
 
 /// Adds what a guest has packed, under the directory where it was: files, directories and links, as they are and no larger than the
 /// archive in which they came.
-fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &str, limit: u64) -> io::Result<()> {
+pub(super) fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &str, limit: u64) -> io::Result<()> {
     let plain = |path: &Path| path.components().filter(|part| matches!(part, Component::Normal(_))).collect::<PathBuf>();
     let parent = plain(Path::new(path).parent().unwrap_or(Path::new("")));
     for entry in tar::Archive::new(archive).entries()? {

@@ -24,8 +24,8 @@ use crate::node::registry::{MachineState, Origin};
 use crate::node::service::{ForkFrom, ForkOrder, ForkReport};
 use crate::node::{NodeError, Service};
 
-/// Children that are forked in one call: the first of them waits for the last to know who it is.
-const BATCH: usize = 16;
+/// Children that are forked in one call: the first of them waits for the last to know who it is, and costs its ticks meanwhile.
+const BATCH: usize = 4;
 /// Calls at once: with more the children of one wait for those of another.
 const BATCHES: usize = 4;
 /// How long it may take until it is known why a guest broke off.
