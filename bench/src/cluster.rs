@@ -230,7 +230,7 @@ fn log_of_a_job(report: &mut Report, count: u32) -> Result<()> {
                         agent.observed.tasks.remove(&(job, task));
                         agent.ends.remove(&(job, task));
                     }
-                    Action::Report(report) => written.apply(&mut state, now, report)?,
+                    Action::Report(report) => written.apply(&mut state, now, *report)?,
                     other => anyhow::bail!("nothing else is to be done: {other:?}"),
                 }
             }

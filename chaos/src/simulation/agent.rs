@@ -225,7 +225,7 @@ fn look(world: &mut World, node: usize, consensus: &mut Consensus) -> Result<(),
                 agent.observed.tasks.remove(&(job, task));
                 agent.ends.remove(&(job, task));
             }
-            Action::Report(report) => consensus.propose(world, node, None, report, 0),
+            Action::Report(report) => consensus.propose(world, node, None, *report, 0),
         }
     }
     Ok(())

@@ -15,7 +15,7 @@ use super::routes::App;
 use super::wire::{JobHere, LogQuery};
 use crate::jobs::keeper::{Copies, MESSAGE_BYTES_MAX};
 use crate::jobs::payload::PAYLOAD_BYTES_MAX;
-use crate::jobs::results::{ANSWER_BYTES, Asked, Told, blocking};
+use crate::jobs::results::{ANSWER_BYTES, Asked, blocking};
 use crate::jobs::store::StoreError;
 use crate::member::ClusterError;
 use crate::member::forward::Forwarded;
@@ -44,8 +44,8 @@ pub(crate) async fn read_outputs(Shared(app): Shared<App>, request: Request) -> 
     let bytes = bytes_of(&app, request, app.limits().body_bytes_max).await?;
     let asked: Asked = postcard::from_bytes(&bytes).map_err(|error| ApiError::bad_request(error.to_string()))?;
     let store = std::sync::Arc::clone(&app.jobs()?.store);
-    let records = blocking(move || store.get(&asked.tries, asked.with_files, ANSWER_BYTES)).await?;
-    Ok(postcard::to_stdvec(&Told { records }).expect("plain data"))
+    let told = blocking(move || store.get(&asked.tries, asked.with_files, ANSWER_BYTES)).await?;
+    Ok(postcard::to_stdvec(&told).expect("plain data"))
 }
 
 /// Keeps what the tasks of a job do.

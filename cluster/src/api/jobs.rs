@@ -254,7 +254,7 @@ pub(crate) async fn events(
     let id = find(&*app.member()?.read().await?, &caller, &given)?;
     let next = move |(app, last, (known, permit)): (App, Option<TaskCounts>, (Instant, _))| async move {
         let member = Arc::clone(app.member().ok()?);
-        let is_new = |state: &State| state.jobs.get(&id).map(|job| counts(job)) != last;
+        let is_new = |state: &State| state.jobs.get(&id).map(counts) != last;
         if last.is_some() {
             tokio::time::sleep(EVENT_AT_MOST_EVERY).await;
             let changes = async {

@@ -13,6 +13,7 @@
 //! | [`caller`] | who asks, and what that one may |
 //! | [`audit`] | writes down who asked for what |
 //! | [`routes`] | every path, with what each route shares |
+//! | [`description`] | all of them, described |
 //! | [`cluster`], [`machines`], [`kill`], [`images`], [`templates`], [`archive`], [`trust`], [`users`], [`facts`], [`jobs`], [`job_tasks`], [`node`] | handlers |
 //! | [`between`] | what nodes ask one another for jobs |
 //! | [`wire`] | what goes over the wire; its description is `docs/openapi.json` |
@@ -24,6 +25,7 @@ pub mod audit;
 pub mod between;
 pub mod caller;
 pub mod cluster;
+mod description;
 pub mod error;
 pub mod extract;
 pub mod facts;
@@ -43,7 +45,8 @@ pub mod wire;
 mod write_deadline;
 
 pub use caller::Caller;
+pub use description::openapi_json;
 pub use error::ApiError;
-pub use routes::{App, Limits, openapi_json, router};
+pub use routes::{App, Limits, router};
 pub use server::{Access, Https, serve};
 pub use socket::{Socket, SocketError};

@@ -7,8 +7,9 @@ use axum::{Extension, Json};
 use control::state::Life;
 
 use super::caller::Caller;
+use super::description::openapi_json;
 use super::error::ApiError;
-use super::routes::{App, openapi_json};
+use super::routes::App;
 use super::wire::{CountsAnswer, ErrorAnswer, Memory, NetworkAnswer, NodeAnswer, Pool};
 use crate::node::{Network, Service, metrics as counted};
 

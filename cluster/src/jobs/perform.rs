@@ -182,7 +182,7 @@ pub(super) fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &s
             return Err(io::Error::other(format!("{} is no file, directory or link", at.display())));
         }
         // Nobody gains rights by unpacking it.
-        header.set_mode(header.mode()? & 0o777);
+        header.set_mode(header.mode().unwrap_or(0o644) & 0o777);
         if let Some(link) = entry.link_name()? {
             let link = link.into_owned();
             kept.append_link(&mut header, at, link)?;

@@ -50,6 +50,15 @@ pub struct Record {
     pub files_bytes: u64,
 }
 
+/// What is told of some tries: those that are there, from the first on.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Told {
+    /// What is kept of them.
+    pub records: Vec<(Try, Record)>,
+    /// Whether it was enough for one answer: nothing is said of those after the last.
+    pub is_cut: bool,
+}
+
 /// What a task has printed, up to a limit.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Printed {

@@ -1,6 +1,6 @@
 //! Finds payloads and outputs again, on whichever node they are.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use thiserror::Error;
 use types::{Digest, NodeId};
 
 use super::payload::{Payload, PayloadError};
-use super::record::{Record, Try};
+use super::record::{Record, Told, Try};
 use super::store::{Store, StoreError};
 use crate::api::wire::{TaskResult, TaskRun};
 use crate::member::{ClusterError, Membership, fork::name_of};
@@ -45,12 +45,15 @@ pub enum PayloadLost {
     Store(#[from] StoreError),
 }
 
+/// Payloads that were read of late, the oldest first.
+type Recent = VecDeque<(Digest, Arc<Payload>)>;
+
 /// What tasks do, by job.
 #[derive(Clone)]
 pub struct Payloads {
     store: Arc<Store>,
     member: Arc<Membership>,
-    recent: Arc<Mutex<VecDeque<(Digest, Arc<Payload>)>>>,
+    recent: Arc<Mutex<Recent>>,
     /// Locked while one is read: many batches of a job want it at once.
     reading: Arc<tokio::sync::Mutex<()>>,
 }
@@ -71,9 +74,8 @@ impl Payloads {
             Work::Here(bytes) => return Ok(Arc::new(Payload::decode(bytes)?)),
             Work::Kept(digest) => *digest,
         };
-        let recent = |payloads: &VecDeque<(Digest, Arc<Payload>)>| {
-            payloads.iter().find(|(known, _)| *known == digest).map(|(_, payload)| Arc::clone(payload))
-        };
+        let recent =
+            |payloads: &Recent| payloads.iter().find(|(known, _)| *known == digest).map(|(_, payload)| Arc::clone(payload));
         if let Some(known) = recent(&self.recent.lock().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(known);
         }
@@ -171,13 +173,6 @@ pub struct Asked {
     pub with_files: bool,
 }
 
-/// Its answer: those that are there, from the first on, as many as are told at once.
-#[derive(Serialize, Deserialize)]
-pub struct Told {
-    /// What is kept of them.
-    pub records: Vec<(Try, Record)>,
-}
-
 /// Outputs, wherever they are.
 #[derive(Clone)]
 pub struct Results {
@@ -226,19 +221,14 @@ impl Results {
                 let told = self.at(node, &tries, with_files).await;
                 (tries, told)
             });
-            let mut looked = BTreeSet::new();
             for (tries, told) in futures_util::future::join_all(asks).await {
-                let last = told.last().map(|(of, _)| of.task);
-                // Told in the order of tasks: what comes after the last, of an answer that is full, was not looked for.
-                let bytes: usize = told.iter().map(|(_, record)| record.bytes()).sum();
-                let is_full = bytes >= ANSWER_BYTES / 2;
+                let last = told.records.last().map(|(of, _)| of.task).filter(|_| told.is_cut);
                 for of in &tries {
-                    if is_full && last.is_some_and(|last| of.task > last) {
+                    if last.is_some_and(|last| of.task > last) {
                         found.left.push(of.task);
                     }
-                    looked.insert(of.task);
                 }
-                let ours = told.into_iter().filter(|(of, _)| tries.contains(of));
+                let ours = told.records.into_iter().filter(|(of, _)| tries.contains(of));
                 found.records.extend(ours.map(|(of, record)| (of.task, record)));
             }
             left.retain(|(task, _)| !found.records.contains_key(task) && !found.left.contains(task));
@@ -249,29 +239,30 @@ impl Results {
         found
     }
 
-    async fn at(&self, node: NodeId, tries: &[Try], with_files: bool) -> Vec<(Try, Record)> {
+    /// What a node tells of these, in the order of tasks; nothing if it does not answer.
+    async fn at(&self, node: NodeId, tries: &[Try], with_files: bool) -> Told {
+        let nothing = || Told { records: Vec::new(), is_cut: false };
         if node == self.member.node() {
             let (store, asked) = (Arc::clone(&self.store), tries.to_vec());
             let read = blocking(move || store.get(&asked, with_files, ANSWER_BYTES)).await;
-            return read.inspect_err(|error| tracing::error!(%error, "outputs are not read")).unwrap_or_default();
+            return read.inspect_err(|error| tracing::error!(%error, "outputs are not read")).unwrap_or_else(|_| nothing());
         }
         if self.is_silent(node) {
-            return Vec::new();
+            return nothing();
         }
         let asked = postcard::to_stdvec(&Asked { tries: tries.to_vec(), with_files }).expect("plain data");
         let asking = self.member.ask_node(node, None, Method::POST, OUTPUTS, Some(asked.into()));
         match tokio::time::timeout(ASK_WITHIN, asking).await {
-            Ok(Ok((status, bytes))) if status.is_success() => {
-                let told: Result<Told, _> = postcard::from_bytes(&bytes);
-                let told = told.inspect_err(|error| tracing::warn!(%node, %error, "its outputs are not understood"));
-                return told.map(|told| told.records).unwrap_or_default();
-            }
+            Ok(Ok((status, bytes))) if status.is_success() => match postcard::from_bytes(&bytes) {
+                Ok(told) => return told,
+                Err(error) => tracing::warn!(%node, %error, "its outputs are not understood"),
+            },
             Ok(Ok((status, _))) => tracing::warn!(%node, %status, "does not tell outputs"),
             Ok(Err(error)) => tracing::debug!(%node, %error, "cannot be asked for outputs"),
             Err(_) => tracing::warn!(%node, "does not tell outputs in time"),
         }
         self.silent.lock().unwrap_or_else(PoisonError::into_inner).insert(node, Instant::now());
-        Vec::new()
+        nothing()
     }
 
     fn is_silent(&self, node: NodeId) -> bool {

@@ -14,7 +14,7 @@ use thiserror::Error;
 use types::{Digest, Epoch, NodeId};
 use uuid::Uuid;
 
-use super::record::{Record, Try};
+use super::record::{Record, Told, Try};
 use crate::raft::disk::{DiskError, caught, decoded, encoded, is_cut_short, of_redb};
 
 /// By job, task, epoch and node.
@@ -118,11 +118,11 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn get(&self, tries: &[Try], with_files: bool, bytes_max: usize) -> Result<Vec<(Try, Record)>, StoreError> {
+    pub fn get(&self, tries: &[Try], with_files: bool, bytes_max: usize) -> Result<Told, StoreError> {
         self.with(|database| {
             let reading = database.begin_read().map_err(of_redb)?;
             let outputs = reading.open_table(OUTPUTS).map_err(of_redb)?;
-            let (mut found, mut sum) = (Vec::new(), 0);
+            let (mut told, mut sum) = (Told { records: Vec::new(), is_cut: false }, 0);
             for of in tries {
                 let key = key_of(of);
                 let Some(bytes) = outputs.get(&key[..]).map_err(of_redb)? else { continue };
@@ -138,12 +138,13 @@ impl Store {
                     record.files = Vec::new();
                 }
                 sum += record.bytes();
-                if sum > bytes_max && !found.is_empty() {
+                if sum > bytes_max && !told.records.is_empty() {
+                    told.is_cut = true;
                     break;
                 }
-                found.push((*of, record));
+                told.records.push((*of, record));
             }
-            Ok(found)
+            Ok(told)
         })
     }
 
@@ -336,10 +337,11 @@ mod tests {
         };
         let store = Store::open(directory.path()).unwrap();
         let wanted = [of(1, 0, 1), of(1, 0, 2), of(1, 7, 1), of(2, 0, 1)];
-        let found = store.get(&wanted, true, usize::MAX).unwrap();
+        let found = store.get(&wanted, true, usize::MAX).unwrap().records;
         let texts: Vec<_> = found.iter().map(|(_, record)| String::from_utf8_lossy(&record.printed.stdout)).collect();
         assert_eq!(texts, ["a", "y", "c"]);
-        assert_eq!(store.get(&wanted, true, 1).unwrap().len(), 1, "one at least");
+        let cut = store.get(&wanted, true, 1).unwrap();
+        assert!(cut.records.len() == 1 && cut.is_cut, "one at least, and it is said that there may be more");
         assert_eq!(store.payload(digest).unwrap(), Some(payload));
         assert_eq!(store.payload(Digest::of(b"other")).unwrap(), None);
         assert_eq!(store.count(JobId(Uuid::from_u128(1))).unwrap(), 3);

@@ -184,7 +184,7 @@ impl Tasks {
         };
         let mut orders = wanted.into_iter();
         for (child, order) in report.children.iter().zip(&mut orders) {
-            let (tasks, batch, child) = (Arc::clone(&self), Arc::clone(&batch), child.clone());
+            let (tasks, batch, child) = (Arc::clone(&self), Arc::clone(&batch), *child);
             tokio::spawn(async move {
                 let (performs, again) = (Arc::clone(&tasks), order.clone());
                 let performed = tokio::spawn(async move { performs.task(&batch, &child, from, order).await });

@@ -332,7 +332,7 @@ impl Agent {
                     self.lock().last_report = last;
                     return;
                 }
-                if let Err(error) = self.member.consensus.propose(None, report, PROPOSE_WITHIN).await {
+                if let Err(error) = self.member.consensus.propose(None, *report, PROPOSE_WITHIN).await {
                     tracing::debug!(%error, "not reported yet");
                 }
             }

@@ -94,7 +94,7 @@ pub enum Action {
         task: u32,
     },
     /// Propose this.
-    Report(Command),
+    Report(Box<Command>),
 }
 
 /// What the node is to do now.
@@ -140,14 +140,15 @@ pub fn reconcile(state: &State, id: NodeId, observed: &Observed) -> Vec<Action> 
     let local = known.is_some_and(|node| node.local != observed.local).then_some(observed.local);
     if !progress.is_empty() || !gone.is_empty() || !ended.is_empty() || local.is_some() {
         let incarnation = observed.incarnation;
-        actions.push(Action::Report(Command::Report { node: id, incarnation, progress, gone, ended, local }));
+        let report = Command::Report { node: id, incarnation, progress, gone, ended, local };
+        actions.push(Action::Report(Box::new(report)));
     }
     actions
 }
 
 /// Adds what is to be done about tasks; says which ended and are to be reported.
 fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Action>) -> Vec<Ended> {
-    let mut ended: BTreeMap<(JobId, Kept), Vec<(u32, Epoch, Outcome)>> = BTreeMap::new();
+    let mut ended: BTreeMap<(JobId, Kept), Ended> = BTreeMap::new();
     let mut results = 0;
     let order_of = |job: JobId, task: u32| match state.jobs.get(&job).and_then(|job| job.tasks.get(task)) {
         Some(Task::Placed { node, epoch, .. }) if node == id => Some(epoch),
@@ -158,7 +159,8 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
         match (order_of(job, task) == Some(run.epoch), run.ended) {
             (true, Some((outcome, kept))) if results < RESULTS_MAX => {
                 results += 1;
-                ended.entry((job, kept)).or_default().push((task, run.epoch, outcome));
+                let of_job = ended.entry((job, kept)).or_insert_with(|| Ended { job, kept, tasks: Vec::new() });
+                of_job.tasks.push((task, run.epoch, outcome));
             }
             (true, _) => {}
             (false, Some(_)) => actions.push(Action::Forget { job, task }),
@@ -181,5 +183,5 @@ fn tasks(state: &State, id: NodeId, observed: &Observed, actions: &mut Vec<Actio
             }
         }
     }
-    ended.into_iter().map(|((job, kept), tasks)| Ended { job, kept, tasks }).collect()
+    ended.into_values().collect()
 }

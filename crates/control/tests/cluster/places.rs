@@ -213,19 +213,19 @@ fn a_node_becomes_what_the_state_says() {
     assert!(actions.contains(&Action::End { job: id, task: 0 }), "{actions:?}");
     assert!(actions.contains(&Action::Forget { job: job(9), task: 0 }) && actions.contains(&Action::Drop { key: key(7) }));
     let Some(Action::Report(report)) = actions.last() else { panic!("{actions:?}") };
-    cluster.run(report.clone()).unwrap();
+    cluster.run((**report).clone()).unwrap();
     assert_eq!(cluster.task(id, 1), Task::ended(Outcome::Exited(3)));
     assert_eq!(cluster.holder(2).unwrap().percent, 50);
 
     // An order that it cannot carry out, and one to let go.
     let failed = Observed { failed: [(key(1), epoch)].into(), ..at_first.clone() };
     let Some(Action::Report(report)) = reconcile(&cluster.state, node(2), &failed).pop() else { panic!() };
-    cluster.run(report).unwrap();
+    cluster.run(*report).unwrap();
     assert!(cluster.holder(2).is_none());
     assert!(matches!(cluster.task(id, 0), Task::Waiting { attempt: 1, .. }));
     // What it had all of is gone: it says so, and is not believed to have it.
     let Some(Action::Report(report)) = reconcile(&cluster.state, node(1), &at_first).pop() else { panic!() };
-    cluster.run(report).unwrap();
+    cluster.run(*report).unwrap();
     assert!(cluster.holder(1).is_none());
 }
 

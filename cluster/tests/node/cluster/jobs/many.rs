@@ -104,7 +104,7 @@ fn cancelling_races_with_ends_and_each_task_has_one_of_both() {
 #[test]
 fn ten_thousand_submits_at_once_are_all_there_or_were_refused() {
     let cluster = super::fakes("jobs-s");
-    let (all, threads) = (count(2000, 10_000), 50);
+    let (all, threads) = (count(2000, 10_000), 50_usize);
     // Nowhere to be placed: they are to be there all at once.
     let asked = with(job(1, &["true"]), json!({ "labels": { "there": "is none" } }));
     let began = Instant::now();
@@ -114,11 +114,11 @@ fn ten_thousand_submits_at_once_are_all_there_or_were_refused() {
                 let (cluster, asked) = (&cluster, &asked);
                 scope.spawn(move || {
                     let mut taken = Vec::new();
-                    for number in 0..all / threads {
+                    for number in 0..all / 50 {
                         let asked = with(asked.clone(), json!({ "key": format!("{thread}-{number}") }));
                         let until = Instant::now() + DEADLINE;
                         loop {
-                            let answer = super::submit(cluster.node(thread as usize % 3), &asked);
+                            let answer = super::submit(cluster.node(thread % 3), &asked);
                             match answer.status {
                                 200 => break taken.push(answer.json()["job"]["id"].as_str().unwrap().to_owned()),
                                 // Too many for now, or nobody knows: again, with the same key.
