@@ -102,7 +102,7 @@ fn cancelling_races_with_ends_and_each_task_has_one_of_both() {
 }
 
 #[test]
-fn ten_thousand_submits_at_once_are_all_there_or_were_refused() {
+fn thousands_of_submits_at_once_are_all_there_or_were_refused() {
     let cluster = super::fakes("jobs-s");
     let (all, threads) = (count(2000, 10_000), 50_usize);
     // Nowhere to be placed: they are to be there all at once.

@@ -17,7 +17,7 @@ fn what_is_no_job_is_refused_with_what_is_wrong() {
         (json!({ "inputs": { "list": ["ok", "x".repeat(40_000)] } }), "input 1 of 40000 bytes, where at most 32768"),
         (json!({ "work": { "exec": [] } }), "the command is empty"),
         (json!({ "work": { "exec": ["a\0b"] } }), "has a zero byte"),
-        (json!({ "work": { "exec": ["echo", "x".repeat(70_000)] } }), "bytes of arguments and environment"),
+        (json!({ "work": { "exec": ["echo", "x".repeat(70_000)] } }), "has more than 65536 bytes"),
         (json!({ "env": { "A=B": "c" } }), "\"A=B\" cannot be the name of a variable"),
         (json!({ "replicas": 0 }), "replicas is 0, where 1 to 16 are allowed"),
         (json!({ "max_parallel": 0 }), "max_parallel is 0"),
