@@ -14,7 +14,6 @@ use crate::failover::{NODES, Nodes, eventually};
 use crate::report::{Report, Row, Samples, announce};
 use crate::{daemon, http, linux};
 
-const TASKS: u64 = 300;
 /// The unit of times of processes in /proc: USER_HZ.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -25,8 +24,9 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, guests: Option<&P
     announce("C1: a Linux template");
     let order = linux::order(&guests, "python", 192, ("main", "python3 /usr/lib/farfork/main.py json"))?;
     nodes.ask(0, "POST", "/v1/templates", &order.to_string())?;
-    announce("C1: farfork run -n 300");
-    tasks(report, &nodes, &program, if quick { 2 } else { 10 })?;
+    announce("C1: farfork run");
+    let (each, n) = if quick { (60, 3) } else { (300, 10) };
+    tasks(report, &nodes, &program, each, n)?;
     announce("C2: a fork through a node of a cluster");
     forks(report, &mut nodes, if quick { 30 } else { 300 })?;
     announce("C4: the first child of a dead node's tasks elsewhere");
@@ -34,18 +34,18 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, guests: Option<&P
 }
 
 /// C1: from the start of `farfork run` until it has written every result and ended.
-fn tasks(report: &mut Report, nodes: &Nodes, program: &Path, n: usize) -> Result<()> {
+fn tasks(report: &mut Report, nodes: &Nodes, program: &Path, each: u64, n: usize) -> Result<()> {
     let (mut walls, mut overheads) = (Vec::new(), Vec::new());
     let cores = std::thread::available_parallelism()?.get();
     // The first one has the other nodes read the image; those after it are measured.
     for round in 0..=n {
         let (before, began) = (children_cpu(nodes)?, Instant::now());
-        job(nodes, program, TASKS)?;
+        job(nodes, program, each)?;
         let wall = began.elapsed();
         // Children that are gone are counted by who has waited for them.
         std::thread::sleep(Duration::from_millis(200));
         let cpu = children_cpu(nodes)? - before;
-        ensure!(cpu > TICK * 10, "the children of {TASKS} tasks took {cpu:?} of a processor");
+        ensure!(cpu > TICK * 10, "the children of {each} tasks took {cpu:?} of a processor");
         if round > 0 {
             let busy = cpu.as_secs_f64() / f64::from(u32::try_from(cores)?);
             overheads.push((wall.as_secs_f64() - busy) / wall.as_secs_f64() * 100.0);
@@ -57,7 +57,7 @@ fn tasks(report: &mut Report, nodes: &Nodes, program: &Path, n: usize) -> Result
     report.keep("C1 overhead, percent", &overheads);
     report.add(Row::new(
         "C1",
-        format!("farfork run -n {TASKS} of a Linux guest, {NODES} nodes: until all results"),
+        format!("farfork run -n {each} of a Linux guest, {NODES} nodes: until all results"),
         &walls,
         None,
     ));

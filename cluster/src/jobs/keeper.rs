@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use types::{NodeId, Reason};
 
 use super::record::{Record, Try};
-use super::store::{Store, StoreError};
+use super::store::Store;
 use super::tasks::Tasks;
 use crate::member::Membership;
 
@@ -147,19 +147,26 @@ impl Keeping {
 
     /// Where they are by now.
     async fn kept(&self, batch: Vec<(Try, Record)>) -> Result<Kept, String> {
-        let copies = Copies { records: batch };
-        let message = Bytes::from(postcard::to_stdvec(&copies).expect("plain data"));
-        let store = Arc::clone(&self.store);
-        let here = tokio::task::spawn_blocking(move || store.put(&copies.records));
-        let here: Result<(), StoreError> = here.await.map_err(|error| error.to_string())?;
+        let (store, copies) = (Arc::clone(&self.store), Copies { records: batch });
+        let here = tokio::task::spawn_blocking(move || {
+            let put = store.put(&copies.records);
+            (put, copies)
+        });
+        let (here, mut copies) = here.await.map_err(|error| error.to_string())?;
         here.map_err(|error| format!("{error}; {}", error.remedy()))?;
         let until = Instant::now() + COPIED_WITHIN;
         let mut last = String::new();
         loop {
             let others = self.others();
-            if others.is_empty() {
-                return Ok(Kept::Here);
-            }
+            let message = {
+                // Of a job that was forgotten meanwhile nobody keeps anything, and nobody asks; others in this batch must not wait for it.
+                let state = self.member.consensus.stale();
+                copies.records.retain(|(of, _)| state.jobs.contains_key(&of.job));
+                if others.is_empty() || copies.records.is_empty() {
+                    return Ok(Kept::Here);
+                }
+                Bytes::from(postcard::to_stdvec(&copies).expect("plain data"))
+            };
             for other in others {
                 match self.copied(other, &message).await {
                     Ok(()) => return Ok(Kept::HereAnd(other)),

@@ -265,7 +265,9 @@ impl Tasks {
         let Some((outcome, Done { value, detail, files, .. })) = ended else { return self.drop_run(&order.of) };
         let us = |time: Duration| u64::try_from(time.as_micros()).ok();
         // Whoever follows it finds it where it is kept, from then on.
-        self.lock().runs.get_mut(&(order.of.job, order.of.task)).map(|run| run.is_done = true).unwrap_or_default();
+        if let Some(run) = self.lock().runs.get_mut(&(order.of.job, order.of.task)).filter(|run| run.epoch == order.of.epoch) {
+            run.is_done = true;
+        }
         let printed = std::mem::take(&mut *order.log.printed());
         let record = Record {
             machine: Some(id),
@@ -308,7 +310,7 @@ impl Tasks {
             match state {
                 Ok(MachineState::Ended { ended, .. }) => return (ended.reason, ended.detail),
                 // Of an agent that answers in another way than it should more is not learned by waiting.
-                Ok(_) if matches!(error, GuestError::Gone) && Instant::now() < until => {
+                Ok(_) if matches!(error, GuestError::Gone | GuestError::Refused(_)) && Instant::now() < until => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 _ => return (Reason::GuestProtocol, error.to_string()),
