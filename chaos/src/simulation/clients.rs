@@ -157,7 +157,6 @@ fn spec(image: ImageKey, dice: &mut fastrand::Rng) -> JobSpec {
         spread: if dice.bool() { Spread::Spread } else { Spread::Pack },
         lasts_ms: (dice.u8(..) < 100).then(|| dice.u64(500..60_000)),
         max_parallel: (dice.u8(..) < 60).then(|| dice.u32(1..10)),
-        replicas: dice.u8(1..4),
         ..JobSpec::new(image, dice.u32(1..25), resources(1))
     }
 }

@@ -128,10 +128,8 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
             Err(verdict) => drop(plan.verdicts.insert(*id, verdict)),
         }
     }
-    // One that has no room now will have some: what has failed there is not tried there again for being the first that is free.
-    let could = |id: &NodeId| matches!(plan.verdicts[id], Verdict::NotNeeded { .. } | Verdict::Full { .. });
-    let has_others = state.nodes.keys().any(|id| Some(*id) != wanted.not_on && could(id));
-    let last_resort = wanted.not_on.filter(|_| has_others);
+    let others = rooms.values().flatten().filter(|(id, _)| Some(*id) != wanted.not_on).map(|(_, room)| *room);
+    let last_resort = wanted.not_on.filter(|_| others.fold(0u64, u64::saturating_add) >= wanted.count);
     let mut tree = Tree::of(state, image);
     for (tier, mut nodes) in rooms {
         if let Some(failed) = last_resort {

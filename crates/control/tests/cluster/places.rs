@@ -68,14 +68,8 @@ fn spreading_and_packing_and_the_last_failure() {
     let others = plan(&cluster.state, &wanted(&cluster.state.jobs[&id], 3, Some(node(2))));
     assert!(others.on.iter().all(|(id, _)| *id != node(2)));
     assert_eq!(others.verdicts[&node(2)], Verdict::FailedLast);
-    // Others have room for twenty; the rest waits for them, for it has just failed there.
-    let more = plan(&cluster.state, &wanted(&cluster.state.jobs[&id], 25, Some(node(2))));
-    assert!(more.on.iter().all(|(id, _)| *id != node(2)) && more.left == 5, "{more:?}");
-    for other in [1, 3] {
-        cluster.run(Command::Cordon { node: node(other), is_cordoned: true }).unwrap();
-    }
-    let alone = plan(&cluster.state, &wanted(&cluster.state.jobs[&id], 3, Some(node(2))));
-    assert_eq!(on(&alone), [(node(2), 3)], "who else");
+    let alone = plan(&cluster.state, &wanted(&cluster.state.jobs[&id], 25, Some(node(2))));
+    assert!(alone.on.iter().any(|(id, _)| *id == node(2)), "who else");
 }
 
 #[test]
