@@ -25,7 +25,7 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, guests: Option<&P
     let order = linux::order(&guests, "python", 192, ("main", "python3 /usr/lib/farfork/main.py json"))?;
     nodes.ask(0, "POST", "/v1/templates", &order.to_string())?;
     announce("C1: farfork run");
-    let (each, n) = if quick { (60, 3) } else { (300, 10) };
+    let (each, n) = if quick { (60, 3) } else { (300, 3) };
     tasks(report, &nodes, &program, each, n)?;
     announce("C2: a fork through a node of a cluster");
     forks(report, &mut nodes, if quick { 30 } else { 300 })?;
@@ -152,8 +152,8 @@ fn rescheduled(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
             let at = (victim + 1) % NODES;
             let order = json!({
                 "template": "python", "inputs": {"count": 2 * NODES}, "work": {"eval": "__import__('time').sleep(1000)"}, "replicas": NODES,
-                // Two on each.
-                "cpu_millis": 900,
+                // Two on each, and on each room for one more.
+                "cpu_millis": 600,
             });
             let id = nodes.ask(at, "POST", "/v1/jobs", &order.to_string())?["job"]["id"].as_str().context("an id")?.to_owned();
             let path = format!("/v1/jobs/{id}");

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use control::command::{Command, Kept};
 use control::reconcile::{Action, Observed, Run, Seen, reconcile};
-use control::state::{ImageFacts, ImageKey, JobId, NodeFacts, Outcome, Resources};
+use control::state::{Holder, ImageFacts, ImageKey, JobId, NodeFacts, Outcome, Resources};
 use control::{State, Tick};
 use types::{Epoch, NodeId, Reason};
 
@@ -67,8 +67,9 @@ impl Agent {
         self.still_until = Tick(0);
     }
 
-    /// Somebody builds an image here.
+    /// Somebody builds an image here. It stays, whatever an older order says of it.
     pub(super) fn make(&mut self, key: ImageKey, facts: ImageFacts) {
+        self.observed.images.remove(&key);
         self.images.insert(key.clone(), facts);
         self.made.insert(key);
     }
@@ -89,7 +90,8 @@ impl Agent {
 
     /// What was made here is the cluster's from when the cluster knows of it.
     fn hand_over(&mut self, state: &State) {
-        let is_known = |key: &ImageKey| state.images.get(key).is_some_and(|image| image.holders.contains_key(&self.id));
+        let holder = |key: &ImageKey| state.images.get(key).and_then(|image| image.holders.get(&self.id));
+        let is_known = |key: &ImageKey| holder(key).is_some_and(Holder::is_kept);
         let known: Vec<ImageKey> = self.made.iter().filter(|key| is_known(key)).cloned().collect();
         for key in known {
             self.made.remove(&key);
@@ -202,7 +204,8 @@ fn look(world: &mut World, node: usize, consensus: &mut Consensus) -> Result<(),
                 let is_this_start =
                     latest.nodes.get(&id).is_some_and(|of| of.incarnation == world.agents[node].observed.incarnation);
                 let readers = latest.images.get(&key).map_or(0, |image| image.readers_of(id).count());
-                if is_this_start && readers > 0 {
+                let stays = world.agents[node].made.contains(&key);
+                if is_this_start && readers > 0 && !stays {
                     return Err(format!("node {id} lets go of image {key}, and {readers} read it from there"));
                 }
                 world.agents[node].observed.images.remove(&key);

@@ -155,6 +155,7 @@ fn resources(machines: u64) -> Resources {
 fn spec(image: ImageKey, dice: &mut fastrand::Rng) -> JobSpec {
     JobSpec {
         spread: if dice.bool() { Spread::Spread } else { Spread::Pack },
+        replicas: dice.u8(1..4),
         lasts_ms: (dice.u8(..) < 100).then(|| dice.u64(500..60_000)),
         max_parallel: (dice.u8(..) < 60).then(|| dice.u32(1..10)),
         ..JobSpec::new(image, dice.u32(1..25), resources(1))

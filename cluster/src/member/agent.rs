@@ -13,7 +13,7 @@ use control::state::{ImageFacts, ImageKey, Life, Resources};
 use types::{CpuProfile, Epoch, FullName, NodeId};
 
 use super::files::Place;
-use super::{EACH_CPU_MILLIS, Membership, join};
+use super::{ClusterError, EACH_CPU_MILLIS, Membership, join};
 use crate::api::App;
 use crate::jobs::tasks::Tasks;
 use crate::node::quic::CERTIFICATE;
@@ -300,8 +300,10 @@ impl Agent {
         inner.failed.retain(is_in_force);
         // One that is being opened this moment is ours, and not among those yet.
         inner.ordered.retain(|key, _| is_ours(key) || held.iter().any(|image| image.key == *key));
-        // What was made here is the cluster's once it was told of it.
-        let seen = held.iter().filter(|image| is_ours(&image.key) || inner.ordered.contains_key(&image.key));
+        // What was made here is the cluster's once it has learned of it.
+        let claims = self.member.claims.open(state, self.member.node);
+        let is_told = |image: &&HeldImage| is_ours(&image.key) || inner.ordered.contains_key(&image.key);
+        let seen = held.iter().filter(is_told).filter(|image| !claims.contains(&image.key));
         let images = seen.map(|image| {
             let sources = inner.ordered.get(&image.key).cloned().unwrap_or_default();
             (image.key.clone(), Seen { percent: image.percent, sources })
@@ -320,6 +322,8 @@ impl Agent {
             Action::Register { above } => self.register(above).await,
             Action::Leave => self.leave().await,
             Action::Open { key, epoch, sources } => self.open(key, epoch, sources, state),
+            // It may have begun after this node looked.
+            Action::Drop { key } if self.member.claims.contains(&key) => {}
             Action::Drop { key } => {
                 let Some(image) = held.iter().find(|image| image.key == key).map(|image| image.id) else { return };
                 // Its file stays: that goes by a user's word alone.
@@ -395,12 +399,11 @@ impl Agent {
                     }
                 };
                 let facts = state.images.get(&key).map_or_else(|| facts_of(&image, &self.profile), |image| image.facts.clone());
-                let command = Command::AddImage { key, facts, node: self.member.node, incarnation };
-                match self.member.consensus.propose(None, command, PROPOSE_WITHIN).await {
-                    Ok(Answer::Refused(refusal)) => {
+                match self.member.claim(key, facts, incarnation).await {
+                    Err(ClusterError::Refused(refusal)) => {
                         tracing::warn!(%refusal, %name, remedy = refusal.remedy(), "the cluster does not take a template that is here");
                     }
-                    Ok(_) => tracing::info!(%name, "a template of the cluster is here"),
+                    Ok(()) => tracing::info!(%name, "a template of the cluster is here"),
                     Err(error) => {
                         tracing::debug!(%error, %name, "the cluster does not know yet that this template is here");
                         tried.clear();

@@ -8,6 +8,7 @@
 //! | [`seal`] | the authority's key, encrypted |
 //! | [`carrier`] | messages between members of the consensus |
 //! | [`agent`] | has this node become what the state says |
+//! | [`claims`] | images that the cluster is being told of |
 //! | [`fork`] | forks that the cluster places |
 //! | [`capacity`] | what this node may start without asking |
 //! | [`forward`] | requests that another node answers |
@@ -15,6 +16,7 @@
 pub mod agent;
 mod capacity;
 pub mod carrier;
+mod claims;
 pub mod files;
 pub mod fork;
 pub mod forward;
@@ -44,6 +46,7 @@ use crate::node::short_id::ShortId;
 use crate::node::{DataDirectory, NodeError};
 use crate::raft::wire::MESSAGE_BYTES_MAX;
 use crate::raft::{Consensus, ConsensusError, Disk};
+use claims::Claims;
 use files::{Member, PlaceError};
 use seal::{Passphrase, Sealed};
 use token::JoinToken;
@@ -73,6 +76,7 @@ pub struct Membership {
     labels: BTreeMap<String, String>,
     ways: forward::Ways,
     purse: capacity::Purse,
+    claims: Claims,
 }
 
 /// Why the cluster does not do what it was asked.
@@ -273,6 +277,7 @@ impl Membership {
             labels,
             ways: forward::Ways::default(),
             purse: capacity::Purse::default(),
+            claims: Claims::default(),
         });
         doors.raft.set(Arc::new(carrier::ToMember(consensus)));
         doors.join.set(Arc::new(join::Doorkeeper(Arc::clone(&membership))));
@@ -384,9 +389,19 @@ impl Membership {
         let FullName { tenant, name } = name;
         let key = ImageKey { tenant: tenant.clone(), digest };
         let incarnation = self.consensus.stale().nodes.get(&self.node).map_or(0, |node| node.incarnation);
-        self.propose(None, Command::AddImage { key, facts, node: self.node, incarnation }).await?;
+        self.claim(key, facts, incarnation).await?;
         self.propose(Some(once), Command::PutTemplate { tenant: tenant.clone(), name: name.clone(), digest }).await?;
         Ok(())
+    }
+
+    /// Tells the cluster that this node has all of an image.
+    async fn claim(&self, key: ImageKey, facts: ImageFacts, incarnation: u64) -> Result<(), ClusterError> {
+        self.claims.add(key.clone());
+        let told = self.propose(None, Command::AddImage { key: key.clone(), facts, node: self.node, incarnation }).await;
+        if matches!(told, Err(ClusterError::Refused(_))) {
+            self.claims.remove(&key);
+        }
+        told.map(drop)
     }
 
     fn facts(&self, profile: types::CpuProfile, capacity: Resources) -> NodeFacts {

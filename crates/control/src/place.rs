@@ -35,7 +35,7 @@ pub struct Wanted<'a> {
     pub spread: Spread,
     /// Labels that a node has to have.
     pub labels: &'a BTreeMap<String, String>,
-    /// Only if nobody else can.
+    /// Not there, because the last try failed there.
     pub not_on: Option<NodeId>,
 }
 
@@ -89,7 +89,7 @@ pub enum Verdict {
     LetsGo,
     /// It is not there, and nobody it could be read from has all of it or gets it.
     NoSource,
-    /// The last try failed there, and others can.
+    /// The last try failed there, and others may take it.
     FailedLast,
 }
 
@@ -120,6 +120,10 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
     let mut plan = Plan { left: wanted.count, ..Plan::default() };
     let mut rooms: BTreeMap<Tier, Vec<(NodeId, u64)>> = BTreeMap::new();
     for id in state.nodes.keys() {
+        if wanted.not_on == Some(*id) {
+            plan.verdicts.insert(*id, Verdict::FailedLast);
+            continue;
+        }
         match look_at(state, image, *id, wanted, state.free(*id, usage)) {
             Ok((tier, room)) => {
                 plan.verdicts.insert(*id, Verdict::NotNeeded { room, tier });
@@ -128,14 +132,8 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
             Err(verdict) => drop(plan.verdicts.insert(*id, verdict)),
         }
     }
-    let others = rooms.values().flatten().filter(|(id, _)| Some(*id) != wanted.not_on).map(|(_, room)| *room);
-    let last_resort = wanted.not_on.filter(|_| others.fold(0u64, u64::saturating_add) >= wanted.count);
     let mut tree = Tree::of(state, image);
     for (tier, mut nodes) in rooms {
-        if let Some(failed) = last_resort {
-            nodes.retain(|(id, _)| *id != failed);
-            plan.verdicts.entry(failed).and_modify(|verdict| *verdict = Verdict::FailedLast);
-        }
         if tier >= Tier::Near {
             // A new one costs the wire a whole image: no more of them than are needed.
             nodes.sort_by_key(|(id, room)| (std::cmp::Reverse(*room), *id));
@@ -275,61 +273,89 @@ impl<'a> Tree<'a> {
 pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
     let mut running: Vec<(&JobId, &Job)> = state.jobs.iter().filter(|(_, job)| job.ended.is_none()).collect();
     running.sort_by_key(|(id, job)| (job.submitted, **id));
-    let mut usage = state.usage();
-    let (mut commands, mut left, mut in_vain) = (Vec::new(), Vec::new(), BTreeSet::new());
+    let mut look = Look { state, usage: state.usage(), in_vain: BTreeSet::new() };
+    let (mut commands, mut left) = (Vec::new(), Vec::new());
     for (id, job) in running {
-        let spec = &job.spec;
-        let wants = (&spec.image, spec.each, &spec.labels);
-        if job.tasks.counts().waiting == 0 || in_vain.contains(&wants) {
+        if job.tasks.counts().waiting == 0 || job.may_place() == 0 || look.is_in_vain(job, None) {
             continue;
         }
-        match place_beside(state, &usage, *id, job) {
+        match look.place(*id, job) {
             Some(_) if commands.len() == PLACED_AT_ONCE => break,
             Some((command, taken)) => {
-                taken.into_iter().for_each(|(node, more)| *usage.entry(node).or_default() += more);
+                taken.into_iter().for_each(|(node, more)| *look.usage.entry(node).or_default() += more);
                 commands.push(command);
             }
-            None if job.may_place() > 0 => {
-                in_vain.insert(wants);
-                left.push(*id);
-            }
-            None => {}
+            None => left.push(*id),
         }
     }
     (commands, left)
 }
 
-/// Places what waits of a job. `None` if nothing does, or nothing can be placed.
-#[must_use]
-pub fn place(state: &State, id: JobId, job: &Job) -> Option<Command> {
-    place_beside(state, &state.usage(), id, job).map(|(command, _)| command)
+/// Of all jobs, once.
+struct Look<'a> {
+    state: &'a State,
+    /// What is taken of each node, also by what is placed at this look.
+    usage: BTreeMap<NodeId, Resources>,
+    /// What finds no place, on any node but the one.
+    in_vain: BTreeSet<(Wants<'a>, Option<NodeId>)>,
 }
 
-/// The same, and what that takes of each node.
-fn place_beside(
-    state: &State,
-    usage: &BTreeMap<NodeId, Resources>,
-    id: JobId,
-    job: &Job,
-) -> Option<(Command, Vec<(NodeId, Resources)>)> {
-    let mut groups: BTreeMap<Option<NodeId>, Vec<Range<u32>>> = BTreeMap::new();
-    for (range, task) in job.tasks.iter() {
-        if let Task::Waiting { not_on, .. } = task {
-            groups.entry(not_on).or_default().push(range);
-        }
+/// What decides whether one task finds a place.
+type Wants<'a> = (&'a ImageKey, Resources, &'a BTreeMap<String, String>);
+
+impl<'a> Look<'a> {
+    fn is_in_vain(&self, job: &'a Job, not_on: Option<NodeId>) -> bool {
+        self.in_vain.contains(&((&job.spec.image, job.spec.each, &job.spec.labels), not_on))
     }
-    // One group at a time: what the next has left depends on it.
-    groups.into_iter().find_map(|(not_on, waiting)| {
-        let count: u64 = waiting.iter().map(|range| u64::from(range.end - range.start)).sum();
-        let count = count.min(u64::from(job.may_place()));
-        let plan = plan_beside(state, usage, &wanted(job, count, not_on));
-        let on = ranges(&plan.on, waiting);
-        let image_bytes = state.images.get(&job.spec.image).map_or(0, |image| image.facts.data_bytes);
-        let image = Resources { memory_bytes: image_bytes, ..Resources::default() };
-        let tasks = plan.on.iter().map(|(node, count)| (*node, job.spec.each.times(*count)));
-        let taken = tasks.chain(plan.opens.iter().map(|(node, _)| (*node, image))).collect();
-        (!on.is_empty()).then_some((Command::Place { job: id, opens: plan.opens, on }, taken))
-    })
+
+    /// Places what waits of a job, and says what that takes of each node. `None` if nothing can be placed.
+    fn place(&mut self, id: JobId, job: &'a Job) -> Option<(Command, Vec<(NodeId, Resources)>)> {
+        let mut groups: BTreeMap<Option<NodeId>, Vec<Range<u32>>> = BTreeMap::new();
+        for (range, task) in job.tasks.iter() {
+            if let Task::Waiting { not_on, .. } = task {
+                groups.entry(not_on).or_default().push(range);
+            }
+        }
+        // One group at a time: what the next has left depends on it.
+        groups.into_iter().find_map(|(not_on, waiting)| {
+            let count: u64 = waiting.iter().map(|range| u64::from(range.end - range.start)).sum();
+            let count = count.min(u64::from(job.may_place()));
+            let plan = match not_on {
+                None => self.plan(job, count, None)?,
+                // One that fails fast has room at once, and would take all tries. What goes on elsewhere makes room there when it
+                // ends; if nothing does, nobody else may ever have any.
+                Some(failed) => match self.plan(job, count, not_on) {
+                    Some(plan) => plan,
+                    None if runs_elsewhere(job, failed) => return None,
+                    None => self.plan(job, count, None)?,
+                },
+            };
+            let on = ranges(&plan.on, waiting);
+            let image_bytes = self.state.images.get(&job.spec.image).map_or(0, |image| image.facts.data_bytes);
+            let image = Resources { memory_bytes: image_bytes, ..Resources::default() };
+            let tasks = plan.on.iter().map(|(node, count)| (*node, job.spec.each.times(*count)));
+            let taken = tasks.chain(plan.opens.iter().map(|(node, _)| (*node, image))).collect();
+            Some((Command::Place { job: id, opens: plan.opens, on }, taken))
+        })
+    }
+
+    /// `None`: not one finds a place.
+    fn plan(&mut self, job: &'a Job, count: u64, not_on: Option<NodeId>) -> Option<Plan> {
+        if self.is_in_vain(job, not_on) {
+            return None;
+        }
+        let plan = plan_beside(self.state, &self.usage, &wanted(job, count, not_on));
+        if plan.on.is_empty() {
+            self.in_vain.insert(((&job.spec.image, job.spec.each, &job.spec.labels), not_on));
+            return None;
+        }
+        Some(plan)
+    }
+}
+
+/// Whether tasks of a job are on another node than that.
+fn runs_elsewhere(job: &Job, than: NodeId) -> bool {
+    job.tasks.iter().any(|(_, task)| matches!(task, Task::Placed { node, .. } if node != than))
 }
 
 /// What a job wants for `count` of its tasks.

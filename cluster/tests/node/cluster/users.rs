@@ -81,6 +81,60 @@ fn machine(forked: &Value) -> &str {
 }
 
 #[test]
+fn jobs_are_their_tenants_and_are_run_and_followed_over_https() {
+    let mut cluster = Cluster::of_fakes("users-j", 2, 1);
+    for host in 0..2 {
+        cluster.crash(host);
+        cluster.start_with(host, &HTTPS);
+    }
+    cluster.settles(2, 1);
+    cluster.template(0, "warm");
+    let node = cluster.node(0);
+    let added = |arguments: &[&str]| node.json(&[&["user", "add"], arguments].concat());
+    let (ann, ben, eve) = (User::on(&cluster, 1), User::on(&cluster, 1), User::on(&cluster, 1));
+    ann.context("c", &added(&["ann", "--level", "submit", "--tenant", "default"]), port(&cluster, 1));
+    ben.context("c", &added(&["ben", "--level", "read", "--tenant", "default"]), port(&cluster, 1));
+    eve.context("c", &added(&["eve", "--level", "submit", "--tenant", "team-7"]), port(&cluster, 1));
+    let run = ann.cli(&["run", "warm", "-n", "20", "--name", "hers", "--", "echo", "{index}"]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let mut said: Vec<String> = run
+        .out
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["stdout"].as_str().unwrap().trim().to_owned())
+        .collect();
+    said.sort_by_key(|text| text.parse::<u32>().unwrap());
+    assert_eq!(said, (0..20).map(|task| task.to_string()).collect::<Vec<_>>());
+    assert!(run.err.contains("20 succeeded, 0 failed"), "{run:?}");
+    let failed = ann.cli(&["run", "warm", "--input", "0", "--input", "3", "--", "exit", "{input}"]);
+    assert_eq!(failed.code, Some(5), "{failed:?}");
+    let jobs = ben.json(&["job", "ls"]);
+    let id = jobs["jobs"][0]["id"].as_str().unwrap();
+    assert_eq!((&jobs["jobs"][0]["name"], &jobs["jobs"][0]["submitted_by"]), (&"hers".into(), &"user ann".into()));
+    assert_eq!(ben.cli(&["job", "logs", id, "7"]).out, "7\n");
+    assert_eq!(ben.json(&["explain", id, "7"])["state"], "ended");
+    assert_eq!(
+        (ben.refused(&["job", "cancel", id]), ben.refused(&["job", "rm", id])),
+        ("FORBIDDEN".into(), "FORBIDDEN".into())
+    );
+    // What is another tenant's is as unknown as what nobody has.
+    let nobodys = "00000000-0000-7000-8000-000000000001";
+    for verb in
+        [&["job", "show"][..], &["job", "cancel"], &["job", "rm"], &["job", "results"], &["job", "wait"], &["job", "attach"]]
+    {
+        let [theirs, none] = [id, nobodys].map(|id| {
+            let said = eve.cli(&[verb, &[id, "--output", "json"]].concat());
+            assert_ne!(said.code, Some(0), "{verb:?}: {said:?}");
+            (said.code, said.err.replace(id, "ID"))
+        });
+        assert_eq!(theirs, none, "{verb:?}");
+    }
+    assert_eq!(eve.json(&["job", "ls"])["jobs"].as_array().unwrap().len(), 0);
+    assert_eq!(eve.refused(&["run", "default/warm", "-n", "1", "--eval", "1"]), "UNKNOWN_TEMPLATE");
+    assert_eq!(ann.cli(&["job", "rm", id]).code, Some(0));
+    assert_eq!(ben.json(&["job", "ls"])["jobs"].as_array().unwrap().len(), 1);
+}
+
+#[test]
 fn users_reach_what_is_their_tenants_and_may_what_their_level_says() {
     let cluster = two_nodes("users");
     let node = cluster.node(0);

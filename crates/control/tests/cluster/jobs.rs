@@ -101,3 +101,61 @@ fn the_state_says_where_the_output_of_a_task_is_and_of_which_order() {
     cluster.ends(2, id, 1, lost);
     assert_eq!(cluster.task(id, 1), Task::ended(lost));
 }
+
+#[test]
+fn a_node_that_fails_fast_does_not_take_the_tries_of_a_job() {
+    let mut cluster = Cluster::new(2, 2);
+    cluster.open(2, &[1]).unwrap();
+    cluster.has(2, 100);
+    let id = cluster.submit(JobSpec { retries: 1, ..spec(6) });
+    let crashed = Outcome::Failed(Reason::WorkerCrashed);
+    let on = |cluster: &Cluster, number| -> Vec<u32> {
+        let is_there = |task: &u32| matches!(cluster.task(id, *task), Task::Placed { node: at, .. } if at == node(number));
+        (0..6).filter(is_there).collect()
+    };
+    tended(&mut cluster);
+    assert_eq!((on(&cluster, 1).len(), on(&cluster, 2).len()), (2, 2), "both are full");
+    // Node 1 fails whatever it gets, at once; node 2 takes its time.
+    for _ in 0..8 {
+        on(&cluster, 1).into_iter().for_each(|task| cluster.ends(1, id, task, crashed));
+        tended(&mut cluster);
+    }
+    let counts = cluster.state.jobs[&id].tasks.counts();
+    assert_eq!((counts.failed, counts.placed), (0, 2), "what failed there waits for the other");
+    let another = cluster.submit(spec(1));
+    tended(&mut cluster);
+    assert!(matches!(cluster.task(another, 0), Task::Placed { node: at, .. } if at == node(1)), "nobody else waits for that");
+    for _ in 0..3 {
+        on(&cluster, 2).into_iter().for_each(|task| cluster.ends(2, id, task, Outcome::Exited(0)));
+        tended(&mut cluster);
+    }
+    assert_eq!(cluster.state.jobs[&id].tasks.counts(), Counts { succeeded: 6, ..Counts::default() });
+}
+
+#[test]
+fn a_task_goes_back_to_where_it_failed_if_nothing_of_its_job_is_anywhere_else() {
+    let mut cluster = Cluster::new(2, 2);
+    let occupied = cluster.submit(spec(2));
+    cluster.place(occupied, &[(1, 0..2)]);
+    cluster.open(2, &[1]).unwrap();
+    cluster.has(2, 100);
+    let id = cluster.submit(JobSpec { retries: 1, ..spec(1) });
+    tended(&mut cluster);
+    cluster.ends(2, id, 0, Outcome::Failed(Reason::WorkerCrashed));
+    tended(&mut cluster);
+    assert!(matches!(cluster.task(id, 0), Task::Placed { node: at, attempt: 1, .. } if at == node(2)));
+}
+
+#[test]
+fn what_has_ended_is_there_however_long_nobody_asks() {
+    let mut cluster = Cluster::new(2, 10);
+    let id = cluster.submit(spec(1));
+    cluster.place(id, &[(1, 0..1)]);
+    cluster.ends(1, id, 0, Outcome::Exited(0));
+    let ended = cluster.task(id, 0);
+    for _ in 0..120 {
+        cluster.pass(std::time::Duration::from_secs(30));
+        tended(&mut cluster);
+    }
+    assert_eq!(cluster.task(id, 0), ended);
+}

@@ -1,9 +1,10 @@
 //! What becomes of jobs when nodes die, stand still, are drained or started again, and when outputs cannot be kept.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{check, counts, ended, fakes, job, results, show, submitted, with};
 use crate::cluster::stage::Cluster;
@@ -125,4 +126,75 @@ fn what_cannot_be_kept_on_two_disks_ends_output_lost_and_on_one_runs_elsewhere()
     let id = submitted(node, &with(job(4, &["true"]), json!({ "retries": 0 })));
     let last = ended(node, &id);
     assert_eq!(last["reasons"], json!({ "OUTPUT_LOST": 4 }), "{last}");
+}
+
+#[test]
+fn what_is_submitted_while_nobody_leads_is_one_job_each_time() {
+    let mut cluster = fakes("jobs-t");
+    let mut keys = Vec::new();
+    for round in 0..2 {
+        let mut leads = None;
+        eventually("one leads", || {
+            leads = cluster.leader(0);
+            leads.is_some()
+        });
+        let leader = leads.unwrap();
+        cluster.crash(leader);
+        // Elections take longer than it takes to ask.
+        let said = std::thread::scope(|scope| {
+            let asking = (0..12).map(|number| {
+                // Twice under each key, of the two that are left.
+                let (key, at) = (format!("{round}-{}", number / 2), (leader + 1 + number % 2) % 3);
+                let node = cluster.node(at);
+                let ask = move || {
+                    let run = ["run", "warm", "-n", "2", "--detach", "--cpus", "0.001", "--key"];
+                    node.cli(&[&run[..], &[&key, "--", "echo", "{index}"]].concat())
+                };
+                scope.spawn(ask)
+            });
+            let asking: Vec<_> = asking.collect();
+            asking.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(said.iter().all(|said| said.code == Some(0)), "{said:?}");
+        keys.extend(said.chunks(2).map(|pair| {
+            assert_eq!(pair[0].out, pair[1].out, "one key, one job");
+            pair[0].out.trim().to_owned()
+        }));
+        cluster.start(leader);
+        cluster.settles(3, 3);
+    }
+    let jobs = cluster.node(1).json(&["job", "ls"]);
+    let mut there: Vec<&str> = jobs["jobs"].as_array().unwrap().iter().map(|job| job["id"].as_str().unwrap()).collect();
+    there.sort_unstable();
+    keys.sort_unstable();
+    assert_eq!(there, keys);
+    for id in &keys {
+        assert_eq!(counts(&ended(cluster.node(2), id)), [0, 0, 2, 0]);
+        check(&results(cluster.node(0), id), 2, |task, result| result["stdout"] == format!("{task}\n"));
+    }
+}
+
+#[test]
+fn a_submitter_that_is_gone_finds_everything_an_hour_later() {
+    let mut cluster = fakes("jobs-u");
+    let run = ["run", "warm", "-n", "60", "--cpus", "0.001", "--key", "left", "--", "echo", "{index}"];
+    let mut submitter = cluster.node(1).command(&run).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    eventually("its job is there", || !cluster.node(0).json(&["job", "ls"])["jobs"].as_array().unwrap().is_empty());
+    submitter.kill().unwrap();
+    submitter.wait().unwrap();
+    let id = cluster.node(0).json(&["job", "ls"])["jobs"][0]["id"].as_str().unwrap().to_owned();
+    ended(cluster.node(0), &id);
+    // An hour on all clocks, and none of the nodes that it knew goes on.
+    for host in 0..3 {
+        cluster.crash(host);
+        cluster.set_clock(host, 60 * 60);
+    }
+    for host in 0..3 {
+        cluster.start(host);
+    }
+    cluster.settles(3, 3);
+    let attached = cluster.node(2).cli(&["job", "attach", &id]);
+    assert_eq!(attached.code, Some(0), "{attached:?}");
+    let told: Vec<Value> = attached.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    check(&told, 60, |task, result| result["stdout"] == format!("{task}\n"));
 }
