@@ -145,8 +145,16 @@ fn forks(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
 /// C4: a node dies, and a child of one of its tasks is forked elsewhere.
 fn rescheduled(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
     let (mut leaders, mut followers) = (Vec::new(), Vec::new());
+    // As long as this one goes on every node is to have the image, also one that has just come back.
+    let keeps = json!({ "template": "python", "inputs": { "count": 1 }, "work": { "eval": "__import__('time').sleep(100000)" }, "replicas": NODES, "cpu_millis": 1 });
+    nodes.ask(0, "POST", "/v1/jobs", &keeps.to_string())?;
     for of_leader in [true, false] {
         for _ in 0..n {
+            eventually("all nodes have all of the image", || {
+                let explained = nodes.ask(0, "GET", "/v1/explain/python", "")?;
+                let settled = explained["nodes"].as_array().into_iter().flatten().filter(|node| node["settled_percent"] == 100);
+                Ok((settled.count() == NODES).then_some(()))
+            })?;
             let leader = nodes.leader(0)?;
             let victim = if of_leader { leader } else { (leader + 1) % NODES };
             let at = (victim + 1) % NODES;

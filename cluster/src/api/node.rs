@@ -4,7 +4,7 @@ use axum::extract::State as Shared;
 use axum::http::header;
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
-use control::state::Life;
+use control::state::{Counts, Life};
 
 use super::caller::Caller;
 use super::description::openapi_json;
@@ -82,6 +82,9 @@ pub(crate) async fn metrics(Shared(app): Shared<App>) -> Result<impl IntoRespons
         let state = member.consensus.stale();
         let count = |life: Life| state.nodes.values().filter(|node| node.life == life).count();
         counted::cluster([Life::Up, Life::Suspect, Life::Lost].map(count), has_quorum);
+        let running = || state.jobs.values().filter(|job| job.ended.is_none());
+        let sum = |count: fn(Counts) -> u32| running().map(|job| count(job.tasks.counts()) as usize).sum::<usize>();
+        counted::jobs(running().count(), sum(|counts| counts.waiting), sum(|counts| counts.placed));
     }
     let text = app.look(|service| Ok(counted::render(service.counts(), service.host_images(), &service.pool()))).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))

@@ -22,7 +22,7 @@ use crate::node::guest::words::GuestError;
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{MachineState, Origin};
 use crate::node::service::{ForkFrom, ForkOrder, ForkReport};
-use crate::node::{NodeError, Service};
+use crate::node::{NodeError, Service, metrics};
 
 /// Children that are forked in one call: the first of them waits for the last to know who it is, and costs its ticks meanwhile.
 const BATCH: usize = 4;
@@ -359,7 +359,14 @@ impl Tasks {
             match inner.runs.get_mut(&(of.job, of.task)).filter(|run| run.epoch == of.epoch) {
                 // It was to be ended meanwhile.
                 Some(run) if *run.is_over.borrow() => drop(inner.runs.remove(&(of.job, of.task))),
-                Some(run) => run.ended = Some((*outcome, kept)),
+                Some(run) => {
+                    run.ended = Some((*outcome, kept));
+                    metrics::task_ended(match outcome {
+                        Outcome::Exited(0) => "SUCCESS",
+                        Outcome::Exited(_) => "EXIT",
+                        Outcome::Failed(reason) => reason.code(),
+                    });
+                }
                 None => {}
             }
         }

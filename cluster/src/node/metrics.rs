@@ -39,6 +39,9 @@ const POISONED: &str = "farfork_poisoned_images_total";
 const HEDGES: &str = "farfork_hedges_total";
 const NODES: &str = "farfork_cluster_nodes";
 const QUORUM: &str = "farfork_cluster_quorum";
+const JOBS: &str = "farfork_cluster_jobs";
+const TASKS: &str = "farfork_cluster_tasks";
+const TASK_ENDS: &str = "farfork_task_ends_total";
 const CERTIFICATE_EXPIRES: &str = "farfork_certificate_expires_seconds";
 
 /// Seconds. From a stage of a few microseconds to a shell that was built on the way.
@@ -102,6 +105,18 @@ pub fn cluster(up_suspect_lost: [usize; 3], has_quorum: bool) {
         gauge!(NODES, "state" => state).set(as_f64(count));
     }
     gauge!(QUORUM).set(if has_quorum { 1.0 } else { 0.0 });
+}
+
+/// Notes for [`render`] what this node knows of jobs that go on: how many there are, and how many of their tasks wait and are placed.
+pub fn jobs(running: usize, waiting: usize, placed: usize) {
+    gauge!(JOBS).set(as_f64(running));
+    gauge!(TASKS, "state" => "waiting").set(as_f64(waiting));
+    gauge!(TASKS, "state" => "placed").set(as_f64(placed));
+}
+
+/// A try of a task has ended on this node: with `SUCCESS`, with `EXIT` if its program said otherwise, or with a reason.
+pub fn task_ended(how: &'static str) {
+    counter!(TASK_ENDS, "how" => how).increment(1);
 }
 
 /// This node's certificate is good until then.
@@ -355,6 +370,9 @@ fn describe() {
     describe_counter!(POISONED, "Host images in which bytes of unknown origin were found");
     describe_gauge!(NODES, "Nodes of the cluster, as this one knows: up, suspect, lost");
     describe_gauge!(QUORUM, "Whether this node reaches a majority of its cluster's voters: 1, or 0");
+    describe_gauge!(JOBS, "Jobs of the cluster that go on, as this node knows");
+    describe_gauge!(TASKS, "Tasks of jobs that go on: waiting, placed");
+    describe_counter!(TASK_ENDS, "Tries of tasks that ended on this node: SUCCESS, EXIT with another status, or the reason");
     describe_gauge!(
         CERTIFICATE_EXPIRES,
         "When the certificate that the cluster gave this node runs out, in seconds since 1970"
@@ -371,6 +389,7 @@ fn start_at_zero() {
     ["STORE", "STORE_FULL", "AUDIT_FAILED", "LOG_FAILED"]
         .into_iter()
         .for_each(|code| counter!(FAILURES, "code" => code).increment(0));
+    ["SUCCESS", "EXIT"].into_iter().for_each(|how| counter!(TASK_ENDS, "how" => how).increment(0));
     read_leases_granted(0);
     read_leases_held(0);
 }

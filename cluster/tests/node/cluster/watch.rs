@@ -40,9 +40,12 @@ fn any_node_says_what_each_of_them_runs_and_has() {
     let text = cluster.node(0).cli(&["top", "--once"]);
     assert!(text.out.contains("node-1") && text.out.contains("cordoned") && text.out.contains("warm"), "{text:?}");
     let counted = cluster.node(0).http("GET", "/metrics", b"").body;
-    for expected in
-        ["farfork_cluster_nodes{state=\"up\"} 2", "farfork_cluster_quorum 1", "farfork_certificate_expires_seconds "]
-    {
+    for expected in [
+        "farfork_cluster_nodes{state=\"up\"} 2",
+        "farfork_cluster_quorum 1",
+        "farfork_cluster_tasks{state=\"waiting\"} 0",
+        "farfork_certificate_expires_seconds ",
+    ] {
         assert!(counted.contains(expected), "{expected} is not in\n{counted}");
     }
     // One that is gone is said to be, and the others are seen all the same.

@@ -6,7 +6,7 @@ use types::{Digest, Epoch, Name, NodeId, Reason, Tenant};
 
 use super::{Flaws, Outcomes, jobs, nodes};
 use crate::command::{Answer, Refusal};
-use crate::state::{Hold, Holder, Image, ImageFacts, ImageKey, State, Task};
+use crate::state::{Hold, Holder, Image, ImageFacts, ImageKey, Resources, State, Task};
 
 pub(super) fn add(state: &mut State, key: &ImageKey, facts: &ImageFacts, id: NodeId, incarnation: u64) -> Outcomes {
     nodes::check_start(state, id, incarnation)?;
@@ -43,7 +43,15 @@ pub(super) fn remove_template(state: &mut State, tenant: &Tenant, name: &Name) -
     removed.map(|_| Answer::Done).ok_or_else(|| Refusal::UnknownTemplate(name.clone()))
 }
 
-pub(super) fn open(state: &mut State, key: &ImageKey, id: NodeId, sources: &[NodeId], flaws: Flaws) -> Outcomes {
+/// `usage`: what is taken of each node, which this adds to: of many that are opened at once it is not reckoned anew for each.
+pub(super) fn open(
+    state: &mut State,
+    usage: &mut BTreeMap<NodeId, Resources>,
+    key: &ImageKey,
+    id: NodeId,
+    sources: &[NodeId],
+    flaws: Flaws,
+) -> Outcomes {
     let image = state.images.get(key).ok_or_else(|| Refusal::UnknownImage(key.clone()))?;
     let node = state.nodes.get(&id).ok_or(Refusal::UnknownNode(id))?;
     let bad_sources = || Refusal::BadSources { key: key.clone() };
@@ -72,10 +80,12 @@ pub(super) fn open(state: &mut State, key: &ImageKey, id: NodeId, sources: &[Nod
             if !sources.iter().all(|source| leads_to_all(image, *source)) {
                 return Err(bad_sources());
             }
-            let is_room = image.facts.data_bytes <= state.free(id, &state.usage()).memory_bytes;
-            if !is_room && !flaws.counts_no_capacity {
+            let data_bytes = image.facts.data_bytes;
+            if data_bytes > state.free(id, usage).memory_bytes && !flaws.counts_no_capacity {
                 return Err(Refusal::Full(id));
             }
+            let taken = usage.entry(id).or_default();
+            taken.memory_bytes = taken.memory_bytes.saturating_add(data_bytes);
             let epoch = state.draw_epoch();
             let holder = Holder { epoch, percent: 0, sources: sources.to_vec(), hold: Hold::Kept };
             state.images.get_mut(key).expect("just seen").holders.insert(id, holder);

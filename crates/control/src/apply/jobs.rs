@@ -71,15 +71,15 @@ pub(super) fn place(
         return Ok(Answer::Placed { placed: 0, left: 0 });
     }
     let key = job.spec.image.clone();
+    let mut usage = state.usage();
     for (node, sources) in opens {
         let has_it = state.images.get(&key).is_some_and(|image| image.holders.get(node).is_some_and(Holder::is_kept));
         if !has_it {
             // What cannot be opened any more leaves the tasks that were meant for there waiting.
-            images::open(state, &key, *node, sources, flaws).map(drop).unwrap_or_default();
+            images::open(state, &mut usage, &key, *node, sources, flaws).map(drop).unwrap_or_default();
         }
     }
     let epoch = state.draw_epoch();
-    let mut usage = state.usage();
     let (mut placed, mut left) = (0u32, 0u32);
     let mut at_a_time = state.jobs[&id].may_place();
     for (node, range) in on {

@@ -98,7 +98,10 @@ fn carry_out(state: &mut State, command: &Command, flaws: Flaws) -> Outcomes {
         Command::AddImage { key, facts, node, incarnation } => images::add(state, key, facts, *node, *incarnation),
         Command::PutTemplate { tenant, name, digest } => images::put_template(state, tenant, name, *digest),
         Command::RemoveTemplate { tenant, name } => images::remove_template(state, tenant, name),
-        Command::Open { key, node, sources } => images::open(state, key, *node, sources, flaws),
+        Command::Open { key, node, sources } => {
+            let mut usage = state.usage();
+            images::open(state, &mut usage, key, *node, sources, flaws)
+        }
         Command::LetGo { key, node } => images::let_go(state, key, *node, flaws),
         Command::Submit { job, spec } => jobs::submit(state, *job, spec),
         Command::Place { job, opens, on } => jobs::place(state, *job, opens, on, flaws),

@@ -159,3 +159,18 @@ fn what_has_ended_is_there_however_long_nobody_asks() {
     }
     assert_eq!(cluster.task(id, 0), ended);
 }
+
+#[test]
+fn a_large_job_leaves_room_to_those_after_it_as_its_tasks_end() {
+    let mut cluster = Cluster::new(1, 10);
+    let large = cluster.submit(spec(1000));
+    tended(&mut cluster);
+    cluster.pass(std::time::Duration::from_secs(1));
+    let small = cluster.submit(spec(3));
+    let placed = |cluster: &Cluster, id| cluster.state.jobs[&id].tasks.counts().placed;
+    tended(&mut cluster);
+    assert_eq!((placed(&cluster, large), placed(&cluster, small)), (10, 0));
+    (0..3).for_each(|task| cluster.ends(1, large, task, Outcome::Exited(0)));
+    tended(&mut cluster);
+    assert_eq!((placed(&cluster, large), placed(&cluster, small)), (7, 3));
+}

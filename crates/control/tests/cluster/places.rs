@@ -119,6 +119,11 @@ fn bulk_goes_down_a_tree_and_near_nodes_first() {
     }
     assert!(readers.values().all(|readers| *readers <= DEGREE), "{readers:?}");
     assert_eq!(readers.values().sum::<usize>(), 39);
+    // A page that is asked for goes up all the way.
+    let source = |id: &NodeId| image.holders[id].sources.first();
+    let hops = |id: &NodeId| std::iter::successors(source(id), |id| source(id)).count();
+    let most = image.holders.keys().map(hops).max().unwrap();
+    assert!(most <= 8, "{most} nodes between the last reader and who has it all");
 }
 
 #[test]

@@ -3,15 +3,18 @@
 //!
 //! Every node is looked at and gets a [`Verdict`], so that a placement can be explained and a task that waits says for what.
 
+mod tree;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 
-use types::NodeId;
+use types::{NodeId, Tenant};
 
 use crate::apply::leads_to_all;
 use crate::command::Command;
 use crate::state::{Holder, Image, ImageKey, Job, JobId, Life, Resources, Spread, State, Task};
+use tree::Tree;
 
 /// The most nodes that read an image from one holder first.
 pub const DEGREE: usize = 2;
@@ -146,7 +149,7 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
         }
         for (id, count) in share(plan.left, &nodes, wanted.spread) {
             if tier >= Tier::Near {
-                let sources = tree.sources_for(state, id);
+                let sources = tree.sources_for(id);
                 if sources.is_empty() {
                     plan.verdicts.insert(id, Verdict::NoSource);
                     continue;
@@ -231,48 +234,18 @@ fn share(count: u64, nodes: &[(NodeId, u64)], spread: Spread) -> Vec<(NodeId, u6
     shares
 }
 
-/// Who reads from whom.
-struct Tree<'a> {
-    image: &'a Image,
-    /// Those that may be read from, and how many read from each first.
-    readers: BTreeMap<NodeId, usize>,
-}
-
-impl<'a> Tree<'a> {
-    fn of(state: &State, image: &'a Image) -> Self {
-        let is_up = |id: &NodeId| state.nodes.get(id).is_some_and(|node| node.life == Life::Up);
-        let sources = image.holders.iter().filter(|(id, holder)| holder.is_kept() && is_up(id) && leads_to_all(image, **id));
-        let mut readers: BTreeMap<NodeId, usize> = sources.map(|(id, _)| (*id, 0)).collect();
-        for first in image.holders.values().filter_map(|holder| holder.sources.first()) {
-            readers.entry(*first).and_modify(|readers| *readers += 1);
-        }
-        Self { image, readers }
-    }
-
-    /// From whom a new one reads; from then on others may read from it.
-    fn sources_for(&mut self, state: &State, id: NodeId) -> Vec<NodeId> {
-        let zone_of = |id: NodeId| state.nodes.get(&id).and_then(|node| node.facts.labels.get(ZONE));
-        let settled: BTreeSet<NodeId> = self.image.settled().collect();
-        let cost = |(source, readers): &(&NodeId, &usize)| {
-            let is_far = zone_of(**source).is_none() || zone_of(**source) != zone_of(id);
-            // With all places taken the least busy gets one more.
-            ((**readers).max(DEGREE - 1), !settled.contains(source), is_far, **readers, **source)
-        };
-        let Some(first) = self.readers.iter().min_by_key(cost).map(|(source, _)| *source) else { return Vec::new() };
-        *self.readers.entry(first).or_default() += 1;
-        self.readers.insert(id, 0);
-        let fallbacks = settled.into_iter().filter(|source| *source != first && self.readers.contains_key(source));
-        std::iter::once(first).chain(fallbacks).take(SOURCES_MAX).collect()
-    }
-}
-
-/// Places what waits of jobs, the oldest first.
+/// Places what waits of jobs: room goes to the tenant that has the fewest tasks placed, of its jobs to the one that has, and of
+/// those that have as many to the oldest. A large job leaves room to those after it as its tasks end.
 ///
 /// Says also which jobs have tasks that find no place. Of those that want the same only one is looked at.
 #[must_use]
 pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
     let mut running: Vec<(&JobId, &Job)> = state.jobs.iter().filter(|(_, job)| job.ended.is_none()).collect();
-    running.sort_by_key(|(id, job)| (job.submitted, **id));
+    let mut of_tenants: BTreeMap<&Tenant, u64> = BTreeMap::new();
+    for (_, job) in &running {
+        *of_tenants.entry(&job.spec.image.tenant).or_default() += u64::from(job.tasks.counts().placed);
+    }
+    running.sort_by_key(|(id, job)| (of_tenants[&job.spec.image.tenant], job.tasks.counts().placed, job.submitted, **id));
     let mut look = Look { state, usage: state.usage(), in_vain: BTreeSet::new() };
     let (mut commands, mut left) = (Vec::new(), Vec::new());
     for (id, job) in running {
@@ -405,7 +378,7 @@ pub fn home(state: &State, key: &ImageKey) -> Option<(NodeId, Vec<NodeId>)> {
         (tier >= Tier::Near).then_some((tier, std::cmp::Reverse(state.free(*id, &usage).memory_bytes), *id))
     };
     let (_, _, id) = state.nodes.keys().filter_map(suits).min()?;
-    let sources = Tree::of(state, image).sources_for(state, id);
+    let sources = Tree::of(state, image).sources_for(id);
     (!sources.is_empty()).then_some((id, sources))
 }
 
