@@ -54,6 +54,7 @@ bench: setup-build ## measure the floor and the rows of the specification, local
 	cargo build --quiet --release --package farfork --features farfork/bench --target-dir target/for-bench
 	cargo run --quiet --release --package farfork-bench -- remote --json target/bench/remote.json \
 		--farfork target/for-bench/release/farfork $(BENCH_ARGS)
+	cargo run --quiet --release --package farfork-bench -- report target/bench
 
 soak: setup guest ## the same tests with their full counts, by seed, resumable; writes target/soak/soak.json (SEEDS=1 SOAK_ARGS="--only TEXT")
 	cargo xtask soak --seeds $(SEEDS) $(SOAK_ARGS)

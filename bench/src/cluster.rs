@@ -20,12 +20,12 @@ use crate::report::{Report, Row, Samples, announce};
 use crate::{failover, floor, jobs};
 
 const MIB: u64 = 1 << 20;
-const IMAGE_BYTES: u64 = 4096 * MIB;
+pub(crate) const IMAGE_BYTES: u64 = 4096 * MIB;
 /// Tasks of a node that run at a time; more wait.
 const SLOTS: u64 = 8;
 const TASK_SECONDS: f64 = 1.0;
 /// 10 Gbit/s, each way.
-const LINK_BYTES_A_SECOND: f64 = 1.25e9;
+pub(crate) const LINK_BYTES_A_SECOND: f64 = 1.25e9;
 
 pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, guests: Option<&Path>) -> Result<()> {
     let mut report = Report::new(&floor::open_host()?, quick);
@@ -41,20 +41,20 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, gues
     report.finish(json)
 }
 
-fn node(index: u32) -> NodeId {
+pub(crate) fn node(index: u32) -> NodeId {
     NodeId::from_uuid(Uuid::from_u128(u128::from(index) + 1))
 }
 
-fn key() -> ImageKey {
+pub(crate) fn key() -> ImageKey {
     ImageKey { tenant: Tenant::default_tenant(), digest: Digest::of(b"of a bench") }
 }
 
-fn each() -> Resources {
+pub(crate) fn each() -> Resources {
     Resources { memory_bytes: 64 * MIB, cpu_millis: 100, machines: 1 }
 }
 
 /// Nodes with so many places each, of which the first `holders` have all of the image.
-fn cluster(nodes: u32, places: u64, holders: u32) -> State {
+pub(crate) fn cluster(nodes: u32, places: u64, holders: u32) -> State {
     let profile =
         CpuProfile { vendor: "GenuineIntel".into(), family: 6, model: 1, cpuid: Digest::of(b"cpuid"), tsc_khz: 2_000_000 };
     let facts =
@@ -252,13 +252,13 @@ fn log_of_a_job(report: &mut Report, count: u32) -> Result<()> {
 
 /// What went into the log.
 #[derive(Default)]
-struct Written {
-    entries: u32,
-    bytes: u32,
+pub(crate) struct Written {
+    pub(crate) entries: u32,
+    pub(crate) bytes: u32,
 }
 
 impl Written {
-    fn apply(&mut self, state: &mut State, at: Tick, command: Command) -> Result<()> {
+    pub(crate) fn apply(&mut self, state: &mut State, at: Tick, command: Command) -> Result<()> {
         let entry = Entry { at, key: None, command };
         self.entries += 1;
         self.bytes += u32::try_from(postcard::to_stdvec(&entry)?.len())?;

@@ -14,6 +14,7 @@ mod node;
 mod proof;
 mod remote;
 mod report;
+mod scale;
 mod workers;
 
 use std::path::PathBuf;
@@ -92,6 +93,32 @@ enum Verb {
         #[command(flatten)]
         remote: remote::Arguments,
     },
+    /// One job on 10 to 10,000 nodes: the control plane as it is, links and tasks by a model (docs/scaling.md)
+    Scale {
+        #[command(flatten)]
+        run: Run,
+    },
+    /// One page of what `make bench` has left in a directory: HTML and Markdown with pictures
+    Report {
+        /// Where the JSON files of all benches are
+        #[arg(default_value = "target/bench", value_name = "DIRECTORY")]
+        directory: PathBuf,
+    },
+    /// What moved between two files of the same bench beyond what chance moves within a run; exit code 5 if something lost too much
+    ///
+    /// Machines drift between runs, too: see whether the floor or a control has moved as well before you believe a change.
+    Compare {
+        /// What `--json` wrote before
+        before: PathBuf,
+        /// And after
+        after: PathBuf,
+        /// Fail if a median has grown by more than so many percent, beyond chance
+        #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
+        fail_over: f64,
+        /// Also what has not moved
+        #[arg(long)]
+        all: bool,
+    },
     /// The process that workers are forked from; what `workers` starts
     #[command(hide = true)]
     Zygote,
@@ -111,7 +138,7 @@ struct Run {
     /// Write table and raw samples here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Fewer samples: under a minute instead of several
+    /// Fewer samples, to see how things are: what docs/specification.md asks for takes more
     #[arg(long)]
     quick: bool,
 }
@@ -139,6 +166,12 @@ fn main() -> ExitCode {
             linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
         }
         Verb::Remote { run, remote } => remote::run(run.json.as_deref(), run.quick, &remote),
+        Verb::Scale { run } => scale::run(run.json.as_deref(), run.quick),
+        Verb::Report { directory } => report::page::run(&directory),
+        Verb::Compare { before, after, fail_over, all } => match report::compare::run(&before, &after, fail_over, all) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Verb::Zygote => return vm::worker::zygote::main(),
         Verb::FloorSample { mib, idle_us } => floor::print_sample(mib, Duration::from_micros(idle_us)),
     };

@@ -215,6 +215,9 @@ impl Size {
         let what = format!("one fork, shell ready, to first instruction, {} MiB", self.mib);
         let reach = "<= 1.5x floor, <= 600 us, p99 <= 3x floor's";
         report.add(Row::new("L1", what, &firsts, Some(floors.p50())).reaching(reach, met));
+        let object = of(|times| times.shell + times.send + times.map + times.restore);
+        report.keep(&format!("L1 {} MiB: object", self.mib), &object);
+        report.add(Row::new("L1", format!("  {} MiB: object, which is all but the run", self.mib), &object, None));
         let stages: [Stage; 5] = [
             ("taking the shell", |times| times.shell),
             ("sending the image", |times| times.send),

@@ -48,6 +48,7 @@ fn touched(report: &mut Report, bed: &Bed, here: &Site, lazy: &mut Site, digest:
     let on_the_link = bed.received_bytes(1)? - before;
     let here_now = lazy.here(&forked.image)?;
     let touched_bytes = set.extents * EXTENT_SIZE;
+    report.keep("R3 bytes of a working set", &counts(&[touched_bytes]));
     report.keep("R3 bytes received on the link", &counts(&[on_the_link]));
     report.keep("R3 bytes of extents", &counts(&[here_now.wire_bytes]));
     report.note(format!(
@@ -80,6 +81,7 @@ fn settled(report: &mut Report, bed: &Bed, here: &Site, eager: &mut Site, digest
     let on_the_link = bed.received_bytes(2)? - before;
     let wire_bytes = eager.here(&opened.image)?.wire_bytes;
     let written_bytes = written(MIB)?.1 * PAGE_SIZE;
+    report.keep("R3 bytes that are not zero", &counts(&[written_bytes]));
     report.keep("R3 bytes received on the link until settled", &counts(&[on_the_link]));
     report.keep("R3 bytes of extents until settled", &counts(&[wire_bytes]));
     let what = "bytes of extents until settled; beside the bytes that are not zero";

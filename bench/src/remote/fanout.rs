@@ -66,7 +66,7 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
         }
         let (took, given) = (Samples::of(&took), Samples::from_us(given));
         let hosts = run.hosts;
-        report.keep(&format!("R5 makespan, {}", shape.name()), &took);
+        report.keep(&makespan_of(shape, run.hosts), &took);
         report.keep(&format!("R5 bytes of extents that the first host gave, MiB, {}", shape.name()), &given);
         let what = format!("working set done on {hosts} hosts, {RATE_MBIT} Mbit/s links, {}; beside the star", shape.name());
         let star: f64 = makespans.first().copied().unwrap_or_else(|| took.p50());
@@ -81,7 +81,20 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
         makespans.push(took.p50());
     }
     report.add(Row::new("R5", "  a working set's extents", &mib(set_bytes), None).in_mib());
+    // How it grows.
+    for hosts in std::iter::successors(Some(2), |hosts| Some(hosts * 2)).take_while(|hosts| *hosts < run.hosts) {
+        for shape in [Shape::Star, Shape::Tree] {
+            announce(&format!("R5: {} over {hosts} hosts", shape.name()));
+            let took = Samples::of(&[fan_out(bed, hosts, mib_of_image, shape, &set)?.0]);
+            report.keep(&makespan_of(shape, hosts), &took);
+            report.add(Row::new("R5", format!("  working set done on {hosts} hosts, {}", shape.name()), &took, None));
+        }
+    }
     Ok(())
+}
+
+fn makespan_of(shape: Shape, hosts: usize) -> String {
+    format!("R5 makespan, {}, hosts: {hosts}", shape.name())
 }
 
 /// From the first request until the last host's child has done its work; and what the first host has given.

@@ -1,4 +1,16 @@
-//! Tables and JSON.
+//! Tables and JSON, and what is made of them.
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`compare`] | what moved between two runs |
+//! | [`figures`] | which samples are drawn |
+//! | [`plots`] | how |
+//! | [`page`] | one page of all benches |
+
+pub(crate) mod compare;
+mod figures;
+pub(crate) mod page;
+mod plots;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,11 +18,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vm::Host;
 
 /// Everything of one run.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Report {
     machine: Machine,
     results: Vec<Row>,
@@ -20,7 +32,7 @@ pub(crate) struct Report {
     samples: BTreeMap<String, Vec<f64>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Machine {
     cpu: String,
     cores: usize,
@@ -32,11 +44,11 @@ struct Machine {
 }
 
 /// One figure.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Row {
     pub(crate) id: String,
     pub(crate) what: String,
-    pub(crate) unit: &'static str,
+    pub(crate) unit: String,
     pub(crate) n: usize,
     pub(crate) p50: f64,
     pub(crate) p99: f64,
@@ -84,7 +96,7 @@ impl Row {
         Self {
             id: id.to_owned(),
             what: what.into(),
-            unit: "us",
+            unit: "us".to_owned(),
             n: samples.n(),
             p50: samples.p50(),
             p99: samples.percentile(99),
@@ -101,8 +113,8 @@ impl Row {
     }
 
     /// The samples are not microseconds.
-    pub(crate) fn in_unit(mut self, unit: &'static str) -> Self {
-        self.unit = unit;
+    pub(crate) fn in_unit(mut self, unit: &str) -> Self {
+        unit.clone_into(&mut self.unit);
         self
     }
 
@@ -110,6 +122,15 @@ impl Row {
         self.reach = reach.into();
         self.met = Some(met);
         self
+    }
+
+    /// Whether its target is met, in a word; none if it only informs.
+    pub(crate) fn is_met(&self) -> &'static str {
+        match self.met {
+            Some(true) => "yes",
+            Some(false) => "NO",
+            None => "",
+        }
     }
 
     /// Whether what the target asks for can be measured here. Where it cannot, the row informs of what was measured instead.
@@ -138,6 +159,15 @@ impl Report {
         Self { machine, results: Vec::new(), notes: Vec::new(), samples: BTreeMap::new() }
     }
 
+    /// Of a file that [`Self::finish`] has written.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let report: Self = serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} is not what a bench of this version writes", path.display()))?;
+        ensure!(report.samples.values().all(|samples| !samples.is_empty()), "{}: a set of samples is empty", path.display());
+        Ok(report)
+    }
+
     /// Keeps samples under a name of their own.
     pub(crate) fn keep(&mut self, name: &str, samples: &Samples) {
         let before = self.samples.insert(name.to_owned(), samples.0.clone());
@@ -158,23 +188,17 @@ impl Report {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
         table.set_header(["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"]);
-        let number = |value: f64| if value < 100.0 { format!("{value:.2}") } else { format!("{value:.0}") };
         for row in &self.results {
-            let met = match row.met {
-                Some(true) => "yes",
-                Some(false) => "NO",
-                None => "",
-            };
             table.add_row([
                 row.id.clone(),
                 row.what.clone(),
                 row.n.to_string(),
-                format!("{} {}", number(row.p50), row.unit),
-                format!("{} {}", number(row.p99), row.unit),
-                row.floor_p50.map(&number).unwrap_or_default(),
+                in_words(row.p50, &row.unit),
+                in_words(row.p99, &row.unit),
+                row.floor_p50.map(|floor| in_words(floor, &row.unit)).unwrap_or_default(),
                 row.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
                 row.reach.clone(),
-                met.to_owned(),
+                row.is_met().to_owned(),
             ]);
         }
         for column in 2..7 {
@@ -197,6 +221,21 @@ impl Report {
     }
 }
 
+/// Three digits of it, and times in the unit that suits them.
+pub(crate) fn in_words(value: f64, unit: &str) -> String {
+    let (value, unit) = match unit {
+        "us" if value >= 1e6 => (value / 1e6, "s"),
+        "us" if value >= 1e3 => (value / 1e3, "ms"),
+        unit => (value, unit),
+    };
+    let number = match value {
+        100.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    };
+    format!("{number} {unit}")
+}
+
 /// Says on stderr what is being measured.
 pub(crate) fn announce(what: &str) {
     eprintln!("measuring {what}");
@@ -212,5 +251,12 @@ mod tests {
         assert_eq!(samples.p50().to_bits(), 50f64.to_bits());
         assert_eq!(samples.percentile(99).to_bits(), 99f64.to_bits());
         assert_eq!(Samples::from_us(vec![7.0]).percentile(99).to_bits(), 7f64.to_bits());
+    }
+
+    #[test]
+    fn numbers_have_three_digits_and_a_unit_that_suits_them() {
+        let said = [0.8, 12.345, 692.4, 1_400.0, 42_650.0, 3_010_000.0].map(|us| in_words(us, "us"));
+        assert_eq!(said, ["0.80 us", "12.3 us", "692 us", "1.40 ms", "42.6 ms", "3.01 s"]);
+        assert_eq!(in_words(3600.0, "MiB"), "3600 MiB");
     }
 }

@@ -1,0 +1,195 @@
+//! Which samples are drawn, beside what.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+
+use super::plots::{self, Dot, Line};
+use super::{Report, Samples};
+
+/// One picture.
+pub(super) struct Figure {
+    pub(super) title: &'static str,
+    /// What is to be seen, and of what.
+    pub(super) caption: String,
+    pub(super) svg: String,
+}
+
+/// Samples of all benches, by name.
+pub(super) struct Measured<'a>(BTreeMap<&'a str, Samples>);
+
+impl<'a> Measured<'a> {
+    pub(super) fn of(reports: &'a BTreeMap<&'static str, Report>) -> Self {
+        let all = reports.values().flat_map(|report| &report.samples);
+        Self(all.map(|(name, samples)| (name.as_str(), Samples::from_us(samples.clone()))).collect())
+    }
+
+    fn get(&self, name: &str) -> Result<&Samples> {
+        self.0.get(name).with_context(|| format!("no samples are called {name:?}"))
+    }
+
+    /// The one that begins and ends so: between is what the machine could do.
+    fn named(&self, begins: &str, ends: &str) -> Result<&'a str> {
+        let named = self.0.keys().find(|name| name.starts_with(begins) && name.ends_with(ends));
+        named.copied().with_context(|| format!("no samples are called {begins}...{ends}"))
+    }
+
+    fn dot(&self, label: impl Into<String>, name: &str, per: f64, is_control: bool) -> Result<Dot> {
+        let samples = self.get(name)?;
+        Ok(Dot { label: label.into(), p50: samples.p50() / per, p99: samples.percentile(99) / per, is_control })
+    }
+
+    /// Medians of what is called the same but for a number. Of sizes that the host has no memory for there are none.
+    fn line(&self, name: &str, is_control: bool, called: &[(f64, String)], per: f64) -> Result<Line> {
+        let point = |(x, called): &(f64, String)| Some((*x, self.0.get(called.as_str())?.p50() / per));
+        let points: Vec<(f64, f64)> = called.iter().filter_map(point).collect();
+        ensure!(points.len() > 1, "{name}: fewer than two of {called:?} were measured");
+        Ok(Line { name: name.to_owned(), points, is_control })
+    }
+}
+
+const MS: f64 = 1000.0;
+const SIZES: [u32; 3] = [64, 512, 4096];
+
+/// All of them. What is drawn here has been measured, or the report is not whole.
+pub(super) fn all(measured: &Measured<'_>) -> Result<Vec<Figure>> {
+    [stages, many, sizes, bytes, fan_out, faults, memory].into_iter().map(|figure| figure(measured)).collect()
+}
+
+fn stages(of: &Measured<'_>) -> Result<Figure> {
+    let dots = [
+        of.dot("floor: the bare system calls, to first", "floor fork 512 MiB: all", MS, true)?,
+        of.dot("object: all but the run", "L1 512 MiB: object", MS, false)?,
+        of.dot("first: jailed, in a worker", "L1 fork to first, 512 MiB", MS, false)?,
+        of.dot("first, no shell ready", "L2 fork to first, no shell", MS, false)?,
+        of.dot("first, asked for by the API", "C2 round trip", MS, false)?,
+        of.dot("control: the steps again in a ready child", "G1 control", MS, true)?,
+        of.dot("ready: a Linux child knows who it is", "G1 ready", MS, false)?,
+        of.dot("control: `true` again in that child", "G2 control", MS, true)?,
+        of.dot("exec: `true` has run in it", "G2 fork to exec", MS, false)?,
+        of.dot(
+            "control: copied there whole, its work done",
+            of.named("R2 ", " 1 ms added: full copy, then complete")?,
+            MS,
+            true,
+        )?,
+        of.dot("complete: forked there, its work done", of.named("R2 ", " 1 ms added: remote fork, complete")?, MS, false)?,
+    ];
+    Ok(Figure {
+        title: "A fork by stage",
+        caption: "Each stage from the request on, beside its control (grey): what the kernel alone takes, or the same work where nothing \
+                  had to be forked. Probe guests of 512 MiB up to first, Linux guests from ready on."
+            .to_owned(),
+        svg: plots::dots("ms", &dots)?,
+    })
+}
+
+fn many(of: &Measured<'_>) -> Result<Figure> {
+    let called = |names: [(f64, &str); 3]| names.map(|(count, name)| (count, name.to_owned()));
+    let with =
+        called([(1.0, "L1 fork to first, 512 MiB"), (100.0, "L3 100 children, all answered, shells ready"), (1000.0, "")]);
+    let without = called([
+        (1.0, "L2 fork to first, no shell"),
+        (100.0, "L3 100 children, all answered, without shells"),
+        (1000.0, "L4 1000 children, all answered, all alive, without shells"),
+    ]);
+    let lines = [of.line("shells ready", false, &with, MS)?, of.line("without shells", false, &without, MS)?];
+    Ok(Figure {
+        title: "Wall time against number of children",
+        caption: "From the call until every child has answered with a checksum of its memory (one child: until its first instruction). \
+                  512 MiB each, all alive."
+            .to_owned(),
+        svg: plots::lines(("children", "ms"), &lines)?,
+    })
+}
+
+fn sizes(of: &Measured<'_>) -> Result<Figure> {
+    let called = |name: fn(u32) -> String| SIZES.map(|mib| (f64::from(mib), name(mib)));
+    let lines = [
+        of.line("floor: bare system calls", true, &called(|mib| format!("floor fork {mib} MiB: all")), MS)?,
+        of.line("here", false, &called(|mib| format!("L1 fork to first, {mib} MiB")), MS)?,
+        of.line(
+            "on another host, asked and answered",
+            false,
+            &called(|mib| format!("R1 {mib} MiB: remote, request to answer")),
+            MS,
+        )?,
+    ];
+    Ok(Figure {
+        title: "First instruction against size of the image",
+        caption: "Half of the memory written. What is flat here costs nothing more for more memory. There: two hosts, nothing open on the \
+                  other one; the answer comes after the first instruction."
+            .to_owned(),
+        svg: plots::lines(("MiB of guest memory", "ms"), &lines)?,
+    })
+}
+
+fn bytes(of: &Measured<'_>) -> Result<Figure> {
+    let mib = 1024.0 * 1024.0;
+    let dots = [
+        of.dot("touched: the extents of a working set", "R3 bytes of a working set", mib, true)?,
+        of.dot("on the wire for it, headers and all", "R3 bytes received on the link", mib, false)?,
+        of.dot("written: bytes of the image that are not zero", "R3 bytes that are not zero", mib, true)?,
+        of.dot("on the wire until nothing is needed any more", "R3 bytes received on the link until settled", mib, false)?,
+    ];
+    Ok(Figure {
+        title: "Bytes on the wire against bytes touched",
+        caption: "One child on another host, streaming off, and then all of the image; counted on the host's link.".to_owned(),
+        svg: plots::dots("MiB", &dots)?,
+    })
+}
+
+fn fan_out(of: &Measured<'_>) -> Result<Figure> {
+    let shape = |name: &str, is_control| {
+        let prefix = format!("R5 makespan, {name}, hosts: ");
+        let hosts = of.0.keys().filter_map(|called| called.strip_prefix(prefix.as_str())?.parse::<u32>().ok());
+        let mut hosts: Vec<u32> = hosts.collect();
+        hosts.sort_unstable();
+        let called: Vec<_> = hosts.into_iter().map(|hosts| (f64::from(hosts), format!("{prefix}{hosts}"))).collect();
+        of.line(name, is_control, &called, MS)
+    };
+    let lines = [shape("star", true)?, shape("tree", false)?];
+    Ok(Figure {
+        title: "Fan-out makespan against hosts",
+        caption: "Until the working set is done on all of them, each behind a link of its own. In the star all read from one host, in the \
+                  tree from at most two readers each."
+            .to_owned(),
+        svg: plots::lines(("hosts", "ms"), &lines)?,
+    })
+}
+
+fn faults(of: &Measured<'_>) -> Result<Figure> {
+    let stage = |name: &str| of.dot(format!("of it, mean: {name}"), &format!("R7 mean of stage {name}"), 1.0, false);
+    let dots = [
+        of.dot("raw: 64 KiB by QUIC", "R7 raw QUIC 64 KiB", 1.0, true)?,
+        of.dot("raw: the same, as far apart as faults come", "R7 raw QUIC 64 KiB after a pause", 1.0, true)?,
+        of.dot("raw: a fault that another thread answers", "R7 raw uffd fault", 1.0, true)?,
+        of.dot("a child waits for an extent", "R7 fault", 1.0, false)?,
+        stage("uffd_read")?,
+        stage("queue")?,
+        stage("wire")?,
+        stage("verify")?,
+        stage("publish")?,
+        stage("wake")?,
+    ];
+    Ok(Figure {
+        title: "A fault by stage",
+        caption: "What a child waits for that touches memory which is on another host, as it feels it, beside its raw parts."
+            .to_owned(),
+        svg: plots::dots("us", &dots)?,
+    })
+}
+
+fn memory(of: &Measured<'_>) -> Result<Figure> {
+    let dots = [
+        of.dot("probe child: what it has itself (PSS)", "L5 PSS, MiB", 1.0, false)?,
+        of.dot("probe child: its page tables", "L5 page tables, MiB", 1.0, false)?,
+        of.dot("probe child: all that the host has less", "L5 all, MiB", 1.0, false)?,
+        of.dot("Linux child: memory of its own, after ready", "G4 private", 1.0, false)?,
+    ];
+    Ok(Figure {
+        title: "Memory of one more idle child",
+        caption: "At 100 probe children of 512 MiB (Linux: 20 of 64 MiB), all alive while it is measured.".to_owned(),
+        svg: plots::dots("MiB", &dots)?,
+    })
+}

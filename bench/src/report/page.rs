@@ -1,0 +1,173 @@
+//! `bench report`: one page of all benches, as HTML that stands for itself and as Markdown beside its pictures.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use super::figures::{self, Figure, Measured};
+use super::{Machine, Report, Row, in_words};
+
+/// What `make bench` leaves, in the order of the page.
+const BENCHES: [(&str, &str); 7] = [
+    ("floor", "The floor: bare system calls"),
+    ("workers", "Local forks, jailed (L1 to L5, L7)"),
+    ("local", "Local forks in one process (L6 to L8)"),
+    ("node", "The API (C2)"),
+    ("cluster", "The cluster (C1 to C5)"),
+    ("linux", "Linux guests (G1 to G4)"),
+    ("remote", "Forks on another host (R1 to R9)"),
+];
+
+const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1f2937}\
+    table{border-collapse:collapse;font-size:14px;width:100%}th,td{padding:.25rem .5rem;border-bottom:1px solid #e5e7eb;text-align:left}\
+    td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.no{color:#b91c1c;font-weight:600}\
+    figure{margin:2rem 0}figure svg{max-width:100%;height:auto}figcaption{color:#4b5563}summary{cursor:pointer;font-size:1.2rem;margin:1rem 0}";
+
+/// Reads what `make bench` has written there, and writes the report beside it.
+pub(crate) fn run(directory: &Path) -> Result<()> {
+    let mut reports = BTreeMap::new();
+    for (bench, _) in BENCHES {
+        let file = directory.join(format!("{bench}.json"));
+        let report = Report::read(&file)
+            .with_context(|| format!("the report is of all benches; `bench {bench} --json {}` makes it", file.display()))?;
+        reports.insert(bench, report);
+    }
+    let figures = figures::all(&Measured::of(&reports))?;
+    for (number, figure) in figures.iter().enumerate() {
+        write(&directory.join(picture(number)), &figure.svg)?;
+    }
+    write(&directory.join("report.html"), &page(&reports, &figures).into_string())?;
+    write(&directory.join("report.md"), &markdown(&reports, &figures)?)?;
+    println!("{}", directory.join("report.html").display());
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+fn picture(number: usize) -> String {
+    format!("figure-{}.svg", number + 1)
+}
+
+/// What is true of all of it, or that it is not of one piece.
+fn circumstances(reports: &BTreeMap<&str, Report>) -> Vec<String> {
+    let machines = || reports.values().map(|report| &report.machine);
+    let Machine { cpu, cores, memory_bytes, kernel, .. } = machines().next().expect("all benches");
+    let mut lines = vec![format!("{cores} cores of {cpu}, {} GiB of memory, Linux {kernel}.", memory_bytes >> 30)];
+    let mut commits: Vec<&str> = machines().map(|machine| machine.commit.as_str()).collect();
+    commits.dedup();
+    lines.push(match commits[..] {
+        [commit] => format!("Commit {commit}."),
+        _ => format!("Not of one run: commits {}.", commits.join(", ")),
+    });
+    if machines().any(|machine| machine.quick) {
+        lines.push("Some of it was measured with --quick: fewer samples than the specification asks for.".to_owned());
+    }
+    let rows = || reports.values().flat_map(|report| &report.results).filter_map(|row| row.met);
+    lines.push(format!("{} of {} targets are met.", rows().filter(|met| *met).count(), rows().count()));
+    lines
+}
+
+fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure]) -> Markup {
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width";
+                title { "farfork: figures" }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                h1 { "farfork: figures" }
+                p { (circumstances(reports).join(" ")) }
+                p { "Every figure beside its control of the same run; raw samples are in the JSON files beside this page." }
+                @for figure in figures {
+                    figure {
+                        h2 { (figure.title) }
+                        (PreEscaped(&figure.svg))
+                        figcaption { (figure.caption) }
+                    }
+                }
+                @for (bench, title) in BENCHES {
+                    details open {
+                        summary { (title) }
+                        (rows(&reports[bench].results))
+                        @for note in &reports[bench].notes { p { (note) } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn rows(rows: &[Row]) -> Markup {
+    html! {
+        table {
+            tr { @for title in HEADER { th { (title) } } }
+            @for row in rows {
+                @let [id, what, n, p50, p99, control, ratio, reach, met] = cells(row);
+                tr {
+                    td { (id) }
+                    td { (what) }
+                    @for number in [n, p50, p99, control, ratio] { td.n { (number) } }
+                    td { (reach) }
+                    td.no[met == "NO"] { (met) }
+                }
+            }
+        }
+    }
+}
+
+const HEADER: [&str; 9] = ["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"];
+
+fn cells(row: &Row) -> [String; 9] {
+    [
+        row.id.clone(),
+        row.what.trim_start().to_owned(),
+        row.n.to_string(),
+        in_words(row.p50, &row.unit),
+        in_words(row.p99, &row.unit),
+        row.floor_p50.map(|floor| in_words(floor, &row.unit)).unwrap_or_default(),
+        row.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+        row.reach.clone(),
+        row.is_met().to_owned(),
+    ]
+}
+
+fn markdown(reports: &BTreeMap<&str, Report>, figures: &[Figure]) -> Result<String> {
+    let mut text = format!("# farfork: figures\n\n{}\n", circumstances(reports).join(" "));
+    for (number, figure) in figures.iter().enumerate() {
+        write!(text, "\n## {}\n\n![{}]({})\n\n{}\n", figure.title, figure.title, picture(number), figure.caption)?;
+    }
+    for (bench, title) in BENCHES {
+        write!(text, "\n## {title}\n\n| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len()))?;
+        for row in &reports[bench].results {
+            writeln!(text, "| {} |", cells(row).map(|cell| cell.replace('|', "\\|")).join(" | "))?;
+        }
+        for note in &reports[bench].notes {
+            write!(text, "\n{note}\n")?;
+        }
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Samples;
+    use super::*;
+
+    #[test]
+    fn a_table_keeps_its_columns_whatever_is_in_it() {
+        let row = Row::new("L1", "a|b <i>", &Samples::from_us(vec![1500.0]), Some(1000.0)).reaching("<= 1x", false);
+        let html = rows(&[row]).into_string();
+        assert!(
+            html.contains("a|b &lt;i&gt;") && html.contains("<td class=\"no\">NO</td>") && html.contains("1.50 ms"),
+            "{html}"
+        );
+    }
+}
