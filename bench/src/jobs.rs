@@ -146,7 +146,7 @@ fn forks(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
 fn rescheduled(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
     let (mut leaders, mut followers) = (Vec::new(), Vec::new());
     // As long as this one goes on every node is to have the image, also one that has just come back.
-    let keeps = json!({ "template": "python", "inputs": { "count": 1 }, "work": { "eval": "__import__('time').sleep(100000)" }, "replicas": NODES, "cpu_millis": 1 });
+    let keeps = json!({ "template": "python", "inputs": { "count": 1 }, "work": { "eval": "__import__('time').sleep(100000)" }, "replicas": NODES, "retries": 100, "cpu_millis": 1 });
     nodes.ask(0, "POST", "/v1/jobs", &keeps.to_string())?;
     for of_leader in [true, false] {
         for _ in 0..n {

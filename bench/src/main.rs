@@ -104,6 +104,12 @@ enum Verb {
         #[arg(default_value = "target/bench", value_name = "DIRECTORY")]
         directory: PathBuf,
     },
+    /// Write the numbers of docs/figures.json (a `figures.json` of `bench report`) into README.md and docs/specification.md
+    Documents {
+        /// The repository
+        #[arg(default_value = ".", value_name = "DIRECTORY")]
+        root: PathBuf,
+    },
     /// What moved between two files of the same bench beyond what chance moves within a run; exit code 5 if something lost too much
     ///
     /// Machines drift between runs, too: see whether the floor or a control has moved as well before you believe a change.
@@ -168,6 +174,7 @@ fn main() -> ExitCode {
         Verb::Remote { run, remote } => remote::run(run.json.as_deref(), run.quick, &remote),
         Verb::Scale { run } => scale::run(run.json.as_deref(), run.quick),
         Verb::Report { directory } => report::page::run(&directory),
+        Verb::Documents { root } => report::documents::run(&root),
         Verb::Compare { before, after, fail_over, all } => match report::compare::run(&before, &after, fail_over, all) {
             Ok(code) => return code,
             Err(error) => Err(error),

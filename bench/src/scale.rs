@@ -49,7 +49,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool) -> Result<()> {
     report.note(format!(
         "The image has {IMAGE_BYTES} bytes, of which a child touches one in {SHARE_TOUCHED}; one node has it at first. Links carry 10 Gbit/s \
          each way, which a holder's readers share; what a reader has it passes on at once. {TASKS} tasks a node, {TASK:?} each from when what \
-         they touch is there. A holder that dies is the one besides the first that most read from, when it has half; its readers turn to \
+         they touch is there. A holder that dies is the one besides the first that most read from, when it has a tenth; its readers turn to \
          their next source after {SWITCHES:?}. Time passes in steps of {LOOK:?}. Choosing and applying are measured, on one core of this \
          machine; agreement takes no time."
     ));
@@ -105,7 +105,7 @@ impl Simulated {
         };
         let agents: Vec<Agent> = (0..nodes).map(agent).collect();
         Self {
-            state: cluster(nodes, u64::from(TASKS) + 1, 1),
+            state: cluster(nodes, u64::from(TASKS), 1),
             indices: agents.iter().enumerate().map(|(index, agent)| (agent.id, index)).collect(),
             agents,
             written: Written::default(),
@@ -125,7 +125,7 @@ impl Simulated {
     }
 
     /// Until every task has ended and every node that lives has all of the image. `dies`: one of those that others read from does,
-    /// half of the way through.
+    /// early on.
     fn run(mut self, dies: bool) -> Result<Became> {
         let (job, began) = (JobId(Uuid::from_u128(1)), self.now);
         let count = u32::try_from(self.agents.len())? * TASKS;
@@ -146,7 +146,7 @@ impl Simulated {
             }
             if dies
                 && self.agents.iter().all(|agent| agent.died.is_none())
-                && let Some(victim) = self.busiest_inner().filter(|victim| self.agents[*victim].bytes >= IMAGE / 2.0)
+                && let Some(victim) = self.busiest_inner().filter(|victim| self.agents[*victim].bytes >= IMAGE / 10.0)
             {
                 self.agents[victim].died = Some(self.now);
             }

@@ -37,6 +37,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, firecracker: Option<&Path>, 
     }
     crate::local::warm_host_memory();
     single_forks(&mut report, &jail, quick, firecracker)?;
+    ablations(&mut report, &jail, quick)?;
     batches(&mut report, &jail, quick)?;
     report.finish(json)
 }
@@ -192,6 +193,39 @@ fn single_forks(report: &mut Report, jail: &Jail, quick: bool, firecracker: Opti
             report.add(Row::new("control", what, &samples, Some(firsts.p50())));
         }
     }
+    Ok(())
+}
+
+/// L1 at 512 MiB without its jail, and what it would be if a fork hashed its image first. In turn with one that does neither.
+fn ablations(report: &mut Report, jail: &Jail, quick: bool) -> Result<()> {
+    announce("L1: without the jail, and with a hash of the image");
+    let [whole, bare] = [pool(jail, 1)?, pool(&Jail::without(Mechanism::ALL), 1)?];
+    let image = half_full(&whole, 512)?;
+    let mut firsts = [Vec::new(), Vec::new()];
+    for _ in 0..if quick { 20 } else { 200 } {
+        for (pool, firsts) in [&whole, &bare].into_iter().zip(&mut firsts) {
+            pool.expect(image.class(), 1);
+            ensure!(pool.wait_for_shells(image.class(), 1, PATIENCE), "no shell is built");
+            std::thread::sleep(Duration::from_millis(2));
+            let children = fork(pool, &image, 1)?;
+            firsts.push(children[0].1.first);
+            have_all_answer(&children)?;
+        }
+    }
+    let [with, without] = firsts.map(|firsts| Samples::of(&firsts));
+    report.keep("L1 ablations: whole", &with);
+    report.keep("L1 ablations: without the jail", &without);
+    report.add(Row::new("L1", "  ablation: 512 MiB without the jail; beside the same with it", &without, Some(with.p50())));
+    let mut hashes = Vec::new();
+    for _ in 0..if quick { 2 } else { 10 } {
+        let image = half_full(&whole, 512)?;
+        let began = Instant::now();
+        image.manifest(|_, _| {})?;
+        hashes.push(began.elapsed());
+    }
+    let hashes = Samples::of(&hashes);
+    report.keep("L1 ablations: hashing the image", &hashes);
+    report.add(Row::new("L1", "  ablation: hashing 512 MiB, half written, on the way of a fork", &hashes, Some(with.p50())));
     Ok(())
 }
 

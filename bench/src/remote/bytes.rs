@@ -129,6 +129,7 @@ fn copied_for_each(report: &mut Report, run: &Run) -> Result<()> {
     let copied = Samples::of(&copied);
     let shared = floor::raw_touches(&host, bare::Touch::Read, n)?.p50() * 16.0;
     report.keep("R4 an extent for one more child, UFFDIO_COPY for each child", &copied);
+    report.keep("R4 an extent for one more child, shared", &Samples::from_us(vec![shared]));
     let what = "  raw: all pages of one extent for one more child, UFFDIO_COPY for each child (and 64 KiB); beside shared (0)";
     report.add(Row::new("R4", what, &copied, Some(shared)));
     Ok(())

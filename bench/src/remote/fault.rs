@@ -117,6 +117,7 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let (took, unverified) = (Samples::from_us(took), Samples::from_us(unverified));
     for (what, samples) in [
         ("fault", &took),
+        ("fault, verification off", &unverified),
         ("raw QUIC 64 KiB", &quic),
         ("raw QUIC 64 KiB after a pause", &rested),
         ("raw uffd fault", &fault),
@@ -131,6 +132,8 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let set = WorkingSet::of(MIB)?;
     let by_pages = total(set.pages, page.p50() + fault.p50());
     let by_extents = total(set.extents, sum);
+    report.keep("R7 working set by demands of 64 KiB, reckoned", &Samples::from_us(vec![by_extents]));
+    report.keep("R7 working set by demands of 4 KiB, reckoned", &Samples::from_us(vec![by_pages]));
     let what = "  working set by demands of 4 KiB, sum of raw parts; beside the same by demands of 64 KiB";
     report.add(Row::new("R7", what, &Samples::from_us(vec![by_pages]), Some(by_extents)));
     report.add(Row::new("R7", "  raw: 64 KiB by QUIC", &quic, None));

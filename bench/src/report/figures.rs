@@ -48,6 +48,65 @@ impl<'a> Measured<'a> {
     }
 }
 
+/// One mechanism, with it and without.
+pub(super) struct Ablation {
+    pub(super) what: &'static str,
+    /// What is timed.
+    pub(super) of: &'static str,
+    /// Medians, in microseconds.
+    pub(super) with: f64,
+    pub(super) without: f64,
+}
+
+impl Ablation {
+    /// Leaving it out is faster by more than runs differ by anyway.
+    pub(super) fn wins(&self) -> bool {
+        self.without < 0.95 * self.with
+    }
+}
+
+/// What each mechanism is worth, or costs.
+pub(super) fn ablations(of: &Measured<'_>) -> Result<Vec<Ablation>> {
+    let p50 = |name: &str| Ok::<_, anyhow::Error>(of.get(name)?.p50());
+    let one = |what, timed, with: f64, without: f64| Ablation { what, of: timed, with, without };
+    let whole = p50("L1 ablations: whole")?;
+    Ok(vec![
+        one(
+            "shells kept ready",
+            "one fork to first (L1, L2)",
+            p50("L1 fork to first, 512 MiB")?,
+            p50("L2 fork to first, no shell")?,
+        ),
+        one("jail", "one fork to first (L1)", whole, p50("L1 ablations: without the jail")?),
+        one("no hash on the way of a fork", "one fork to first (L1)", whole, whole + p50("L1 ablations: hashing the image")?),
+        one(
+            "one host image for all children",
+            "an extent for one more child (R4, raw)",
+            p50("R4 an extent for one more child, shared")?,
+            p50("R4 an extent for one more child, UFFDIO_COPY for each child")?,
+        ),
+        one(
+            "replay of what children touched before",
+            "forked there, its work done (R2)",
+            p50(of.named("R2 ", " 1 ms added: remote fork, complete")?)?,
+            p50(of.named("R2 ", " 1 ms added: remote fork, complete, no replay")?)?,
+        ),
+        one(
+            "64 KiB around what is touched",
+            "a working set, fault by fault (R7, reckoned)",
+            p50("R7 working set by demands of 64 KiB, reckoned")?,
+            p50("R7 working set by demands of 4 KiB, reckoned")?,
+        ),
+        one(
+            "a connection of their own for faults",
+            "a fault beside a stream (R6)",
+            p50("R6 fault beside a stream")?,
+            p50("R6 fault beside a stream on the same connection")?,
+        ),
+        one("verification", "a fault (R7)", p50("R7 fault")?, p50("R7 fault, verification off")?),
+    ])
+}
+
 const MS: f64 = 1000.0;
 const SIZES: [u32; 3] = [64, 512, 4096];
 

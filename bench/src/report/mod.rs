@@ -3,11 +3,13 @@
 //! | file | holds |
 //! |---|---|
 //! | [`compare`] | what moved between two runs |
+//! | [`documents`] | numbers in the documents |
 //! | [`figures`] | which samples are drawn |
 //! | [`plots`] | how |
 //! | [`page`] | one page of all benches |
 
 pub(crate) mod compare;
+pub(crate) mod documents;
 mod figures;
 pub(crate) mod page;
 mod plots;
@@ -29,6 +31,7 @@ pub(crate) struct Report {
     /// What was not measured, and why.
     notes: Vec<String>,
     /// Every sample behind the rows, in microseconds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     samples: BTreeMap<String, Vec<f64>>,
 }
 
@@ -228,6 +231,9 @@ pub(crate) fn in_words(value: f64, unit: &str) -> String {
         "us" if value >= 1e3 => (value / 1e3, "ms"),
         unit => (value, unit),
     };
+    if unit.is_empty() {
+        return format!("{value:.0}");
+    }
     let number = match value {
         100.0.. => format!("{value:.0}"),
         10.0.. => format!("{value:.1}"),
@@ -257,6 +263,6 @@ mod tests {
     fn numbers_have_three_digits_and_a_unit_that_suits_them() {
         let said = [0.8, 12.345, 692.4, 1_400.0, 42_650.0, 3_010_000.0].map(|us| in_words(us, "us"));
         assert_eq!(said, ["0.80 us", "12.3 us", "692 us", "1.40 ms", "42.6 ms", "3.01 s"]);
-        assert_eq!(in_words(3600.0, "MiB"), "3600 MiB");
+        assert_eq!((in_words(3600.0, "MiB"), in_words(12.0, "")), ("3600 MiB".to_owned(), "12".to_owned()));
     }
 }

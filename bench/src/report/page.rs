@@ -1,13 +1,13 @@
 //! `bench report`: one page of all benches, as HTML that stands for itself and as Markdown beside its pictures.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::figures::{self, Figure, Measured};
+use super::figures::{self, Ablation, Figure, Measured};
 use super::{Machine, Report, Row, in_words};
 
 /// What `make bench` leaves, in the order of the page.
@@ -26,7 +26,7 @@ const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;mar
     td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.no{color:#b91c1c;font-weight:600}\
     figure{margin:2rem 0}figure svg{max-width:100%;height:auto}figcaption{color:#4b5563}summary{cursor:pointer;font-size:1.2rem;margin:1rem 0}";
 
-/// Reads what `make bench` has written there, and writes the report beside it.
+/// Reads what `make bench` has written there, and writes the report beside it, and its rows alone as `figures.json`.
 pub(crate) fn run(directory: &Path) -> Result<()> {
     let mut reports = BTreeMap::new();
     for (bench, _) in BENCHES {
@@ -35,14 +35,17 @@ pub(crate) fn run(directory: &Path) -> Result<()> {
             .with_context(|| format!("the report is of all benches; `bench {bench} --json {}` makes it", file.display()))?;
         reports.insert(bench, report);
     }
-    let figures = figures::all(&Measured::of(&reports))?;
+    let measured = Measured::of(&reports);
+    let (figures, ablations) = (figures::all(&measured)?, figures::ablations(&measured)?);
     for (number, figure) in figures.iter().enumerate() {
         write(&directory.join(picture(number)), &figure.svg)?;
     }
-    write(&directory.join("report.html"), &page(&reports, &figures).into_string())?;
-    write(&directory.join("report.md"), &markdown(&reports, &figures)?)?;
+    write(&directory.join("report.html"), &page(&reports, &figures, &ablations).into_string())?;
+    write(&directory.join("report.md"), &markdown(&reports, &figures, &ablations)?)?;
     println!("{}", directory.join("report.html").display());
-    Ok(())
+    // What is committed of it: rows, which documents take their numbers from.
+    reports.values_mut().for_each(|report| report.samples.clear());
+    write(&directory.join("figures.json"), &(serde_json::to_string_pretty(&reports)? + "\n"))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
@@ -56,14 +59,19 @@ fn picture(number: usize) -> String {
 /// What is true of all of it, or that it is not of one piece.
 fn circumstances(reports: &BTreeMap<&str, Report>) -> Vec<String> {
     let machines = || reports.values().map(|report| &report.machine);
-    let Machine { cpu, cores, memory_bytes, kernel, .. } = machines().next().expect("all benches");
-    let mut lines = vec![format!("{cores} cores of {cpu}, {} GiB of memory, Linux {kernel}.", memory_bytes >> 30)];
-    let mut commits: Vec<&str> = machines().map(|machine| machine.commit.as_str()).collect();
-    commits.dedup();
-    lines.push(match commits[..] {
-        [commit] => format!("Commit {commit}."),
-        _ => format!("Not of one run: commits {}.", commits.join(", ")),
-    });
+    let of = |Machine { cpu, cores, memory_bytes, kernel, .. }: &Machine| {
+        format!("{cores} cores of {cpu}, {} GiB of memory, Linux {kernel}", memory_bytes >> 30)
+    };
+    let hosts: BTreeSet<String> = machines().map(of).collect();
+    let commits: BTreeSet<&str> = machines().map(|machine| machine.commit.as_str()).collect();
+    let together = |what: Vec<&str>| what.join("; ");
+    let mut lines = vec![
+        format!("{}.", together(hosts.iter().map(String::as_str).collect())),
+        format!("Commit {}.", together(commits.iter().copied().collect())),
+    ];
+    if hosts.len() > 1 || commits.len() > 1 {
+        lines.push("Not of one run: figures of different benches are not to be compared.".to_owned());
+    }
     if machines().any(|machine| machine.quick) {
         lines.push("Some of it was measured with --quick: fewer samples than the specification asks for.".to_owned());
     }
@@ -72,7 +80,7 @@ fn circumstances(reports: &BTreeMap<&str, Report>) -> Vec<String> {
     lines
 }
 
-fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure]) -> Markup {
+fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablation]) -> Markup {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -91,6 +99,20 @@ fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure]) -> Markup {
                         h2 { (figure.title) }
                         (PreEscaped(&figure.svg))
                         figcaption { (figure.caption) }
+                    }
+                }
+                h2 { "Ablations" }
+                p { (ABLATIONS) }
+                table {
+                    tr { @for title in ABLATION_HEADER { th { (title) } } }
+                    @for ablation in ablations {
+                        @let [what, of, with, without, ratio, verdict] = ablation_cells(ablation);
+                        tr {
+                            td { (what) }
+                            td { (of) }
+                            @for number in [with, without, ratio] { td.n { (number) } }
+                            td.no[ablation.wins()] { (verdict) }
+                        }
                     }
                 }
                 @for (bench, title) in BENCHES {
@@ -123,9 +145,25 @@ fn rows(rows: &[Row]) -> Markup {
     }
 }
 
-const HEADER: [&str; 9] = ["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"];
+const ABLATIONS: &str = "What each mechanism is worth: the same measured without it. Where leaving it out is faster, it has to have another reason.";
+const ABLATION_HEADER: [&str; 6] = ["mechanism", "what is timed", "with it", "without", "without / with", ""];
 
-fn cells(row: &Row) -> [String; 9] {
+fn ablation_cells(ablation: &Ablation) -> [String; 6] {
+    let us = |value| in_words(value, "us");
+    let verdict = if ablation.wins() { "faster without" } else { "" };
+    [
+        ablation.what.to_owned(),
+        ablation.of.to_owned(),
+        us(ablation.with),
+        us(ablation.without),
+        format!("{:.2}", ablation.without / ablation.with),
+        verdict.to_owned(),
+    ]
+}
+
+pub(super) const HEADER: [&str; 9] = ["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"];
+
+pub(super) fn cells(row: &Row) -> [String; 9] {
     [
         row.id.clone(),
         row.what.trim_start().to_owned(),
@@ -139,10 +177,15 @@ fn cells(row: &Row) -> [String; 9] {
     ]
 }
 
-fn markdown(reports: &BTreeMap<&str, Report>, figures: &[Figure]) -> Result<String> {
+fn markdown(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablation]) -> Result<String> {
     let mut text = format!("# farfork: figures\n\n{}\n", circumstances(reports).join(" "));
     for (number, figure) in figures.iter().enumerate() {
         write!(text, "\n## {}\n\n![{}]({})\n\n{}\n", figure.title, figure.title, picture(number), figure.caption)?;
+    }
+    let head = ABLATION_HEADER.join(" | ");
+    write!(text, "\n## Ablations\n\n{ABLATIONS}\n\n| {head} |\n|{}\n", "---|".repeat(ABLATION_HEADER.len()))?;
+    for ablation in ablations {
+        writeln!(text, "| {} |", ablation_cells(ablation).join(" | "))?;
     }
     for (bench, title) in BENCHES {
         write!(text, "\n## {title}\n\n| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len()))?;

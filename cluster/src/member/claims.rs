@@ -7,19 +7,25 @@ use std::time::{Duration, Instant};
 
 use control::State;
 use control::state::{Holder, ImageKey};
-use types::NodeId;
+use types::{Epoch, NodeId};
 
 /// What was told and not heard of again in this time did not get there, or is over since.
 const LASTS: Duration = Duration::from_secs(30);
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Claims(Mutex<BTreeMap<ImageKey, Instant>>);
+pub(super) struct Claims(Mutex<BTreeMap<ImageKey, Claim>>);
+
+struct Claim {
+    since: Instant,
+    /// Of the state as this node knew it then: what it says later is said of the claim.
+    epoch: Epoch,
+}
 
 impl Claims {
     /// Before the cluster is told.
-    pub(super) fn add(&self, key: ImageKey) {
-        self.lock().insert(key, Instant::now());
+    pub(super) fn add(&self, key: ImageKey, epoch: Epoch) {
+        self.lock().insert(key, Claim { since: Instant::now(), epoch });
     }
 
     /// The cluster has refused it.
@@ -35,11 +41,12 @@ impl Claims {
     pub(super) fn open(&self, state: &State, node: NodeId) -> BTreeSet<ImageKey> {
         let holder = |key: &ImageKey| state.images.get(key).and_then(|image| image.holders.get(&node));
         let mut claims = self.lock();
-        claims.retain(|key, since| since.elapsed() < LASTS && !holder(key).is_some_and(Holder::is_kept));
+        let is_older = |holder: &Holder, claim: &Claim| !holder.is_kept() && holder.epoch <= claim.epoch;
+        claims.retain(|key, claim| claim.since.elapsed() < LASTS && holder(key).is_none_or(|holder| is_older(holder, claim)));
         claims.keys().cloned().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ImageKey, Instant>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ImageKey, Claim>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -47,7 +54,7 @@ impl Claims {
 #[cfg(test)]
 mod tests {
     use control::state::{Hold, Image, ImageFacts};
-    use types::{CpuProfile, Digest, Epoch, Tenant};
+    use types::{CpuProfile, Digest, Tenant};
     use uuid::Uuid;
 
     use super::*;
@@ -56,22 +63,24 @@ mod tests {
     fn a_claim_is_open_until_the_state_says_that_the_image_is_kept_here() {
         let (claims, node) = (Claims::default(), NodeId::from_uuid(Uuid::from_u128(1)));
         let key = ImageKey { tenant: Tenant::default_tenant(), digest: Digest::of(b"image") };
-        let with = |hold| {
+        let with = |hold, epoch| {
             let cpuid = Digest::of(b"cpuid");
             let profile = CpuProfile { vendor: "FakeVendor12".to_owned(), family: 1, model: 1, cpuid, tsc_khz: 1_000_000 };
             let facts = ImageFacts { profile, data_bytes: 1, working_set_bytes: 1, dirty_bytes: 1 };
-            let holder = Holder { epoch: Epoch(1), percent: 100, sources: Vec::new(), hold };
+            let holder = Holder { epoch: Epoch(epoch), percent: 100, sources: Vec::new(), hold };
             let image = Image { facts, holders: BTreeMap::from([(node, holder)]), stranded: None, unneeded: None };
             State { images: BTreeMap::from([(key.clone(), image)]), ..State::default() }
         };
-        claims.add(key.clone());
-        for older in [State::default(), with(Hold::LetGo)] {
+        claims.add(key.clone(), Epoch(7));
+        for older in [State::default(), with(Hold::LetGo, 7)] {
             assert_eq!(claims.open(&older, node), BTreeSet::from([key.clone()]));
         }
         assert!(claims.contains(&key));
-        assert!(claims.open(&with(Hold::Kept), node).is_empty());
+        assert!(claims.open(&with(Hold::Kept, 8), node).is_empty());
         assert!(!claims.contains(&key), "the log decides from here on");
-        claims.add(key.clone());
+        claims.add(key.clone(), Epoch(7));
+        assert!(claims.open(&with(Hold::LetGo, 9), node).is_empty(), "it was known, and is let go of since");
+        claims.add(key.clone(), Epoch(9));
         claims.remove(&key);
         assert!(claims.open(&State::default(), node).is_empty());
     }

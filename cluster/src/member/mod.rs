@@ -396,7 +396,7 @@ impl Membership {
 
     /// Tells the cluster that this node has all of an image.
     async fn claim(&self, key: ImageKey, facts: ImageFacts, incarnation: u64) -> Result<(), ClusterError> {
-        self.claims.add(key.clone());
+        self.claims.add(key.clone(), self.consensus.stale().epoch);
         let told = self.propose(None, Command::AddImage { key: key.clone(), facts, node: self.node, incarnation }).await;
         if matches!(told, Err(ClusterError::Refused(_))) {
             self.claims.remove(&key);

@@ -9,7 +9,7 @@ use types::NodeId;
 
 use crate::clock::Tick;
 use crate::command::Command;
-use crate::place::{Verdict, home, is_cut_off, place_all, plan, rescue, wanted};
+use crate::place::{BACK_AFTER, Verdict, home, is_cut_off, place_all, plan, rescue, wanted};
 use crate::state::{Image, ImageKey, Job, Life, Resources, State, Task};
 
 /// A node that was not heard for so long is suspected,
@@ -55,7 +55,11 @@ pub fn tend(state: &State, heard: &Heard, now: Tick) -> Vec<Command> {
     }
     let (placed, left) = place_all(state);
     commands.extend(placed);
-    commands.extend(left.iter().filter_map(|id| make_room(state, &state.jobs[id])));
+    for command in left.iter().filter_map(|id| make_room(state, &state.jobs[id])) {
+        if !commands.contains(&command) {
+            commands.push(command);
+        }
+    }
     let is_over = state.users.values().any(|user| user.until.is_some_and(|until| until <= now))
         || state.jobs.values().any(|job| job.ended.is_none() && job.deadline.is_some_and(|deadline| deadline <= now));
     if commands.is_empty() && (is_over || now - state.time >= NOTE_EVERY && waits_for_time(state)) {
@@ -154,5 +158,10 @@ fn waits_for_time(state: &State) -> bool {
         .jobs
         .values()
         .any(|job| job.ended.is_none() && state.images.get(&job.spec.image).is_none_or(|image| image.stranded.is_some()));
-    has_deadline || is_stranded || is_waited_for || state.nodes.values().any(|node| node.lease.is_some())
+    let is_kept_back = state
+        .jobs
+        .values()
+        .filter(|job| job.ended.is_none())
+        .any(|job| job.failed.is_some_and(|at| state.time - at < BACK_AFTER) && job.tasks.counts().waiting > 0);
+    has_deadline || is_kept_back || is_stranded || is_waited_for || state.nodes.values().any(|node| node.lease.is_some())
 }

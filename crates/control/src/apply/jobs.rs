@@ -39,7 +39,7 @@ pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
     make_room(state, spec.count)?;
     let tasks = Tasks::new(spec.count);
     let deadline = spec.lasts_ms.map(|ms| state.time + Duration::from_millis(ms));
-    state.jobs.insert(id, Job { spec: spec.clone(), submitted: state.time, deadline, tasks, ended: None });
+    state.jobs.insert(id, Job { spec: spec.clone(), submitted: state.time, deadline, tasks, failed: None, ended: None });
     Ok(Answer::Done)
 }
 
@@ -122,6 +122,7 @@ pub(super) fn forget(state: &mut State, id: JobId) -> Outcomes {
 
 /// A node says that tasks have ended. It counts if a task is that node's by the same order, and only once.
 pub(super) fn ended(state: &mut State, id: NodeId, ended: &Ended, flaws: Flaws) {
+    let now = state.time;
     let Some(job) = state.jobs.get_mut(&ended.job) else { return };
     for (task, of, outcome) in &ended.tasks {
         let (task, outcome) = (*task, *outcome);
@@ -135,6 +136,9 @@ pub(super) fn ended(state: &mut State, id: NodeId, ended: &Ended, flaws: Flaws) 
             Some(Task::Placed { node, epoch, .. }) if flaws.ignores_fences || (node == id && epoch == *of) => {
                 let retries = job.spec.retries;
                 job.tasks.change(task..task + 1, |task| tried(task, outcome, output, retries));
+                if matches!(job.tasks.get(task), Some(Task::Waiting { not_on: Some(_), .. })) {
+                    job.failed = Some(now);
+                }
             }
             Some(_) if flaws.ignores_fences => job.tasks.change(task..task + 1, |_| Task::Done { outcome, output }),
             _ => {}
@@ -146,7 +150,9 @@ pub(super) fn ended(state: &mut State, id: NodeId, ended: &Ended, flaws: Flaws) 
 pub(super) fn tried(task: Task, outcome: Outcome, output: Option<Output>, retries: u32) -> Task {
     match task {
         Task::Placed { node, attempt, .. } if outcome.may_be_tried_again() && attempt < retries => {
-            Task::Waiting { attempt: attempt + 1, not_on: Some(node) }
+            // A node that was away, or whose source was, may be as good as any other.
+            let is_of_node = !matches!(outcome, Outcome::Failed(Reason::NodeLost | Reason::PageSourceLost));
+            Task::Waiting { attempt: attempt + 1, not_on: is_of_node.then_some(node) }
         }
         _ => Task::Done { outcome, output },
     }

@@ -8,6 +8,7 @@ mod tree;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
+use std::time::Duration;
 
 use types::{NodeId, Tenant};
 
@@ -22,6 +23,10 @@ pub const DEGREE: usize = 2;
 const PLACED_AT_ONCE: usize = 64;
 /// The most nodes that a holder reads from.
 const SOURCES_MAX: usize = 3;
+/// How long a task that failed on a node is kept from it while tasks of its job run elsewhere, which may make room there,
+pub(crate) const BACK_AFTER: Duration = Duration::from_secs(30);
+/// and while none do, but there are others.
+const BACK_SOON_AFTER: Duration = Duration::from_secs(1);
 /// The label by which nodes are near to one another.
 pub const ZONE: &str = "zone";
 
@@ -122,12 +127,13 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
     let Some(image) = state.images.get(wanted.image) else { return Plan { left: wanted.count, ..Plan::default() } };
     let mut plan = Plan { left: wanted.count, ..Plan::default() };
     let mut rooms: BTreeMap<Tier, Vec<(NodeId, u64)>> = BTreeMap::new();
+    let near = Near::to(state, image);
     for id in state.nodes.keys() {
         if wanted.not_on == Some(*id) {
             plan.verdicts.insert(*id, Verdict::FailedLast);
             continue;
         }
-        match look_at(state, image, *id, wanted, state.free(*id, usage)) {
+        match look_at(state, (image, &near), *id, wanted, state.free(*id, usage)) {
             Ok((tier, room)) => {
                 plan.verdicts.insert(*id, Verdict::NotNeeded { room, tier });
                 rooms.entry(tier).or_default().push((*id, room));
@@ -164,7 +170,26 @@ fn plan_beside(state: &State, usage: &BTreeMap<NodeId, Resources>, wanted: &Want
     plan
 }
 
-fn look_at(state: &State, image: &Image, id: NodeId, wanted: &Wanted<'_>, free: Resources) -> Result<(Tier, u64), Verdict> {
+/// Where an image can be had.
+struct Near<'a> {
+    is_anywhere: bool,
+    zones: BTreeSet<&'a str>,
+}
+
+impl<'a> Near<'a> {
+    fn to(state: &'a State, image: &Image) -> Self {
+        let zone_of = |node| state.nodes.get(&node).and_then(|node| node.facts.labels.get(ZONE)).map(String::as_str);
+        Self { is_anywhere: image.settled().next().is_some(), zones: image.settled().filter_map(zone_of).collect() }
+    }
+}
+
+fn look_at(
+    state: &State,
+    (image, near): (&Image, &Near<'_>),
+    id: NodeId,
+    wanted: &Wanted<'_>,
+    free: Resources,
+) -> Result<(Tier, u64), Verdict> {
     let node = &state.nodes[&id];
     if !node.is_open() {
         return Err(Verdict::Closed { life: node.life });
@@ -187,12 +212,10 @@ fn look_at(state: &State, image: &Image, id: NodeId, wanted: &Wanted<'_>, free: 
             (if has_most { Tier::MostOfIt } else { Tier::Open }, 0)
         }
         None => {
-            let zone_of = |node| state.nodes.get(&node).and_then(|node| node.facts.labels.get(ZONE));
-            let mut settled = image.settled().peekable();
-            if settled.peek().is_none() {
+            if !near.is_anywhere {
                 return Err(Verdict::NoSource);
             }
-            let is_near = zone.is_some() && settled.any(|holder| zone_of(holder) == zone);
+            let is_near = zone.is_some_and(|zone| near.zones.contains(zone.as_str()));
             (if is_near { Tier::Near } else { Tier::Far }, image.facts.data_bytes)
         }
     };
@@ -237,7 +260,7 @@ fn share(count: u64, nodes: &[(NodeId, u64)], spread: Spread) -> Vec<(NodeId, u6
 /// Places what waits of jobs: room goes to the tenant that has the fewest tasks placed, of its jobs to the one that has, and of
 /// those that have as many to the oldest. A large job leaves room to those after it as its tasks end.
 ///
-/// Says also which jobs have tasks that find no place. Of those that want the same only one is looked at.
+/// Says also which jobs have tasks that find no place: of those that want the same one.
 #[must_use]
 pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
     let mut running: Vec<(&JobId, &Job)> = state.jobs.iter().filter(|(_, job)| job.ended.is_none()).collect();
@@ -245,9 +268,10 @@ pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
     for (_, job) in &running {
         *of_tenants.entry(&job.spec.image.tenant).or_default() += u64::from(job.tasks.counts().placed);
     }
-    running.sort_by_key(|(id, job)| (of_tenants[&job.spec.image.tenant], job.tasks.counts().placed, job.submitted, **id));
+    running
+        .sort_by_cached_key(|(id, job)| (of_tenants[&job.spec.image.tenant], job.tasks.counts().placed, job.submitted, **id));
     let mut look = Look { state, usage: state.usage(), in_vain: BTreeSet::new() };
-    let (mut commands, mut left) = (Vec::new(), Vec::new());
+    let (mut commands, mut left, mut wanting) = (Vec::new(), Vec::new(), BTreeSet::new());
     for (id, job) in running {
         if job.tasks.counts().waiting == 0 || job.may_place() == 0 || look.is_in_vain(job, None) {
             continue;
@@ -258,7 +282,8 @@ pub fn place_all(state: &State) -> (Vec<Command>, Vec<JobId>) {
                 taken.into_iter().for_each(|(node, more)| *look.usage.entry(node).or_default() += more);
                 commands.push(command);
             }
-            None => left.push(*id),
+            None if wanting.insert(wants(job)) => left.push(*id),
+            None => {}
         }
     }
     (commands, left)
@@ -278,7 +303,7 @@ type Wants<'a> = (&'a ImageKey, Resources, &'a BTreeMap<String, String>);
 
 impl<'a> Look<'a> {
     fn is_in_vain(&self, job: &'a Job, not_on: Option<NodeId>) -> bool {
-        self.in_vain.contains(&((&job.spec.image, job.spec.each, &job.spec.labels), not_on))
+        self.in_vain.contains(&(wants(job), not_on))
     }
 
     /// Places what waits of a job, and says what that takes of each node. `None` if nothing can be placed.
@@ -295,12 +320,13 @@ impl<'a> Look<'a> {
             let count = count.min(u64::from(job.may_place()));
             let plan = match not_on {
                 None => self.plan(job, count, None)?,
-                // One that fails fast has room at once, and would take all tries. What goes on elsewhere makes room there when it
-                // ends; if nothing does, nobody else may ever have any.
+                // One that fails fast has room at once, and would take all tries. Others may have some later; but nobody may ever
+                // have any: after a while one task at a time goes back.
                 Some(failed) => match self.plan(job, count, not_on) {
                     Some(plan) => plan,
-                    None if runs_elsewhere(job, failed) => return None,
-                    None => self.plan(job, count, None)?,
+                    None if !self.has_others(failed) => self.plan(job, count, None)?,
+                    None if self.is_kept_from(job, failed) => return None,
+                    None => self.plan(job, 1, None)?,
                 },
             };
             let on = ranges(&plan.on, waiting);
@@ -312,23 +338,33 @@ impl<'a> Look<'a> {
         })
     }
 
+    fn has_others(&self, than: NodeId) -> bool {
+        self.state.nodes.iter().any(|(id, node)| *id != than && node.is_open())
+    }
+
+    /// Whether tasks of a job that failed on a node do not go back there yet.
+    fn is_kept_from(&self, job: &Job, failed: NodeId) -> bool {
+        let runs_elsewhere = job.tasks.iter().any(|(_, task)| matches!(task, Task::Placed { node, .. } if node != failed));
+        let after = if runs_elsewhere { BACK_AFTER } else { BACK_SOON_AFTER };
+        job.failed.is_some_and(|at| self.state.time - at < after)
+    }
+
     /// `None`: not one finds a place.
     fn plan(&mut self, job: &'a Job, count: u64, not_on: Option<NodeId>) -> Option<Plan> {
-        if self.is_in_vain(job, not_on) {
+        if self.is_in_vain(job, None) || self.is_in_vain(job, not_on) {
             return None;
         }
         let plan = plan_beside(self.state, &self.usage, &wanted(job, count, not_on));
         if plan.on.is_empty() {
-            self.in_vain.insert(((&job.spec.image, job.spec.each, &job.spec.labels), not_on));
+            self.in_vain.insert((wants(job), not_on));
             return None;
         }
         Some(plan)
     }
 }
 
-/// Whether tasks of a job are on another node than that.
-fn runs_elsewhere(job: &Job, than: NodeId) -> bool {
-    job.tasks.iter().any(|(_, task)| matches!(task, Task::Placed { node, .. } if node != than))
+fn wants(job: &Job) -> Wants<'_> {
+    (&job.spec.image, job.spec.each, &job.spec.labels)
 }
 
 /// What a job wants for `count` of its tasks.
@@ -372,9 +408,9 @@ pub fn home(state: &State, key: &ImageKey) -> Option<(NodeId, Vec<NodeId>)> {
     let each = Resources { memory_bytes: 0, cpu_millis: 0, machines: 0 };
     let wanted = Wanted { image: key, count: 1, each, spread: Spread::Spread, labels: &BTreeMap::new(), not_on: None };
     let image = state.images.get(key)?;
-    let usage = state.usage();
+    let (usage, near) = (state.usage(), Near::to(state, image));
     let suits = |id: &NodeId| {
-        let (tier, _) = look_at(state, image, *id, &wanted, state.free(*id, &usage)).ok()?;
+        let (tier, _) = look_at(state, (image, &near), *id, &wanted, state.free(*id, &usage)).ok()?;
         (tier >= Tier::Near).then_some((tier, std::cmp::Reverse(state.free(*id, &usage).memory_bytes), *id))
     };
     let (_, _, id) = state.nodes.keys().filter_map(suits).min()?;

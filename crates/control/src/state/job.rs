@@ -25,6 +25,8 @@ pub struct Job {
     pub deadline: Option<Tick>,
     /// Where its tasks are.
     pub tasks: Tasks,
+    /// When a try of one of them failed last for a reason that may be its node's.
+    pub failed: Option<Tick>,
     /// Since when all of them are at their end.
     pub ended: Option<Tick>,
 }

@@ -1,5 +1,7 @@
 //! What jobs ask for beyond their number of tasks.
 
+use std::time::Duration;
+
 use control::command::{Answer, Command, Ended, Kept, Refusal};
 use control::leader::{Heard, tend};
 use control::place::place_all;
@@ -50,7 +52,7 @@ fn no_more_tasks_are_placed_at_a_time_than_a_job_wants() {
 fn the_oldest_job_is_placed_first_and_what_finds_no_place_is_looked_at_once() {
     let mut cluster = Cluster::new(1, 4);
     let first = cluster.submit(spec(3));
-    cluster.pass(std::time::Duration::from_millis(1));
+    cluster.pass(Duration::from_millis(1));
     let others: Vec<_> = (0..5).map(|_| cluster.submit(spec(2))).collect();
     let (commands, left) = place_all(&cluster.state);
     let placed: Vec<_> = commands
@@ -143,18 +145,49 @@ fn a_task_goes_back_to_where_it_failed_if_nothing_of_its_job_is_anywhere_else() 
     tended(&mut cluster);
     cluster.ends(2, id, 0, Outcome::Failed(Reason::WorkerCrashed));
     tended(&mut cluster);
+    assert_eq!(cluster.task(id, 0), Task::Waiting { attempt: 1, not_on: Some(node(2)) }, "not at once");
+    cluster.wait(Duration::from_secs(1));
+    tended(&mut cluster);
     assert!(matches!(cluster.task(id, 0), Task::Placed { node: at, attempt: 1, .. } if at == node(2)));
 }
 
 #[test]
-fn what_has_ended_is_there_however_long_nobody_asks() {
+fn a_task_goes_back_after_a_while_even_if_those_elsewhere_never_end() {
+    let mut cluster = Cluster::new(2, 2);
+    cluster.open(2, &[1]).unwrap();
+    cluster.has(2, 100);
+    let id = cluster.submit(spec(4));
+    tended(&mut cluster);
+    let on = |cluster: &Cluster, number| -> Vec<u32> {
+        let is_there = |task: &u32| matches!(cluster.task(id, *task), Task::Placed { node: at, .. } if at == node(number));
+        (0..4).filter(is_there).collect()
+    };
+    on(&cluster, 1).into_iter().for_each(|task| cluster.ends(1, id, task, Outcome::Failed(Reason::WorkerCrashed)));
+    for _ in 0..5 {
+        cluster.wait(Duration::from_secs(5));
+        tended(&mut cluster);
+        assert_eq!(on(&cluster, 1).len(), 0);
+    }
+    cluster.wait(Duration::from_secs(5));
+    tended(&mut cluster);
+    assert_eq!(on(&cluster, 1).len(), 1, "one first, to see");
+    tended(&mut cluster);
+    assert_eq!(on(&cluster, 1).len(), 2);
+    // A node that was only away has not failed them.
+    cluster.register(1, 2, 2, &[1]).unwrap();
+    tended(&mut cluster);
+    assert_eq!(on(&cluster, 1).len(), 2);
+}
+
+#[test]
+fn what_has_ended_is_there_after_an_hour_in_which_nobody_asked() {
     let mut cluster = Cluster::new(2, 10);
     let id = cluster.submit(spec(1));
     cluster.place(id, &[(1, 0..1)]);
     cluster.ends(1, id, 0, Outcome::Exited(0));
     let ended = cluster.task(id, 0);
     for _ in 0..120 {
-        cluster.pass(std::time::Duration::from_secs(30));
+        cluster.wait(Duration::from_secs(30));
         tended(&mut cluster);
     }
     assert_eq!(cluster.task(id, 0), ended);
@@ -165,7 +198,7 @@ fn a_large_job_leaves_room_to_those_after_it_as_its_tasks_end() {
     let mut cluster = Cluster::new(1, 10);
     let large = cluster.submit(spec(1000));
     tended(&mut cluster);
-    cluster.pass(std::time::Duration::from_secs(1));
+    cluster.pass(Duration::from_secs(1));
     let small = cluster.submit(spec(3));
     let placed = |cluster: &Cluster, id| cluster.state.jobs[&id].tasks.counts().placed;
     tended(&mut cluster);

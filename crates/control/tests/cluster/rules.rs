@@ -41,7 +41,7 @@ fn a_newer_start_of_a_node_ends_the_older_one() {
     cluster.register(1, 1, 10, &[]).unwrap();
     assert!(matches!(cluster.task(id, 0), Task::Placed { .. }));
     cluster.register(1, 2, 10, &[1, 9]).unwrap();
-    assert_eq!(cluster.task(id, 0), Task::Waiting { attempt: 1, not_on: Some(node(1)) });
+    assert_eq!(cluster.task(id, 0), Task::Waiting { attempt: 1, not_on: None });
     assert!(cluster.holder(1).unwrap().is_settled(), "what it says that it has");
     assert!(!cluster.state.images.contains_key(&key(9)), "what the cluster does not know is not taken up");
     let late = Command::Report {
@@ -70,7 +70,7 @@ fn a_node_that_is_given_up_loses_everything_and_its_reports_do_not_count() {
     cluster.lose(2);
     assert!(cluster.holder(2).is_none());
     assert_eq!(cluster.holder(3).unwrap().sources, [node(1)], "nobody reads from it any more");
-    assert_eq!(cluster.task(id, 1), Task::Waiting { attempt: 1, not_on: Some(node(2)) });
+    assert_eq!(cluster.task(id, 1), Task::Waiting { attempt: 1, not_on: None });
     assert_eq!(cluster.report(2, vec![], vec![], vec![]), Err(Refusal::GivenUp(node(2))));
     assert_eq!(cluster.run(Command::Heard { node: node(2), incarnation: 1 }), Err(Refusal::GivenUp(node(2))));
     assert_eq!(cluster.register(2, 1, 10, &[]), Err(Refusal::GivenUp(node(2))), "it has to end what it did first");
@@ -232,7 +232,7 @@ fn a_revoked_node_never_comes_back_and_a_busy_one_is_not_forgotten() {
     cluster.run(Command::Revoke { node: node(1) }).unwrap();
     assert!(!cluster.state.nodes.contains_key(&node(1)) && cluster.holder(1).is_none());
     assert_eq!(cluster.register(1, 9, 10, &[1]), Err(Refusal::Revoked(node(1))));
-    assert_eq!(cluster.task(id, 0), Task::Waiting { attempt: 1, not_on: Some(node(1)) });
+    assert_eq!(cluster.task(id, 0), Task::Waiting { attempt: 1, not_on: None });
     cluster.run(Command::Cordon { node: node(2), is_cordoned: true }).unwrap();
     assert!(!cluster.state.nodes[&node(2)].is_open());
     cluster.register(2, 2, 10, &[]).unwrap();

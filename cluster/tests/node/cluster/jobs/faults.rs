@@ -139,8 +139,11 @@ fn what_is_submitted_while_nobody_leads_is_one_job_each_time() {
             leads.is_some()
         });
         let leader = leads.unwrap();
+        let dead = cluster.list(leader, true).unwrap()["leader"].clone();
         cluster.crash(leader);
         // Elections take longer than it takes to ask.
+        let seen = cluster.list((leader + 1) % 3, true).unwrap()["leader"].clone();
+        assert!(seen.is_null() || seen == dead, "{seen} leads already");
         let said = std::thread::scope(|scope| {
             let asking = (0..12).map(|number| {
                 // Twice under each key, of the two that are left.

@@ -1,0 +1,147 @@
+//! Numbers in documents. They are written there from `docs/figures.json`, which `bench report` makes of one run, between marks that
+//! nobody sees in the rendered text; a test finds those that are stale.
+//!
+//! ```text
+//! <!-- figures cluster C1 C2 -->            all rows of a bench with these ids that have a target, as a table
+//! <!-- /figures -->
+//! <!-- value cluster; C1; (wall; p50 -->3.7 %<!-- / -->     of the row whose text begins so
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use time::OffsetDateTime;
+
+use super::page::{HEADER, cells};
+use super::{Report, Row, in_words};
+
+/// What is committed of a run: its rows.
+pub(super) const FIGURES: &str = "docs/figures.json";
+const DOCUMENTS: [&str; 2] = ["README.md", "docs/specification.md"];
+
+/// By bench, without samples.
+type Figures = BTreeMap<String, Report>;
+
+fn read(root: &Path) -> Result<Figures> {
+    let path = root.join(FIGURES);
+    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is not what `bench report` writes", path.display()))
+}
+
+/// Writes the numbers of a run into the documents of the repository that this is started in.
+pub(crate) fn run(root: &Path) -> Result<()> {
+    let figures = read(root)?;
+    for document in DOCUMENTS {
+        let path = root.join(document);
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let written = rewritten(&text, &figures).with_context(|| document.to_owned())?;
+        if written != text {
+            std::fs::write(&path, written).with_context(|| format!("writing {}", path.display()))?;
+            println!("{document}");
+        }
+    }
+    Ok(())
+}
+
+/// The text with what is between its marks as the figures are.
+fn rewritten(text: &str, figures: &Figures) -> Result<String> {
+    let tables = between(text, "<!-- figures ", "<!-- /figures -->", |mark| Ok(format!("\n{}", table(mark, figures)?)))?;
+    between(&tables, "<!-- value ", "<!-- / -->", |mark| value(mark, figures))
+}
+
+/// Replaces what is between an opening mark, whose own text says by what, and a closing one.
+fn between(text: &str, opens: &str, closes: &str, by: impl Fn(&str) -> Result<String>) -> Result<String> {
+    let (mut written, mut rest) = (String::new(), text);
+    while let Some((before, after)) = rest.split_once(opens) {
+        let (mark, after) = after.split_once(" -->").with_context(|| format!("{opens:?} has no end"))?;
+        let (old, after) = after.split_once(closes).with_context(|| format!("\"{opens}{mark} -->\" has no {closes:?}"))?;
+        ensure!(!old.contains(opens), "\"{opens}{mark} -->\" has no {closes:?} before the next one");
+        write!(written, "{before}{opens}{mark} -->{}{closes}", by(mark)?)?;
+        rest = after;
+    }
+    Ok(written + rest)
+}
+
+fn of<'a>(figures: &'a Figures, bench: &str) -> Result<&'a Report> {
+    figures.get(bench).with_context(|| format!("{FIGURES} has nothing of bench {bench:?}"))
+}
+
+fn table(mark: &str, figures: &Figures) -> Result<String> {
+    let (bench, ids) = mark.split_once(' ').with_context(|| format!("\"figures {mark}\" names no rows"))?;
+    let ids: Vec<&str> = ids.split(' ').collect();
+    let report = of(figures, bench)?;
+    let machine = &report.machine;
+    let date = OffsetDateTime::from_unix_timestamp(i64::try_from(machine.unix_time)?)?.date();
+    let quick = if machine.quick { ", --quick" } else { "" };
+    let mut text = format!("\n`bench {bench}{quick}` at commit {}, {date}:\n\n", machine.commit);
+    write!(text, "| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len()))?;
+    let wanted = |row: &&Row| ids.contains(&row.id.as_str()) && (row.met.is_some() || !row.reach.is_empty());
+    let rows: Vec<&Row> = report.results.iter().filter(wanted).collect();
+    for id in &ids {
+        ensure!(rows.iter().any(|row| row.id == *id), "bench {bench} has no row {id} with a target");
+    }
+    for row in rows {
+        writeln!(text, "| {} |", cells(row).map(|cell| cell.replace('|', "\\|")).join(" | "))?;
+    }
+    text.push('\n');
+    Ok(text)
+}
+
+fn value(mark: &str, figures: &Figures) -> Result<String> {
+    let [bench, id, what, field] = mark.split("; ").collect::<Vec<_>>()[..] else {
+        bail!("\"value {mark}\" is not: bench; row; how its text begins; field");
+    };
+    let rows = of(figures, bench)?.results.iter();
+    let mut rows = rows.filter(|row| row.id == id && row.what.trim_start().starts_with(what));
+    let row = rows.next().with_context(|| format!("bench {bench} has no row {id} that begins with {what:?}"))?;
+    ensure!(rows.next().is_none(), "several rows {id} of bench {bench} begin with {what:?}");
+    Ok(match field {
+        "p50" => in_words(row.p50, &row.unit),
+        "p99" => in_words(row.p99, &row.unit),
+        "n" => row.n.to_string(),
+        "ratio" => format!("{:.2}", row.ratio.with_context(|| format!("row {id} {what:?} has no control"))?),
+        _ => bail!("{field:?} is none of p50, p99, n, ratio"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root() -> &'static Path {
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    }
+
+    #[test]
+    fn numbers_in_documents_are_those_of_the_run() {
+        let figures = read(root()).unwrap();
+        for document in DOCUMENTS {
+            let text = std::fs::read_to_string(root().join(document)).unwrap();
+            let written = rewritten(&text, &figures).unwrap();
+            assert!(written == text, "numbers in {document} are not those of {FIGURES}: `bench documents` writes them");
+        }
+    }
+
+    #[test]
+    fn what_is_between_marks_is_replaced_and_marks_that_mean_nothing_are_refused() {
+        let figures = read(root()).unwrap();
+        let stale = "C1 takes <!-- value cluster; C1; (wall; p50 -->99 %<!-- / --> more.\n";
+        let written = rewritten(stale, &figures).unwrap();
+        assert!(!written.contains("99 %") && written.ends_with("<!-- / --> more.\n"), "{written}");
+        assert_eq!(rewritten(&written, &figures).unwrap(), written);
+        let table = rewritten("<!-- figures cluster C1 -->\nold\n<!-- /figures -->\n", &figures).unwrap();
+        assert!(table.contains("| C1 |") && !table.contains("old") && !table.contains("| C2 |"), "{table}");
+        for bad in [
+            "<!-- value cluster; C1; (wall; p51 -->x<!-- / -->",
+            "<!-- value cluster; C1; nothing; p50 -->x<!-- / -->",
+            "<!-- value nowhere; C1; (wall; p50 -->x<!-- / -->",
+            "<!-- value cluster; C1; (wall; p50 -->x",
+            "<!-- figures cluster C99 -->x<!-- /figures -->",
+            "<!-- figures cluster -->x<!-- /figures -->",
+        ] {
+            assert!(rewritten(bad, &figures).is_err(), "{bad}");
+        }
+    }
+}
