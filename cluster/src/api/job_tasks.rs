@@ -32,8 +32,8 @@ const PIECE: usize = 256;
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long it is followed what this node has, until it asks whether others agree.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
-/// How often it is looked again for an output that nobody has.
-const LOST_TRIES: u32 = 3;
+/// How often, of all results of a job, it is looked again for outputs that nobody has: longer in all than nodes are taken for silent.
+const LOST_TRIES: u32 = 30;
 const LOST_TRY_EVERY: Duration = Duration::from_millis(500);
 /// How long a node may take to say what a task prints.
 const LOG_WITHIN: Duration = Duration::from_secs(3);
@@ -73,6 +73,7 @@ pub(crate) async fn results(
         from: query.from,
         follows: query.follow,
         next: VecDeque::new(),
+        lost_tries: 0,
         known: Instant::now(),
     };
     let lines = stream::unfold(Some((telling, permit)), |state| async move {
@@ -98,6 +99,8 @@ struct Telling {
     follows: bool,
     /// Tasks that have ended and are not told yet.
     next: VecDeque<u32>,
+    /// How often outputs were asked for again that nobody had.
+    lost_tries: u32,
     /// When a majority was last known to agree with what this node has.
     known: Instant,
 }
@@ -107,21 +110,23 @@ impl Telling {
     async fn piece(&mut self) -> Result<Option<Bytes>, io::Error> {
         let member = Arc::clone(self.app.member().map_err(io::Error::other)?);
         let results = self.app.jobs().map_err(io::Error::other)?.results.clone();
-        let mut tries = 0;
         loop {
             // Not kept between pieces: a reader may take its time, and the state goes on.
             let state = member.consensus.stale();
             let forgotten = || io::Error::other("the job was forgotten");
-            let job = state.jobs.get(&self.id).ok_or_else(forgotten)?;
+            // One that came back under its key may be another one.
+            let job =
+                state.jobs.get(&self.id).filter(|job| job.spec.count as usize == self.told.len()).ok_or_else(forgotten)?;
             if self.next.is_empty() {
                 self.gather(job);
             }
-            let tasks: Vec<u32> = self.next.iter().take(PIECE).copied().collect();
+            let mut tasks: Vec<u32> = self.next.iter().take(PIECE).copied().collect();
+            tasks.sort_unstable();
             if !tasks.is_empty() {
                 let (told, left) = results.of(&state, self.id, job, &tasks, self.payload.as_deref()).await;
                 // Who has one may be away for a moment.
-                if told.iter().any(|result| result.is_output_lost) && tries < LOST_TRIES {
-                    tries += 1;
+                if told.iter().any(|result| result.is_output_lost) && self.lost_tries < LOST_TRIES {
+                    self.lost_tries += 1;
                     tokio::time::sleep(LOST_TRY_EVERY).await;
                     continue;
                 }

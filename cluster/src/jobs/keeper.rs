@@ -26,8 +26,9 @@ const WAITING_KIB: usize = 256 << 10;
 const MESSAGES: usize = 4;
 /// What more comes within this time goes with the first.
 const GATHER: Duration = Duration::from_millis(20);
-/// How long another node may take to keep a batch.
+/// How long another node may take to keep a batch, and more for each MiB of it: links are slow, and some go over them at once.
 const COPY_WITHIN: Duration = Duration::from_secs(5);
+const COPY_A_MIB_WITHIN: Duration = Duration::from_secs(1);
 /// How long it is tried to find one that does.
 const COPIED_WITHIN: Duration = Duration::from_secs(30);
 const TRY_EVERY: Duration = Duration::from_millis(500);
@@ -133,11 +134,12 @@ impl Keeping {
 
     async fn keep(&self, batch: Vec<(Try, Record)>) {
         let ended: Vec<(Try, Outcome)> = batch.iter().map(|(of, record)| (*of, record.outcome)).collect();
+        let without: Vec<(Try, Outcome)> = batch.iter().map(|(of, record)| (*of, lost(record))).collect();
         let (ended, kept) = match self.kept(batch).await {
             Ok(kept) => (ended, kept),
             Err(detail) => {
                 tracing::error!(detail, tasks = ended.len(), "outputs of tasks cannot be kept: they run again");
-                (ended.into_iter().map(|(of, outcome)| (of, lost(outcome))).collect(), Kept::Nowhere)
+                (without, Kept::Nowhere)
             }
         };
         if let Some(tasks) = self.tasks.get().and_then(Weak::upgrade) {
@@ -191,19 +193,43 @@ impl Keeping {
 
     async fn copied(&self, other: NodeId, message: &Bytes) -> Result<(), String> {
         let asked = self.member.ask_node(other, None, Method::PUT, PATH, Some(message.clone()));
-        match tokio::time::timeout(COPY_WITHIN, asked).await {
+        let within = COPY_WITHIN + COPY_A_MIB_WITHIN * u32::try_from(message.len() >> 20).expect("some tens");
+        match tokio::time::timeout(within, asked).await {
             Ok(Ok((status, _))) if status.is_success() => Ok(()),
             Ok(Ok((status, bytes))) => Err(format!("node {other} answers {status}: {}", String::from_utf8_lossy(&bytes))),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("node {other} does not answer within {COPY_WITHIN:?}")),
+            Err(_) => Err(format!("node {other} does not answer within {within:?}")),
         }
     }
 }
 
-/// What a task ends with whose output is nowhere: what has not run had none.
-fn lost(outcome: Outcome) -> Outcome {
-    match outcome {
-        Outcome::Exited(_) => Outcome::Failed(Reason::OutputLost),
-        failed @ Outcome::Failed(_) => failed,
+/// What a task ends with whose output is nowhere: what has not run had none, and what is tried again for its own reason is.
+fn lost(record: &Record) -> Outcome {
+    match record.outcome {
+        failed @ Outcome::Failed(_) if record.machine.is_none() || failed.may_be_tried_again() => failed,
+        Outcome::Failed(_) | Outcome::Exited(_) => Outcome::Failed(Reason::OutputLost),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use types::MachineId;
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn what_has_run_and_is_kept_nowhere_is_not_passed_off_as_ended() {
+        let ended = |outcome, has_run: bool| {
+            let machine = has_run.then(|| MachineId::from_uuid(Uuid::from_u128(1)));
+            lost(&Record { machine, ..Record::ended(outcome, None, 0, 0) })
+        };
+        let output_lost = Outcome::Failed(Reason::OutputLost);
+        assert_eq!(ended(Outcome::Exited(0), true), output_lost);
+        assert_eq!(ended(Outcome::Failed(Reason::Oom), true), output_lost);
+        for own in [Reason::ForkFailed, Reason::WorkerCrashed] {
+            assert_eq!(ended(Outcome::Failed(own), false), Outcome::Failed(own));
+        }
+        assert_eq!(ended(Outcome::Failed(Reason::WorkerCrashed), true), Outcome::Failed(Reason::WorkerCrashed));
     }
 }

@@ -129,7 +129,7 @@ fn of_own_failure(failed: &Failed, what: &str) -> Done {
 async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -> Result<Done, GuestError> {
     let mut kept = tar::Builder::new(Vec::new());
     let (mut count, mut notes) = (0, Vec::new());
-    for path in &payload.outputs {
+    'paths: for path in &payload.outputs {
         guest.says.say(&ToAgent::Get { path: path.clone() }).await?;
         let (mut archive, mut bytes) = (Vec::new(), 0);
         let failed = loop {
@@ -139,7 +139,12 @@ async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -
                     if bytes <= payload.output_limit {
                         archive.extend(piece);
                     } else if bytes > payload.output_limit.saturating_mul(PATIENCE) {
-                        return Err(GuestError::Nonsense);
+                        // What it has done counts; what would come after this much is not listened to any more.
+                        log.printed().cut_bytes += bytes;
+                        notes.push(format!(
+                            "{path} and what is after it is not kept: more than {bytes} bytes are beyond the limit"
+                        ));
+                        break 'paths;
                     }
                 }
                 Ok(FromAgent::Done) => break None,
@@ -157,7 +162,11 @@ async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -
         } else {
             match add_all(&mut kept, &archive, path, payload.output_limit) {
                 Ok(()) => count += 1,
-                Err(error) => notes.push(format!("{path} is not kept: {error}")),
+                Err(error) => {
+                    // All of it or nothing.
+                    kept.get_mut().truncate(usize::try_from(so_far).unwrap_or(usize::MAX));
+                    notes.push(format!("{path} is not kept: {error}"));
+                }
             }
         }
     }
@@ -169,8 +178,8 @@ async fn keep(guest: &mut Guest, payload: &Payload, mut done: Done, log: &Log) -
     Ok(done)
 }
 
-/// Adds what a guest has packed, under the directory where it was: files, directories and links, as they are and no larger than the
-/// archive in which they came.
+/// Adds what a guest has packed, under the directory where it was: files, directories and links, as they are. The archive with what was
+/// in it before stays below the limit, whatever the names are.
 pub(super) fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &str, limit: u64) -> io::Result<()> {
     let plain = |path: &Path| path.components().filter(|part| matches!(part, Component::Normal(_))).collect::<PathBuf>();
     let parent = plain(Path::new(path).parent().unwrap_or(Path::new("")));
@@ -195,6 +204,9 @@ pub(super) fn add_all(kept: &mut tar::Builder<Vec<u8>>, archive: &[u8], path: &s
             }
             header.set_size(contents.len() as u64);
             kept.append_data(&mut header, at, &contents[..])?;
+        }
+        if kept.get_ref().len() as u64 > limit {
+            return Err(io::Error::other("packed it is larger than the limit"));
         }
     }
     Ok(())
@@ -334,7 +346,27 @@ mod tests {
             send(&mut its, &FromAgent::Exited(Exit::Status(0))).unwrap();
             while send(&mut its, &FromAgent::Data(vec![0; 64])).is_ok() {}
         };
-        let (done, _) = played(&payload, flood).await;
-        assert!(matches!(done, Err(GuestError::Nonsense)));
+        let (done, printed) = played(&payload, flood).await;
+        let done = done.unwrap();
+        assert!(done.status == 0 && done.files.is_empty() && printed.cut_bytes > 400, "{done:?}");
+        assert!(done.detail.unwrap().starts_with("/a and what is after it is not kept: more than"));
+    }
+
+    #[test]
+    fn many_empty_files_under_a_long_path_are_no_larger_than_the_limit() {
+        let mut archive = tar::Builder::new(Vec::new());
+        for number in 0..200 {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(0);
+            archive.append_data(&mut header, format!("x/{number}"), &b""[..]).unwrap();
+        }
+        let (archive, limit) = (archive.into_inner().unwrap(), 200_000);
+        assert!(archive.len() < limit);
+        let long = format!("/{}/x", "d/".repeat(2000));
+        let mut kept = tar::Builder::new(Vec::new());
+        assert!(add_all(&mut kept, &archive, &long, limit as u64).is_err());
+        assert!(kept.get_ref().len() < limit + 16_384, "{}", kept.get_ref().len());
+        let mut kept = tar::Builder::new(Vec::new());
+        add_all(&mut kept, &archive, "/x", limit as u64).unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Finds payloads and outputs again, on whichever node they are.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
@@ -45,8 +45,28 @@ pub enum PayloadLost {
     Store(#[from] StoreError),
 }
 
-/// Payloads that were read of late, the oldest first.
-type Recent = VecDeque<(Digest, Arc<Payload>)>;
+/// Payloads that were read of late, and those that somebody still has: no payload is in memory twice.
+#[derive(Default)]
+struct Recent {
+    /// The oldest first.
+    kept: VecDeque<Arc<Payload>>,
+    known: BTreeMap<Digest, Weak<Payload>>,
+}
+
+impl Recent {
+    fn get(&self, digest: Digest) -> Option<Arc<Payload>> {
+        self.known.get(&digest)?.upgrade()
+    }
+
+    fn add(&mut self, digest: Digest, payload: &Arc<Payload>) {
+        self.kept.push_back(Arc::clone(payload));
+        if self.kept.len() > CACHED {
+            self.kept.pop_front();
+        }
+        self.known.retain(|_, payload| payload.strong_count() > 0);
+        self.known.insert(digest, Arc::downgrade(payload));
+    }
+}
 
 /// What tasks do, by job.
 #[derive(Clone)]
@@ -74,13 +94,12 @@ impl Payloads {
             Work::Here(bytes) => return Ok(Arc::new(Payload::decode(bytes)?)),
             Work::Kept(digest) => *digest,
         };
-        let recent =
-            |payloads: &Recent| payloads.iter().find(|(known, _)| *known == digest).map(|(_, payload)| Arc::clone(payload));
-        if let Some(known) = recent(&self.recent.lock().unwrap_or_else(PoisonError::into_inner)) {
+        let known = || self.recent.lock().unwrap_or_else(PoisonError::into_inner).get(digest);
+        if let Some(known) = known() {
             return Ok(known);
         }
         let _one_at_a_time = self.reading.lock().await;
-        if let Some(known) = recent(&self.recent.lock().unwrap_or_else(PoisonError::into_inner)) {
+        if let Some(known) = known() {
             return Ok(known);
         }
         let bytes = match self.stored(digest).await? {
@@ -88,13 +107,7 @@ impl Payloads {
             None => self.fetch(digest).await?,
         };
         let payload = Arc::new(Payload::decode(&bytes)?);
-        let mut payloads = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if recent(&payloads).is_none() {
-            payloads.push_back((digest, Arc::clone(&payload)));
-            if payloads.len() > CACHED {
-                payloads.pop_front();
-            }
-        }
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).add(digest, &payload);
         Ok(payload)
     }
 
@@ -222,12 +235,7 @@ impl Results {
                 (tries, told)
             });
             for (tries, told) in futures_util::future::join_all(asks).await {
-                let last = told.records.last().map(|(of, _)| of.task).filter(|_| told.is_cut);
-                for of in &tries {
-                    if last.is_some_and(|last| of.task > last) {
-                        found.left.push(of.task);
-                    }
-                }
+                found.left.extend(after_the_last(&tries, &told));
                 let ours = told.records.into_iter().filter(|(of, _)| tries.contains(of));
                 found.records.extend(ours.map(|(of, record)| (of.task, record)));
             }
@@ -239,7 +247,7 @@ impl Results {
         found
     }
 
-    /// What a node tells of these, in the order of tasks; nothing if it does not answer.
+    /// What a node tells of these, in their order; nothing if it does not answer.
     async fn at(&self, node: NodeId, tries: &[Try], with_files: bool) -> Told {
         let nothing = || Told { records: Vec::new(), is_cut: false };
         if node == self.member.node() {
@@ -288,7 +296,10 @@ impl Results {
             .collect();
         let wanted: Vec<(u32, Output)> = ended.iter().filter_map(|(task, _, output)| Some((*task, (*output)?))).collect();
         let Found { mut records, left } = self.find(state, id, &wanted, false).await;
-        let told = ended.into_iter().filter(|(task, ..)| !left.contains(task));
+        // In the order of tasks: what is after the first that is left comes the next time.
+        let first = left.into_iter().min().unwrap_or(u32::MAX);
+        let left: Vec<u32> = ended.iter().map(|(task, ..)| *task).filter(|task| *task >= first).collect();
+        let told = ended.into_iter().filter(|(task, ..)| *task < first);
         let results = told.map(|(task, outcome, output)| {
             let input = payload.and_then(|payload| payload.inputs.of(task)).map(str::to_owned);
             let record = records.remove(&task);
@@ -298,6 +309,13 @@ impl Results {
         });
         (results.collect(), left)
     }
+}
+
+/// Of tries that a node was asked for in this order, those that its answer had no room for: it says nothing of any after its last one.
+fn after_the_last<'a>(tries: &'a [Try], told: &Told) -> impl Iterator<Item = u32> + use<'a> {
+    let last = told.records.last().filter(|_| told.is_cut).map(|(of, _)| *of);
+    let from = last.and_then(|last| tries.iter().position(|of| *of == last)).map_or(tries.len(), |last| last + 1);
+    tries[from..].iter().map(|of| of.task)
 }
 
 /// How a task ended, in words.
@@ -363,5 +381,45 @@ pub async fn blocking<T: Send + 'static>(
 impl From<SpreadError> for ClusterError {
     fn from(error: SpreadError) -> Self {
         Self::NotKept(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn what_an_answer_had_no_room_for_is_left_in_whatever_order_it_was_asked_for() {
+        let of = |task| Try { job: JobId(Uuid::nil()), task, epoch: types::Epoch(1), node: NodeId::from_uuid(Uuid::nil()) };
+        let tries = [7, 8, 9, 1, 2].map(of);
+        let told = |tasks: &[u32], is_cut| {
+            let record = || Record::ended(Outcome::Exited(0), None, 0, 0);
+            Told { records: tasks.iter().map(|task| (of(*task), record())).collect(), is_cut }
+        };
+        let left = |told| after_the_last(&tries, &told).collect::<Vec<_>>();
+        assert_eq!(left(told(&[7, 8], true)), [9, 1, 2]);
+        assert_eq!(left(told(&[7, 8, 9, 1], true)), [2]);
+        assert_eq!(left(told(&[7, 9, 2], false)), [0; 0]);
+        assert_eq!(left(told(&[], false)), [0; 0]);
+    }
+
+    #[test]
+    fn a_payload_that_somebody_has_is_in_memory_once() {
+        let payload = || {
+            Arc::new(crate::jobs::payload::tests::payload(
+                super::super::payload::Work::Eval("1".into()),
+                super::super::payload::Inputs::Count(1),
+            ))
+        };
+        let (mut recent, digest) = (Recent::default(), |number: usize| Digest::of(&number.to_le_bytes()));
+        let held = payload();
+        recent.add(digest(0), &held);
+        (1..=CACHED + 1).for_each(|number| recent.add(digest(number), &payload()));
+        assert!(Arc::ptr_eq(&recent.get(digest(0)).unwrap(), &held), "its job goes on");
+        assert!(recent.get(digest(1)).is_none(), "nobody has it any more");
+        drop(held);
+        assert!(recent.get(digest(0)).is_none());
     }
 }

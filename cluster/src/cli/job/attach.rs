@@ -1,6 +1,6 @@
 //! Staying with a job until its end: its results to stdout, how far it is to stderr.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
@@ -72,26 +72,34 @@ pub(super) async fn follow(
     let mut sink = Sink::open(to.results)?;
     let display = RefCell::new(Display::start(quiet));
     display.borrow_mut().show(job);
+    let lost = Cell::new(0);
     let results = following.results(job.job.tasks, |line, heard| {
+        lost.set(lost.get() + usize::from(heard.is_output_lost));
         if heard.files_bytes > 0 {
             fetcher.iter().for_each(|fetcher| fetcher.fetch(heard.task));
         }
         display.borrow().aside(|| sink.write(line))
     });
-    // The events also tell whether the results fall behind. Without them they come all the same.
+    // The events also tell whether the results fall behind: who does not hear them for long waits for nothing.
     let events = async {
-        following.events(|answer| display.borrow_mut().show(answer)).await.unwrap_or_default();
-        std::future::pending().await
+        match following.events(|answer| display.borrow_mut().show(answer)).await {
+            Ok(()) => std::future::pending().await,
+            Err(error) => error,
+        }
     };
     tokio::select! {
         results = results => results?,
-        () = events => {}
+        error = events => return Err(error),
     }
     sink.finish()?;
     let unfetched = match fetcher {
         Some(fetcher) => fetcher.finish().await,
         None => 0,
     };
+    if lost.get() > 0 {
+        eprintln!("{} results are without their output: no node that answers has it", lost.get());
+    }
+    let unfetched = unfetched + lost.get();
     let ended = following.ended().await?.value;
     let summary = display.borrow_mut().summary(&ended);
     drop(display);
@@ -124,7 +132,9 @@ pub(super) async fn results(job: &JobAnswer, follows: bool, to: To, context: &Co
     let following = Following::new(client, id, patience);
     let fetcher = to.files.map(|directory| Fetcher::start(client, id, &directory, patience)).transpose()?;
     let mut sink = Sink::open(to.results)?;
+    let lost = Cell::new(0);
     let take = |line: &[u8], heard: super::follow::Heard| {
+        lost.set(lost.get() + usize::from(heard.is_output_lost));
         if heard.files_bytes > 0 {
             fetcher.iter().for_each(|fetcher| fetcher.fetch(heard.task));
         }
@@ -133,12 +143,14 @@ pub(super) async fn results(job: &JobAnswer, follows: bool, to: To, context: &Co
     if follows {
         // They tell whether the results fall behind.
         let events = async {
-            following.events(|_| {}).await.unwrap_or_default();
-            std::future::pending().await
+            match following.events(|_| {}).await {
+                Ok(()) => std::future::pending().await,
+                Err(error) => error,
+            }
         };
         tokio::select! {
             results = following.results(job.job.tasks, take) => results?,
-            () = events => {}
+            error = events => return Err(error),
         }
     } else {
         following.results_so_far(job.job.tasks, take).await?;
@@ -148,7 +160,7 @@ pub(super) async fn results(job: &JobAnswer, follows: bool, to: To, context: &Co
         Some(fetcher) => fetcher.finish().await,
         None => 0,
     };
-    Ok(if unfetched == 0 { Code::Ok.into() } else { Code::Partial.into() })
+    Ok(if unfetched + lost.get() == 0 { Code::Ok.into() } else { Code::Partial.into() })
 }
 
 /// All, or only some of it.

@@ -99,7 +99,7 @@ fn unpack(archive: &[u8], into: &PathBuf) -> io::Result<()> {
     fs::create_dir_all(into)?;
     let mut archive = tar::Archive::new(archive);
     archive.set_preserve_permissions(false);
-    let mut bytes = 0_u64;
+    let (mut bytes, mut directories) = (0_u64, Vec::new());
     for entry in archive.entries()? {
         let mut entry = entry?;
         // A sparse file has more than its archive.
@@ -110,11 +110,23 @@ fn unpack(archive: &[u8], into: &PathBuf) -> io::Result<()> {
         let kind = entry.header().entry_type();
         // Devices and the like are nothing that a guest could have us make.
         let is_plain = kind.is_file() || kind.is_dir() || kind.is_symlink() || kind.is_hard_link();
-        if is_plain && !entry.unpack_in(into)? {
-            return Err(io::Error::other("the archive names a file outside of the directory"));
+        // One that nobody may write to is so when what is in it is there.
+        if kind.is_dir() {
+            directories.push(entry);
+        } else if is_plain && !entry.unpack_in(into)? {
+            return Err(outside());
+        }
+    }
+    for mut directory in directories.into_iter().rev() {
+        if !directory.unpack_in(into)? {
+            return Err(outside());
         }
     }
     Ok(())
+}
+
+fn outside() -> io::Error {
+    io::Error::other("the archive names a file outside of the directory")
 }
 
 #[cfg(test)]

@@ -137,6 +137,9 @@ pub(super) struct Heard {
     /// Whether there are files.
     #[serde(default)]
     pub(super) files_bytes: u64,
+    /// Whether no node that answers has its output.
+    #[serde(default)]
+    pub(super) is_output_lost: bool,
 }
 
 impl<'a> Following<'a> {
@@ -217,10 +220,10 @@ impl<'a> Following<'a> {
         failing.heard();
         let mut lines = Lines::default();
         loop {
-            // A job may say nothing for hours, but not while tasks have ended whose results did not come.
+            // A job may say nothing for hours, but not while tasks have ended whose results did not come, or nobody waits for more.
             let piece = match timeout(self.patience.silence, pieces.next()).await {
                 Ok(piece) => piece?,
-                Err(_) if self.ended.load(Ordering::Relaxed) > count => return Err(self.late().into()),
+                Err(_) if !follow || self.ended.load(Ordering::Relaxed) > count => return Err(self.late().into()),
                 Err(_) => continue,
             };
             failing.heard();
