@@ -42,15 +42,10 @@ impl Change {
     fn of(name: &str, before: &Samples, after: &Samples) -> Self {
         let (p50, then) = (before.p50(), after.p50());
         let mut dice = fastrand::Rng::with_seed(SEED);
-        let mut ratios: Vec<f64> =
-            (0..DRAWS).map(|_| drawn(after, &mut dice) / drawn(before, &mut dice).max(f64::MIN_POSITIVE)).collect();
+        let mut ratios: Vec<f64> = (0..DRAWS).map(|_| ratio(drawn(before, &mut dice), drawn(after, &mut dice))).collect();
         ratios.sort_by(f64::total_cmp);
         let is_counted = before.n().min(after.n()) < SAMPLES_MIN;
-        let between = if is_counted {
-            [if then == p50 { 1.0 } else { then / p50.max(f64::MIN_POSITIVE) }; 2]
-        } else {
-            CHANCE.map(|rank| ratios[rank])
-        };
+        let between = if is_counted { [ratio(p50, then); 2] } else { CHANCE.map(|rank| ratios[rank]) };
         let verdict = match between {
             [low, _] if low > 1.0 => Verdict::More,
             [_, high] if high < 1.0 => Verdict::Less,
@@ -60,8 +55,13 @@ impl Change {
     }
 
     fn ratio(&self) -> f64 {
-        if self.before == self.after { 1.0 } else { self.after / self.before.max(f64::MIN_POSITIVE) }
+        ratio(self.before, self.after)
     }
+}
+
+/// What is nothing and stays so has not moved.
+fn ratio(before: f64, after: f64) -> f64 {
+    if before == after { 1.0 } else { after / before.max(f64::MIN_POSITIVE) }
 }
 
 /// The median of as many samples, each drawn from all.
@@ -155,6 +155,8 @@ mod tests {
         assert_eq!(verdict(&noisy(1, 100.0), &noisy(2, 80.0)), Verdict::Less);
         let one = |value| Samples::from_us(vec![value]);
         assert_eq!(verdict(&one(9.0), &one(455.0)), Verdict::More, "what is counted has no chance");
+        let none = Samples::from_us(vec![0.0; 20]);
+        assert_eq!(verdict(&none, &none), Verdict::Same);
         assert_eq!((verdict(&one(9.0), &one(9.0)), verdict(&one(0.0), &one(3.0))), (Verdict::Same, Verdict::More));
     }
 }

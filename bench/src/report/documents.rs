@@ -14,11 +14,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use time::OffsetDateTime;
 
-use super::page::{HEADER, cells};
-use super::{Report, Row, in_words};
+use super::{HEADER, Report, Row, in_words};
 
 /// What is committed of a run: its rows.
-pub(super) const FIGURES: &str = "docs/figures.json";
+const FIGURES: &str = "docs/figures.json";
 const DOCUMENTS: [&str; 2] = ["README.md", "docs/specification.md"];
 
 /// By bench, without samples.
@@ -83,7 +82,7 @@ fn table(mark: &str, figures: &Figures) -> Result<String> {
         ensure!(rows.iter().any(|row| row.id == *id), "bench {bench} has no row {id} with a target");
     }
     for row in rows {
-        writeln!(text, "| {} |", cells(row).map(|cell| cell.replace('|', "\\|")).join(" | "))?;
+        writeln!(text, "| {} |", row.cells().map(|cell| cell.replace('|', "\\|")).join(" | "))?;
     }
     text.push('\n');
     Ok(text)

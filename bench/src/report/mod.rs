@@ -23,6 +23,9 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 use vm::Host;
 
+/// Of tables of rows.
+const HEADER: [&str; 9] = ["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"];
+
 /// Everything of one run.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Report {
@@ -127,6 +130,21 @@ impl Row {
         self
     }
 
+    /// What stands below each of [`HEADER`].
+    fn cells(&self) -> [String; 9] {
+        [
+            self.id.clone(),
+            self.what.clone(),
+            self.n.to_string(),
+            in_words(self.p50, &self.unit),
+            in_words(self.p99, &self.unit),
+            self.floor_p50.map(|floor| in_words(floor, &self.unit)).unwrap_or_default(),
+            self.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+            self.reach.clone(),
+            self.is_met().to_owned(),
+        ]
+    }
+
     /// Whether its target is met, in a word; none if it only informs.
     pub(crate) fn is_met(&self) -> &'static str {
         match self.met {
@@ -190,19 +208,9 @@ impl Report {
         ensure!(!self.results.is_empty() && self.results.iter().all(|row| row.n > 0), "a row has no samples");
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
-        table.set_header(["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"]);
+        table.set_header(HEADER);
         for row in &self.results {
-            table.add_row([
-                row.id.clone(),
-                row.what.clone(),
-                row.n.to_string(),
-                in_words(row.p50, &row.unit),
-                in_words(row.p99, &row.unit),
-                row.floor_p50.map(|floor| in_words(floor, &row.unit)).unwrap_or_default(),
-                row.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
-                row.reach.clone(),
-                row.is_met().to_owned(),
-            ]);
+            table.add_row(row.cells());
         }
         for column in 2..7 {
             if let Some(column) = table.column_mut(column) {

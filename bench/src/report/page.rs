@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::figures::{self, Ablation, Figure, Measured};
-use super::{Machine, Report, Row, in_words};
+use super::{HEADER, Machine, Report, Row, in_words};
 
 /// What `make bench` leaves, in the order of the page.
 const BENCHES: [(&str, &str); 7] = [
@@ -132,7 +132,7 @@ fn rows(rows: &[Row]) -> Markup {
         table {
             tr { @for title in HEADER { th { (title) } } }
             @for row in rows {
-                @let [id, what, n, p50, p99, control, ratio, reach, met] = cells(row);
+                @let [id, what, n, p50, p99, control, ratio, reach, met] = row.cells();
                 tr {
                     td { (id) }
                     td { (what) }
@@ -161,22 +161,6 @@ fn ablation_cells(ablation: &Ablation) -> [String; 6] {
     ]
 }
 
-pub(super) const HEADER: [&str; 9] = ["row", "what", "n", "p50", "p99", "control p50", "ratio", "to reach", "met"];
-
-pub(super) fn cells(row: &Row) -> [String; 9] {
-    [
-        row.id.clone(),
-        row.what.trim_start().to_owned(),
-        row.n.to_string(),
-        in_words(row.p50, &row.unit),
-        in_words(row.p99, &row.unit),
-        row.floor_p50.map(|floor| in_words(floor, &row.unit)).unwrap_or_default(),
-        row.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
-        row.reach.clone(),
-        row.is_met().to_owned(),
-    ]
-}
-
 fn markdown(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablation]) -> Result<String> {
     let mut text = format!("# farfork: figures\n\n{}\n", circumstances(reports).join(" "));
     for (number, figure) in figures.iter().enumerate() {
@@ -190,7 +174,7 @@ fn markdown(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[A
     for (bench, title) in BENCHES {
         write!(text, "\n## {title}\n\n| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len()))?;
         for row in &reports[bench].results {
-            writeln!(text, "| {} |", cells(row).map(|cell| cell.replace('|', "\\|")).join(" | "))?;
+            writeln!(text, "| {} |", row.cells().map(|cell| cell.replace('|', "\\|")).join(" | "))?;
         }
         for note in &reports[bench].notes {
             write!(text, "\n{note}\n")?;
