@@ -205,7 +205,7 @@ pub(crate) async fn task(
             state: "waiting".to_owned(),
             attempt: Some(attempt),
             node: not_on.map(name),
-            why_waiting: why_waiting(&state, job),
+            why_waiting: why_waiting(&state, job, not_on),
             ..empty
         },
         Task::Placed { node, attempt, .. } => {

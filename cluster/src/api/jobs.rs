@@ -418,11 +418,11 @@ async fn answer(app: &App, state: &State, id: JobId) -> Result<JobAnswer, ApiErr
         JobOnNode { node, name: name_of(state, node), placed, succeeded, failed, here }
     });
     let nodes = futures_util::future::join_all(nodes).await;
-    Ok(JobAnswer { job: row(state, id, job), reasons, nodes, why_waiting: why_waiting(state, job) })
+    Ok(JobAnswer { job: row(state, id, job), reasons, nodes, why_waiting: why_waiting(state, job, None) })
 }
 
-/// Why the tasks that wait are not placed, node by node.
-pub(super) fn why_waiting(state: &State, job: &Job) -> Vec<String> {
+/// Why the tasks that wait are not placed, node by node; of those that failed on `not_on`, if it is said.
+pub(super) fn why_waiting(state: &State, job: &Job, not_on: Option<NodeId>) -> Vec<String> {
     let waiting = job.tasks.counts().waiting;
     if waiting == 0 {
         return Vec::new();
@@ -430,7 +430,7 @@ pub(super) fn why_waiting(state: &State, job: &Job) -> Vec<String> {
     if job.may_place() == 0 {
         return vec![format!("as many as max_parallel allows are placed: {}", job.tasks.counts().placed)];
     }
-    let plan = plan(state, &wanted(job, u64::from(waiting), None));
+    let plan = plan(state, &wanted(job, u64::from(waiting), not_on));
     if plan.verdicts.is_empty() {
         return vec!["no node that is heard has all of its image".to_owned()];
     }

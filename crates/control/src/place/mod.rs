@@ -440,7 +440,7 @@ impl fmt::Display for Verdict {
             ),
             Self::LetsGo => write!(f, "is letting go of the image"),
             Self::NoSource => write!(f, "cannot get the image: nobody has all of it"),
-            Self::FailedLast => write!(f, "is where the last try failed"),
+            Self::FailedLast => write!(f, "is where the last try failed, and is tried again after a while"),
         }
     }
 }
