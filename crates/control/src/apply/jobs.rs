@@ -1,17 +1,20 @@
 //! Rules about jobs and their tasks.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use types::{NodeId, Reason};
+use types::{NodeId, Reason, Tenant};
 
 use super::{Flaws, Outcomes, images};
+use crate::clock::Tick;
 use crate::command::{Answer, Ended, Kept, Refusal};
 use crate::state::{Holder, Job, JobId, JobSpec, Outcome, Output, Resources, State, Task, Tasks};
 
 /// The most tasks of one job.
 pub const TASKS_MAX: u32 = 1_000_000;
-/// The most jobs at a time. Of those that have ended the oldest is forgotten for a new one.
+/// The most jobs at a time. For a new one those that have ended are forgotten: the oldest of the tenant with the most.
 pub const JOBS_MAX: usize = 20_000;
 /// The most tasks of all of them: each may take some tens of bytes of the state, which nodes send one another in one piece.
 pub const TASKS_IN_ALL_MAX: u64 = 4_000_000;
@@ -43,7 +46,8 @@ pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
     Ok(Answer::Done)
 }
 
-/// Forgets jobs that have ended, the oldest first, until there is room for another one.
+/// Forgets jobs that have ended until there is room for another one: of the tenant who takes most of it with them, the oldest first.
+/// Nobody's results go because somebody else submits a lot.
 fn make_room(state: &mut State, count: u32) -> Result<(), Refusal> {
     let size =
         |jobs: &mut dyn Iterator<Item = &Job>| jobs.fold((0, 0), |(n, tasks), job| (n + 1, tasks + u64::from(job.spec.count)));
@@ -52,8 +56,15 @@ fn make_room(state: &mut State, count: u32) -> Result<(), Refusal> {
         return Err(Refusal::TooManyJobs { max: JOBS_MAX, tasks: TASKS_IN_ALL_MAX });
     }
     while !is_room(size(&mut state.jobs.values())) {
-        let ended = state.jobs.iter().filter_map(|(id, job)| Some((job.ended?, *id)));
-        let (_, oldest) = ended.min().expect("without those that have ended there is room");
+        let mut ended: BTreeMap<&Tenant, (u64, (Tick, JobId))> = BTreeMap::new();
+        for (id, job) in &state.jobs {
+            let Some(at) = job.ended else { continue };
+            let (takes, oldest) = ended.entry(&job.spec.image.tenant).or_insert((0, (at, *id)));
+            *takes += u64::from(job.spec.count) + TASKS_IN_ALL_MAX / JOBS_MAX as u64;
+            *oldest = (at, *id).min(*oldest);
+        }
+        let most = ended.into_values().max_by_key(|(takes, (at, id))| (*takes, Reverse((*at, *id))));
+        let (_, (_, oldest)) = most.expect("without those that have ended there is room");
         state.jobs.remove(&oldest);
     }
     Ok(())

@@ -5,10 +5,10 @@ use std::time::Duration;
 use control::command::{Answer, Command, Ended, Kept, Refusal};
 use control::leader::{Heard, tend};
 use control::place::place_all;
-use control::state::{Counts, JobSpec, Outcome, Output, Task};
-use types::{Digest, Reason};
+use control::state::{Counts, ImageKey, JobSpec, Outcome, Output, Task};
+use types::{Digest, Reason, Tenant};
 
-use super::{Cluster, job, key, node, spec};
+use super::{Cluster, image_facts, job, key, node, spec};
 
 fn tended(cluster: &mut Cluster) -> Vec<Command> {
     let commands = tend(&cluster.state, &Heard::since(cluster.now()), cluster.now());
@@ -30,6 +30,26 @@ fn a_job_that_is_submitted_again_is_the_same_job_and_another_one_is_refused() {
     assert_eq!(cluster.run(submit(job(1), b"one", 4)), Ok(Answer::Done));
     assert_eq!(cluster.run(submit(job(1), b"two", 3)), Err(Refusal::JobExists(job(1))));
     assert_eq!(cluster.state.jobs, before);
+}
+
+#[test]
+fn who_submits_a_lot_loses_results_before_others_do() {
+    let mut cluster = Cluster::new(1, 10);
+    let theirs = ImageKey { tenant: "other".parse::<Tenant>().unwrap(), ..key(1) };
+    let add = Command::AddImage { key: theirs.clone(), facts: image_facts(), node: node(1), incarnation: 1 };
+    cluster.run(add).unwrap();
+    let mut submitted = 0;
+    let mut ended = |cluster: &mut Cluster, spec: JobSpec| {
+        submitted += 1;
+        cluster.run(Command::Submit { job: job(submitted), spec }).unwrap();
+        cluster.run(Command::Cancel { job: job(submitted) }).unwrap();
+        cluster.pass(Duration::from_millis(1));
+        job(submitted)
+    };
+    let small = ended(&mut cluster, JobSpec { image: theirs, ..spec(1000) });
+    let large: Vec<_> = (0..5).map(|_| ended(&mut cluster, spec(1_000_000))).collect();
+    let left: Vec<_> = cluster.state.jobs.keys().copied().collect();
+    assert_eq!(left, [&[small][..], &large[2..]].concat());
 }
 
 #[test]
