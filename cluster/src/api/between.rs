@@ -27,7 +27,7 @@ pub(crate) async fn keep_outputs(
     Extension(from): Extension<Forwarded>,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
-    let bytes = bytes_of(&app, request, MESSAGE_BYTES_MAX).await?;
+    let bytes = bytes_of(request, MESSAGE_BYTES_MAX).await?;
     let copies = Copies::decode(&bytes, from.node).map_err(|what| ApiError::bad_request(format!("outputs: {what}")))?;
     // Of jobs that nobody has submitted nothing is kept. One that this node has not heard of yet comes again.
     let state = app.member()?.consensus.stale();
@@ -41,7 +41,7 @@ pub(crate) async fn keep_outputs(
 
 /// Tells what is kept of some tries.
 pub(crate) async fn read_outputs(Shared(app): Shared<App>, request: Request) -> Result<Vec<u8>, ApiError> {
-    let bytes = bytes_of(&app, request, app.limits().body_bytes_max).await?;
+    let bytes = bytes_of(request, app.limits().body_bytes_max).await?;
     let asked: Asked = postcard::from_bytes(&bytes).map_err(|error| ApiError::bad_request(error.to_string()))?;
     let store = std::sync::Arc::clone(&app.jobs()?.store);
     let told = blocking(move || store.get(&asked.tries, asked.with_files, ANSWER_BYTES)).await?;
@@ -55,7 +55,7 @@ pub(crate) async fn keep_payload(
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let digest: Digest = digest.parse().map_err(NodeError::from)?;
-    let bytes = bytes_of(&app, request, PAYLOAD_BYTES_MAX).await?;
+    let bytes = bytes_of(request, PAYLOAD_BYTES_MAX).await?;
     if Digest::of(&bytes) != digest {
         return Err(ApiError::bad_request(format!("the payload is not {digest}")));
     }

@@ -58,9 +58,9 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for LargeJsonBody<T>
     }
 }
 
-/// The body that another node sends.
-pub(super) async fn bytes_of(app: &App, request: Request, bytes_max: usize) -> Result<Bytes, ApiError> {
-    read(request, bytes_max, app.limits().read_deadline).await
+/// The body that another node sends, which knows itself how long it waits: outputs and payloads are large, and links slow.
+pub(super) async fn bytes_of(request: Request, bytes_max: usize) -> Result<Bytes, ApiError> {
+    read(request, bytes_max, LARGE_BODY_WITHIN).await
 }
 
 fn announced(request: &Request) -> Option<usize> {

@@ -30,8 +30,12 @@ pub const ANSWER_BYTES: usize = 8 << 20;
 const SILENT_FOR: Duration = Duration::from_secs(10);
 /// How long another node may take to answer.
 const ASK_WITHIN: Duration = Duration::from_secs(5);
+/// The same of a payload, if nobody gave it in that time: it may be large, and the link slow.
+const GIVE_WITHIN: Duration = Duration::from_secs(60);
 /// Payloads in memory.
 const CACHED: usize = 4;
+/// So many are read at a time; of the same one by one.
+const READ_AT_ONCE: usize = 16;
 
 /// Why the payload of a job is not here.
 #[derive(Debug, Error)]
@@ -74,8 +78,8 @@ pub struct Payloads {
     store: Arc<Store>,
     member: Arc<Membership>,
     recent: Arc<Mutex<Recent>>,
-    /// Locked while one is read: many batches of a job want it at once.
-    reading: Arc<tokio::sync::Mutex<()>>,
+    /// Locked while one of those with this first digit is read: many batches of a job want it at once, and other jobs do not wait.
+    reading: Arc<[tokio::sync::Mutex<()>; READ_AT_ONCE]>,
 }
 
 impl Payloads {
@@ -98,7 +102,7 @@ impl Payloads {
         if let Some(known) = known() {
             return Ok(known);
         }
-        let _one_at_a_time = self.reading.lock().await;
+        let _one_at_a_time = self.reading[usize::from(digest.as_bytes()[0]) % READ_AT_ONCE].lock().await;
         if let Some(known) = known() {
             return Ok(known);
         }
@@ -118,9 +122,11 @@ impl Payloads {
 
     async fn fetch(&self, digest: Digest) -> Result<Vec<u8>, PayloadLost> {
         let path = format!("{PAYLOADS}{digest}");
-        for node in self.member.others() {
+        // One that does not answer is not waited for as long as others may have it.
+        let rounds = [ASK_WITHIN, GIVE_WITHIN].map(|within| self.member.others().into_iter().map(move |node| (node, within)));
+        for (node, within) in rounds.into_iter().flatten() {
             let asked = self.member.ask_node(node, None, Method::GET, &path, None);
-            let Ok(Ok((status, bytes))) = tokio::time::timeout(ASK_WITHIN, asked).await else { continue };
+            let Ok(Ok((status, bytes))) = tokio::time::timeout(within, asked).await else { continue };
             if status.is_success() && Digest::of(&bytes) == digest {
                 let (store, kept) = (Arc::clone(&self.store), bytes.clone());
                 // The next one asks again, if this node cannot keep it.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use control::state::JobId;
@@ -157,6 +157,8 @@ impl Store {
         self.check_room(payload.len())?;
         self.with(|database| {
             let writing = database.begin_write().map_err(of_redb)?;
+            // There is one writer at a time: who removes what nobody knows of looks for it here after this, or was done before.
+            self.unknown().remove(&digest.as_bytes()[..]);
             writing.open_table(PAYLOADS).map_err(of_redb)?.insert(&digest.as_bytes()[..], payload).map_err(of_redb)?;
             writing.commit().map_err(of_redb)
         })?;
@@ -217,7 +219,7 @@ impl Store {
             Ok(strange)
         })?;
         let gone: Vec<Vec<u8>> = {
-            let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut unknown = self.unknown();
             unknown.retain(|key, _| strange.contains(key));
             for key in strange {
                 unknown.entry(key).or_insert(now);
@@ -227,14 +229,25 @@ impl Store {
         for key in &gone {
             match <[u8; 16]>::try_from(&key[..]) {
                 Ok(job) => while self.remove_some(JobId(Uuid::from_bytes(job)))? {},
-                Err(_) => self.with(|database| {
-                    let writing = database.begin_write().map_err(of_redb)?;
-                    writing.open_table(PAYLOADS).map_err(of_redb)?.remove(&key[..]).map_err(of_redb)?;
-                    writing.commit().map_err(of_redb)
-                })?,
+                Err(_) => self.remove_payload(key)?,
             }
         }
         Ok(gone.len())
+    }
+
+    fn unknown(&self) -> MutexGuard<'_, BTreeMap<Vec<u8>, Instant>> {
+        self.unknown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Unless it was put here again since it was found to be nobody's.
+    fn remove_payload(&self, digest: &[u8]) -> Result<(), StoreError> {
+        self.with(|database| {
+            let writing = database.begin_write().map_err(of_redb)?;
+            if self.unknown().remove(digest).is_some() {
+                writing.open_table(PAYLOADS).map_err(of_redb)?.remove(digest).map_err(of_redb)?;
+            }
+            writing.commit().map_err(of_redb)
+        })
     }
 
     /// Some outputs of a job: what is put meanwhile does not wait for all of them. Whether there are more.
@@ -353,6 +366,22 @@ mod tests {
         assert_eq!(store.count(JobId(Uuid::from_u128(2))).unwrap(), 1);
         store.clear(&BTreeSet::new(), &BTreeSet::new(), now).unwrap();
         assert_eq!(store.clear(&BTreeSet::new(), &BTreeSet::new(), now + UNKNOWN_FOR).unwrap(), 2);
+        assert!(store.is_empty().unwrap());
+    }
+
+    #[test]
+    fn a_payload_that_comes_again_is_not_removed_for_having_been_nobodys_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let (nobody, now) = (BTreeSet::new(), Instant::now());
+        let digest = store.put_payload(b"what its tasks do").unwrap();
+        store.clear(&BTreeSet::new(), &nobody, now).unwrap();
+        // Found to be nobody's ten minutes ago, and put again before it is removed.
+        store.put_payload(b"what its tasks do").unwrap();
+        store.remove_payload(digest.as_bytes()).unwrap();
+        assert_eq!(store.clear(&BTreeSet::new(), &nobody, now + UNKNOWN_FOR).unwrap(), 0, "its time begins anew");
+        assert!(store.payload(digest).unwrap().is_some());
+        assert_eq!(store.clear(&BTreeSet::new(), &nobody, now + 2 * UNKNOWN_FOR).unwrap(), 1);
         assert!(store.is_empty().unwrap());
     }
 
