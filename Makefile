@@ -48,8 +48,9 @@ bench: setup-build ## measure the floor and the rows of the specification, local
 	cargo build --quiet --release --package farfork
 	cargo run --quiet --release --package farfork-bench -- node --json target/bench/node.json $(BENCH_ARGS)
 	./deploy/guest/build.sh
-	cargo run --quiet --release --package farfork-bench -- cluster --json target/bench/cluster.json $(BENCH_ARGS)
-	cargo run --quiet --release --package farfork-bench -- linux --json target/bench/linux.json $(BENCH_ARGS)
+	cargo run --quiet --release --package farfork-bench -- linux --json target/bench/linux.json --template target/bench/python.img $(BENCH_ARGS)
+	cargo run --quiet --release --package farfork-bench -- cluster --json target/bench/cluster.json --template target/bench/python.img $(BENCH_ARGS)
+	@rm -f target/bench/python.img
 	@# Its children touch memory by command, which takes a build of its own.
 	cargo build --quiet --release --package farfork --features farfork/bench --target-dir target/for-bench
 	cargo run --quiet --release --package farfork-bench -- remote --json target/bench/remote.json \

@@ -33,6 +33,11 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
+    /// Where it is asked.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// Starts `command`, which has to come down to the farfork program, as a node, and waits until it serves.
     pub(crate) fn start<S: AsRef<OsStr>>(command: Command, more: impl IntoIterator<Item = S>) -> Result<Self> {
         Self::start_in(tempfile::tempdir()?, command, more)

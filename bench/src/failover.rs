@@ -17,6 +17,9 @@ pub(crate) const NODES: usize = 3;
 /// Nothing here takes so long.
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How many are killed.
+const LEADERS: usize = 20;
+const FOLLOWERS: usize = 5;
 
 pub(crate) struct Nodes {
     program: PathBuf,
@@ -140,10 +143,10 @@ pub(crate) fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<Option<
     }
 }
 
-pub(crate) fn run(report: &mut Report, program: Option<&Path>, quick: bool) -> Result<()> {
+pub(crate) fn run(report: &mut Report, program: Option<&Path>) -> Result<()> {
     let mut nodes = Nodes::start(daemon::program(program)?)?;
     let (mut answered, mut given_up, mut follower) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..if quick { 3 } else { 20 } {
+    for _ in 0..LEADERS {
         let leader = nodes.leader(0)?;
         let at = (leader + 1) % NODES;
         let name = format!("node-{leader}");
@@ -156,7 +159,7 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, quick: bool) -> R
         nodes.run(leader)?;
         nodes.settle()?;
     }
-    for _ in 0..if quick { 1 } else { 5 } {
+    for _ in 0..FOLLOWERS {
         let leader = nodes.leader(0)?;
         let (at, other) = (leader, (leader + 1) % NODES);
         let killed = Instant::now();

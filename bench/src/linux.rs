@@ -1,10 +1,10 @@
 //! `bench linux`: rows G1 to G4 of docs/specification.md, of a node with templates built for this run, and how long that took by
 //! stage.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent::protocol::{Exec, Exit, FromAgent, Identity, ToAgent, VERSION, receive, send};
@@ -21,17 +21,34 @@ const NO_MORE: [&str; 0] = [];
 const IMPORTS: &str = "json hashlib random uuid";
 const MIB: f64 = (1u64 << 20) as f64;
 
-pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, guests: Option<&Path>) -> Result<()> {
+/// Linux guests, and what was made of them before.
+pub(crate) struct Given {
+    pub(crate) guests: Option<PathBuf>,
+    /// A file for the warm Python template: half a minute to build where KVM emulates guest kernels.
+    pub(crate) template: Option<PathBuf>,
+}
+
+impl Given {
+    pub(crate) fn guests(&self) -> Result<PathBuf> {
+        self.guests.clone().map_or_else(default_guests, Ok)
+    }
+}
+
+pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, given: &Given) -> Result<()> {
     let host = floor::open_host()?;
     let mut report = Report::new(&host, quick);
     let program = daemon::program(farfork)?;
-    let guests = guests.map_or_else(default_guests, |path| Ok(path.to_owned()))?;
+    let guests = given.guests()?;
     let n = if quick { 5 } else { 20 };
     let mut node = Daemon::start(Command::new(&program), NO_MORE)?;
     // What is warm is in memory: the program that G2 runs, too.
     build(&mut report, &mut node, &guests, "base", 64, ("warm", "/bin/true"))?;
     let main = format!("python3 /usr/lib/farfork/main.py {IMPORTS}");
     build(&mut report, &mut node, &guests, "python", 192, ("main", &main))?;
+    if let Some(file) = &given.template {
+        std::fs::remove_file(file).or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
+        verb(&program, node.socket(), &["template", "export", "python"], file)?;
+    }
 
     let (ready, firsts, control) = readiness(&mut report, &mut node, n)?;
     report.add(Row::new("G1", "fork -> first, beside it", &firsts, None));
@@ -46,7 +63,14 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, gues
     report.finish(json)
 }
 
-pub(crate) fn default_guests() -> Result<PathBuf> {
+/// Has the program do something with a file.
+pub(crate) fn verb(program: &Path, socket: &Path, words: &[&str], file: &Path) -> Result<()> {
+    let status = Command::new(program).env("FARFORK_SOCKET", socket).args(words).arg(file).stdout(Stdio::null()).status()?;
+    ensure!(status.success(), "{words:?} {} ended with {status}", file.display());
+    Ok(())
+}
+
+fn default_guests() -> Result<PathBuf> {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     let caches =
         std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).context("neither XDG_CACHE_HOME nor HOME")?;

@@ -74,6 +74,9 @@ enum Verb {
         /// The directory that `make guest` printed [default: in the user's cache]
         #[arg(long, value_name = "PATH")]
         guests: Option<PathBuf>,
+        /// Take the warm Python template that `bench linux` has left here, if it has, in place of building one
+        #[arg(long, value_name = "FILE")]
+        template: Option<PathBuf>,
     },
     /// Linux guests (rows G1 to G4), and templates by stage of building them
     Linux {
@@ -85,6 +88,9 @@ enum Verb {
         /// The directory that `make guest` printed [default: in the user's cache]
         #[arg(long, value_name = "PATH")]
         guests: Option<PathBuf>,
+        /// Leave the warm Python template here
+        #[arg(long, value_name = "FILE")]
+        template: Option<PathBuf>,
     },
     /// Remote fork (rows R1 to R9): real nodes in network namespaces, or given ones
     Remote {
@@ -109,6 +115,9 @@ enum Verb {
         /// The repository
         #[arg(default_value = ".", value_name = "DIRECTORY")]
         root: PathBuf,
+        /// Take the run that `bench report` has made a page of there, in place of the one in docs/figures.json
+        #[arg(long, value_name = "DIRECTORY")]
+        from: Option<PathBuf>,
     },
     /// What moved between two files of the same bench beyond what chance moves within a run; exit code 5 if something lost too much
     ///
@@ -165,16 +174,18 @@ fn main() -> ExitCode {
             workers::run(run.json.as_deref(), run.quick, control.firecracker.as_deref(), &without)
         }
         Verb::Node { run, farfork } => node::run(run.json.as_deref(), run.quick, farfork.as_deref()),
-        Verb::Cluster { run, farfork, guests } => {
-            cluster::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
+        Verb::Cluster { run, farfork, guests, template } => {
+            let given = linux::Given { guests, template };
+            cluster::run(run.json.as_deref(), run.quick, farfork.as_deref(), &given)
         }
-        Verb::Linux { run, farfork, guests } => {
-            linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), guests.as_deref())
+        Verb::Linux { run, farfork, guests, template } => {
+            let given = linux::Given { guests, template };
+            linux::run(run.json.as_deref(), run.quick, farfork.as_deref(), &given)
         }
         Verb::Remote { run, remote } => remote::run(run.json.as_deref(), run.quick, &remote),
         Verb::Scale { run } => scale::run(run.json.as_deref(), run.quick),
         Verb::Report { directory } => report::page::run(&directory),
-        Verb::Documents { root } => report::documents::run(&root),
+        Verb::Documents { root, from } => report::documents::run(&root, from.as_deref()),
         Verb::Compare { before, after, fail_over, all } => match report::compare::run(&before, &after, fail_over, all) {
             Ok(code) => return code,
             Err(error) => Err(error),

@@ -4,6 +4,8 @@
 //! ```text
 //! <!-- figures cluster C1 C2 -->            all rows of a bench with these ids that have a target, as a table
 //! <!-- /figures -->
+//! <!-- figures cluster all C1 -->           those that only inform, too
+//! <!-- /figures -->
 //! <!-- value cluster; C1; (wall; p50 -->3.7 %<!-- / -->     of the row whose text begins so
 //! ```
 
@@ -16,8 +18,9 @@ use time::OffsetDateTime;
 
 use super::{HEADER, Report, Row, in_words};
 
-/// What is committed of a run: its rows.
+/// What is committed of a run: its rows, and a picture.
 const FIGURES: &str = "docs/figures.json";
+const PICTURE: &str = "docs/forks.svg";
 const DOCUMENTS: [&str; 2] = ["README.md", "docs/specification.md"];
 
 /// By bench, without samples.
@@ -29,8 +32,15 @@ fn read(root: &Path) -> Result<Figures> {
     serde_json::from_slice(&bytes).with_context(|| format!("{} is not what `bench report` writes", path.display()))
 }
 
-/// Writes the numbers of a run into the documents of the repository that this is started in.
-pub(crate) fn run(root: &Path) -> Result<()> {
+/// Writes the numbers of a run into the documents of the repository: of the one that `bench report` made a page of in `from`, or of the
+/// one that is there.
+pub(crate) fn run(root: &Path, from: Option<&Path>) -> Result<()> {
+    if let Some(from) = from {
+        for (name, to) in [("figures.json", FIGURES), ("forks.svg", PICTURE)] {
+            let (from, to) = (from.join(name), root.join(to));
+            std::fs::copy(&from, &to).with_context(|| format!("copying {} to {}", from.display(), to.display()))?;
+        }
+    }
     let figures = read(root)?;
     for document in DOCUMENTS {
         let path = root.join(document);
@@ -69,20 +79,25 @@ fn of<'a>(figures: &'a Figures, bench: &str) -> Result<&'a Report> {
 
 fn table(mark: &str, figures: &Figures) -> Result<String> {
     let (bench, ids) = mark.split_once(' ').with_context(|| format!("\"figures {mark}\" names no rows"))?;
+    let (all, ids) = ids.strip_prefix("all ").map_or((false, ids), |ids| (true, ids));
     let ids: Vec<&str> = ids.split(' ').collect();
     let report = of(figures, bench)?;
     let machine = &report.machine;
     let date = OffsetDateTime::from_unix_timestamp(i64::try_from(machine.unix_time)?)?.date();
     let quick = if machine.quick { ", --quick" } else { "" };
-    let mut text = format!("\n`bench {bench}{quick}` at commit {}, {date}:\n\n", machine.commit);
+    let mut text = format!("\n`bench {bench}{quick}` at commit {}, {date}, {}:\n\n", machine.commit, machine.in_words());
     write!(text, "| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len()))?;
-    let wanted = |row: &&Row| ids.contains(&row.id.as_str()) && (row.met.is_some() || !row.reach.is_empty());
+    let wanted = |row: &&Row| ids.contains(&row.id.as_str()) && (all || row.met.is_some() || !row.reach.is_empty());
     let rows: Vec<&Row> = report.results.iter().filter(wanted).collect();
     for id in &ids {
-        ensure!(rows.iter().any(|row| row.id == *id), "bench {bench} has no row {id} with a target");
+        let is_left_out = report.left_out.contains(*id);
+        ensure!(is_left_out || rows.iter().any(|row| row.id == *id), "bench {bench} has no row {id} with a target");
     }
     for row in rows {
         writeln!(text, "| {} |", row.cells().map(|cell| cell.replace('|', "\\|")).join(" | "))?;
+    }
+    for note in report.notes.iter().filter(|note| ids.iter().any(|id| note.split([' ', ',', ':']).any(|word| word == *id))) {
+        write!(text, "\n{note}\n")?;
     }
     text.push('\n');
     Ok(text)
@@ -107,6 +122,7 @@ fn value(mark: &str, figures: &Figures) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+
     use super::*;
 
     fn root() -> &'static Path {

@@ -1,14 +1,16 @@
 //! Which samples are drawn, beside what.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Error, Result, anyhow};
 
 use super::plots::{self, Dot, Line};
 use super::{Report, Samples};
 
 /// One picture.
 pub(super) struct Figure {
+    /// Its file is called so.
+    pub(super) name: &'static str,
     pub(super) title: &'static str,
     /// What is to be seen, and of what.
     pub(super) caption: String,
@@ -16,22 +18,41 @@ pub(super) struct Figure {
 }
 
 /// Samples of all benches, by name.
-pub(super) struct Measured<'a>(BTreeMap<&'a str, Samples>);
+pub(super) struct Measured<'a> {
+    samples: BTreeMap<&'a str, Samples>,
+    left_out: BTreeSet<&'a str>,
+}
+
+/// Samples that nobody misses: of a row that the host has not what it needs for.
+#[derive(Debug, thiserror::Error)]
+#[error("row {0} was not measurable on this host")]
+pub(super) struct LeftOut(String);
 
 impl<'a> Measured<'a> {
     pub(super) fn of(reports: &'a BTreeMap<&'static str, Report>) -> Self {
         let all = reports.values().flat_map(|report| &report.samples);
-        Self(all.map(|(name, samples)| (name.as_str(), Samples::from_us(samples.clone()))).collect())
+        Self {
+            samples: all.map(|(name, samples)| (name.as_str(), Samples::from_us(samples.clone()))).collect(),
+            left_out: reports.values().flat_map(|report| &report.left_out).map(String::as_str).collect(),
+        }
     }
 
     fn get(&self, name: &str) -> Result<&Samples> {
-        self.0.get(name).with_context(|| format!("no samples are called {name:?}"))
+        self.samples.get(name).ok_or_else(|| self.missing(name))
+    }
+
+    /// Names of samples begin with their row.
+    fn missing(&self, name: &str) -> Error {
+        match name.split(' ').next().filter(|row| self.left_out.contains(row)) {
+            Some(row) => LeftOut(row.to_owned()).into(),
+            None => anyhow!("no samples are called {name}"),
+        }
     }
 
     /// The one that begins and ends so: between is what the machine could do.
     fn named(&self, begins: &str, ends: &str) -> Result<&'a str> {
-        let named = self.0.keys().find(|name| name.starts_with(begins) && name.ends_with(ends));
-        named.copied().with_context(|| format!("no samples are called {begins}...{ends}"))
+        let named = self.samples.keys().find(|name| name.starts_with(begins) && name.ends_with(ends));
+        named.copied().ok_or_else(|| self.missing(&format!("{begins}...{ends}")))
     }
 
     fn dot(&self, label: impl Into<String>, name: &str, per: f64, is_control: bool) -> Result<Dot> {
@@ -41,9 +62,12 @@ impl<'a> Measured<'a> {
 
     /// Medians of what is called the same but for a number. Of sizes that the host has no memory for there are none.
     fn line(&self, name: &str, is_control: bool, called: &[(f64, String)], per: f64) -> Result<Line> {
-        let point = |(x, called): &(f64, String)| Some((*x, self.0.get(called.as_str())?.p50() / per));
+        let point = |(x, called): &(f64, String)| Some((*x, self.samples.get(called.as_str())?.p50() / per));
         let points: Vec<(f64, f64)> = called.iter().filter_map(point).collect();
-        ensure!(points.len() > 1, "{name}: fewer than two of {called:?} were measured");
+        if points.len() < 2 {
+            let called = called.first().map_or("", |(_, called)| called);
+            return Err(self.missing(called).context(format!("{name}: fewer than two were measured")));
+        }
         Ok(Line { name: name.to_owned(), points, is_control })
     }
 }
@@ -66,53 +90,79 @@ impl Ablation {
 }
 
 /// What each mechanism is worth, or costs.
-pub(super) fn ablations(of: &Measured<'_>) -> Result<Vec<Ablation>> {
-    let p50 = |name: &str| Ok::<_, anyhow::Error>(of.get(name)?.p50());
-    let one = |what, timed, with: f64, without: f64| Ablation { what, of: timed, with, without };
+pub(super) fn ablations(of: &Measured<'_>) -> Result<Drawn<Ablation>> {
+    let p50 = |name: &str| Ok::<_, Error>(of.get(name)?.p50());
+    let replayed = |ends: &str| p50(of.named("R2 ", ends)?);
+    let pair =
+        |what, timed, with: Result<f64>, without: Result<f64>| Ok(Ablation { what, of: timed, with: with?, without: without? });
     let whole = p50("L1 ablations: whole")?;
-    Ok(vec![
-        one(
+    drawn([
+        pair(
             "shells kept ready",
             "one fork to first (L1, L2)",
-            p50("L1 fork to first, 512 MiB")?,
-            p50("L2 fork to first, no shell")?,
+            p50("L1 fork to first, 512 MiB"),
+            p50("L2 fork to first, no shell"),
         ),
-        one("jail", "one fork to first (L1)", whole, p50("L1 ablations: without the jail")?),
-        one("no hash on the way of a fork", "one fork to first (L1)", whole, whole + p50("L1 ablations: hashing the image")?),
-        one(
+        pair("jail", "one fork to first (L1)", Ok(whole), p50("L1 ablations: without the jail")),
+        pair(
+            "no hash on the way of a fork",
+            "one fork to first (L1)",
+            Ok(whole),
+            p50("L1 ablations: hashing the image").map(|hash| whole + hash),
+        ),
+        pair(
             "one host image for all children",
             "an extent for one more child (R4, raw)",
-            p50("R4 an extent for one more child, shared")?,
-            p50("R4 an extent for one more child, UFFDIO_COPY for each child")?,
+            p50("R4 an extent for one more child, shared"),
+            p50("R4 an extent for one more child, UFFDIO_COPY for each child"),
         ),
-        one(
+        pair(
             "replay of what children touched before",
             "forked there, its work done (R2)",
-            p50(of.named("R2 ", " 1 ms added: remote fork, complete")?)?,
-            p50(of.named("R2 ", " 1 ms added: remote fork, complete, no replay")?)?,
+            replayed(" 1 ms added: remote fork, complete"),
+            replayed(" 1 ms added: remote fork, complete, no replay"),
         ),
-        one(
+        pair(
             "64 KiB around what is touched",
             "a working set, fault by fault (R7, reckoned)",
-            p50("R7 working set by demands of 64 KiB, reckoned")?,
-            p50("R7 working set by demands of 4 KiB, reckoned")?,
+            p50("R7 working set by demands of 64 KiB, reckoned"),
+            p50("R7 working set by demands of 4 KiB, reckoned"),
         ),
-        one(
+        pair(
             "a connection of their own for faults",
             "a fault beside a stream (R6)",
-            p50("R6 fault beside a stream")?,
-            p50("R6 fault beside a stream on the same connection")?,
+            p50("R6 fault beside a stream"),
+            p50("R6 fault beside a stream on the same connection"),
         ),
-        one("verification", "a fault (R7)", p50("R7 fault")?, p50("R7 fault, verification off")?),
+        pair("verification", "a fault (R7)", p50("R7 fault"), p50("R7 fault, verification off")),
     ])
+}
+
+/// What could be had, and why some could not.
+pub(super) struct Drawn<T> {
+    pub(super) whole: Vec<T>,
+    pub(super) left_out: Vec<String>,
+}
+
+/// What is drawn here has been measured, or could not be on this host; otherwise the report is not whole.
+fn drawn<T>(all: impl IntoIterator<Item = Result<T>>) -> Result<Drawn<T>> {
+    let mut drawn = Drawn { whole: Vec::new(), left_out: Vec::new() };
+    for one in all {
+        match one {
+            Ok(one) => drawn.whole.push(one),
+            Err(error) if error.is::<LeftOut>() => drawn.left_out.push(format!("{error:#}")),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(drawn)
 }
 
 const MS: f64 = 1000.0;
 const SIZES: [u32; 3] = [64, 512, 4096];
 
-/// All of them. What is drawn here has been measured, or the report is not whole.
-pub(super) fn all(measured: &Measured<'_>) -> Result<Vec<Figure>> {
-    [stages, many, sizes, bytes, fan_out, faults, memory].into_iter().map(|figure| figure(measured)).collect()
+/// All of them.
+pub(super) fn all(measured: &Measured<'_>) -> Result<Drawn<Figure>> {
+    drawn([stages, many, sizes, bytes, fan_out, faults, memory].map(|figure| figure(measured)))
 }
 
 fn stages(of: &Measured<'_>) -> Result<Figure> {
@@ -135,6 +185,7 @@ fn stages(of: &Measured<'_>) -> Result<Figure> {
         of.dot("complete: forked there, its work done", of.named("R2 ", " 1 ms added: remote fork, complete")?, MS, false)?,
     ];
     Ok(Figure {
+        name: "forks",
         title: "A fork by stage",
         caption: "Each stage from the request on, beside its control (grey): what the kernel alone takes, or the same work where nothing \
                   had to be forked. Probe guests of 512 MiB up to first, Linux guests from ready on."
@@ -154,6 +205,7 @@ fn many(of: &Measured<'_>) -> Result<Figure> {
     ]);
     let lines = [of.line("shells ready", false, &with, MS)?, of.line("without shells", false, &without, MS)?];
     Ok(Figure {
+        name: "children",
         title: "Wall time against number of children",
         caption: "From the call until every child has answered with a checksum of its memory (one child: until its first instruction). \
                   512 MiB each, all alive."
@@ -175,6 +227,7 @@ fn sizes(of: &Measured<'_>) -> Result<Figure> {
         )?,
     ];
     Ok(Figure {
+        name: "sizes",
         title: "First instruction against size of the image",
         caption: "Half of the memory written. What is flat here costs nothing more for more memory. There: two hosts, nothing open on the \
                   other one; the answer comes after the first instruction."
@@ -192,6 +245,7 @@ fn bytes(of: &Measured<'_>) -> Result<Figure> {
         of.dot("on the wire until nothing is needed any more", "R3 bytes received on the link until settled", mib, false)?,
     ];
     Ok(Figure {
+        name: "bytes",
         title: "Bytes on the wire against bytes touched",
         caption: "One child on another host, streaming off, and then all of the image; counted on the host's link.".to_owned(),
         svg: plots::dots("MiB", &dots)?,
@@ -201,14 +255,18 @@ fn bytes(of: &Measured<'_>) -> Result<Figure> {
 fn fan_out(of: &Measured<'_>) -> Result<Figure> {
     let shape = |name: &str, is_control| {
         let prefix = format!("R5 makespan, {name}, hosts: ");
-        let hosts = of.0.keys().filter_map(|called| called.strip_prefix(prefix.as_str())?.parse::<u32>().ok());
+        let hosts = of.samples.keys().filter_map(|called| called.strip_prefix(prefix.as_str())?.parse::<u32>().ok());
         let mut hosts: Vec<u32> = hosts.collect();
         hosts.sort_unstable();
+        if hosts.is_empty() {
+            return Err(of.missing(&prefix));
+        }
         let called: Vec<_> = hosts.into_iter().map(|hosts| (f64::from(hosts), format!("{prefix}{hosts}"))).collect();
         of.line(name, is_control, &called, MS)
     };
     let lines = [shape("star", true)?, shape("tree", false)?];
     Ok(Figure {
+        name: "fan-out",
         title: "Fan-out makespan against hosts",
         caption: "Until the working set is done on all of them, each behind a link of its own. In the star all read from one host, in the \
                   tree from at most two readers each."
@@ -232,6 +290,7 @@ fn faults(of: &Measured<'_>) -> Result<Figure> {
         stage("wake")?,
     ];
     Ok(Figure {
+        name: "faults",
         title: "A fault by stage",
         caption: "What a child waits for that touches memory which is on another host, as it feels it, beside its raw parts."
             .to_owned(),
@@ -247,8 +306,30 @@ fn memory(of: &Measured<'_>) -> Result<Figure> {
         of.dot("Linux child: memory of its own, after ready", "G4 private", 1.0, false)?,
     ];
     Ok(Figure {
+        name: "memory",
         title: "Memory of one more idle child",
         caption: "At 100 probe children of 512 MiB (Linux: 20 of 64 MiB), all alive while it is measured.".to_owned(),
         svg: plots::dots("MiB", &dots)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_is_left_out_only_if_its_row_is() {
+        let nothing = Measured { samples: BTreeMap::new(), left_out: BTreeSet::from(["R5"]) };
+        assert!(fan_out(&nothing).is_err_and(|error| error.is::<LeftOut>()));
+        assert!(faults(&nothing).is_err_and(|error| !error.is::<LeftOut>()));
+        let left_out = drawn([fan_out(&nothing)]).unwrap();
+        assert!(left_out.whole.is_empty() && left_out.left_out == ["row R5 was not measurable on this host"]);
+        assert!(drawn([fan_out(&nothing), faults(&nothing)]).is_err(), "samples are missing");
+        let one = Measured {
+            samples: BTreeMap::from([("R1 64 MiB: x", Samples::from_us(vec![1.0]))]),
+            left_out: BTreeSet::from(["R1"]),
+        };
+        let line = one.line("there", false, &[(64.0, "R1 64 MiB: x".to_owned()), (512.0, "R1 512 MiB: x".to_owned())], 1.0);
+        assert!(line.is_err_and(|error| error.is::<LeftOut>()), "one point is no line");
+    }
 }

@@ -14,7 +14,7 @@ mod figures;
 pub(crate) mod page;
 mod plots;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -33,6 +33,9 @@ pub(crate) struct Report {
     results: Vec<Row>,
     /// What was not measured, and why.
     notes: Vec<String>,
+    /// Rows that cannot be measured on this host: nobody misses their samples.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    left_out: BTreeSet<String>,
     /// Every sample behind the rows, in microseconds.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     samples: BTreeMap<String, Vec<f64>>,
@@ -164,6 +167,14 @@ impl Row {
     }
 }
 
+impl Machine {
+    /// What it is; not when and what was measured there.
+    fn in_words(&self) -> String {
+        let Self { cpu, cores, memory_bytes, kernel, .. } = self;
+        format!("{cores} cores of {cpu}, {} GiB of memory, Linux {kernel}", memory_bytes >> 30)
+    }
+}
+
 impl Report {
     pub(crate) fn new(host: &Host, quick: bool) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
@@ -177,7 +188,7 @@ impl Report {
             unix_time: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
             quick,
         };
-        Self { machine, results: Vec::new(), notes: Vec::new(), samples: BTreeMap::new() }
+        Self { machine, results: Vec::new(), notes: Vec::new(), left_out: BTreeSet::new(), samples: BTreeMap::new() }
     }
 
     /// Of a file that [`Self::finish`] has written.
@@ -199,13 +210,20 @@ impl Report {
         self.notes.push(note.into());
     }
 
+    /// Says of rows that this host has not what they need.
+    pub(crate) fn leave_out(&mut self, ids: &[&str], why: &str) {
+        self.note(format!("{}: not measurable here: {why}", ids.join(", ")));
+        self.left_out.extend(ids.iter().map(|id| (*id).to_owned()));
+    }
+
     pub(crate) fn add(&mut self, row: Row) {
         self.results.push(row);
     }
 
     /// Prints the table, and writes the JSON if it was asked for.
     pub(crate) fn finish(&self, json: Option<&Path>) -> Result<()> {
-        ensure!(!self.results.is_empty() && self.results.iter().all(|row| row.n > 0), "a row has no samples");
+        let has_rows = !self.results.is_empty() || !self.left_out.is_empty();
+        ensure!(has_rows && self.results.iter().all(|row| row.n > 0), "a row has no samples");
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
         table.set_header(HEADER);
@@ -217,10 +235,7 @@ impl Report {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
-        println!(
-            "{} on {} cores, Linux {}, commit {}",
-            self.machine.cpu, self.machine.cores, self.machine.kernel, self.machine.commit
-        );
+        println!("{}; commit {}", self.machine.in_words(), self.machine.commit);
         println!("{table}");
         self.notes.iter().for_each(|note| println!("{note}"));
         if let Some(path) = json {

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::figures::{self, Ablation, Figure, Measured};
+use super::figures::{self, Ablation, Drawn, Figure, Measured};
 use super::{HEADER, Machine, Report, Row, in_words};
 
 /// What `make bench` leaves, in the order of the page.
@@ -37,8 +37,8 @@ pub(crate) fn run(directory: &Path) -> Result<()> {
     }
     let measured = Measured::of(&reports);
     let (figures, ablations) = (figures::all(&measured)?, figures::ablations(&measured)?);
-    for (number, figure) in figures.iter().enumerate() {
-        write(&directory.join(picture(number)), &figure.svg)?;
+    for figure in &figures.whole {
+        write(&directory.join(picture(figure)), &described(&figure.svg, &commits(&reports)))?;
     }
     write(&directory.join("report.html"), &page(&reports, &figures, &ablations).into_string())?;
     write(&directory.join("report.md"), &markdown(&reports, &figures, &ablations)?)?;
@@ -52,24 +52,33 @@ fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
-fn picture(number: usize) -> String {
-    format!("figure-{}.svg", number + 1)
+fn picture(figure: &Figure) -> String {
+    format!("{}.svg", figure.name)
+}
+
+/// Of which code all this is.
+pub(super) fn commits<'a, B: Ord>(reports: &'a BTreeMap<B, Report>) -> String {
+    let commits: BTreeSet<&'a str> = reports.values().map(|report| report.machine.commit.as_str()).collect();
+    commits.into_iter().collect::<Vec<_>>().join("; ")
+}
+
+/// A picture that says of which code it is, wherever it goes.
+fn described(svg: &str, commits: &str) -> String {
+    svg.replacen('>', &format!("><desc>{}</desc>", description(commits)), 1)
+}
+
+pub(super) fn description(commits: &str) -> String {
+    format!("farfork at {commits}")
 }
 
 /// What is true of all of it, or that it is not of one piece.
 fn circumstances(reports: &BTreeMap<&str, Report>) -> Vec<String> {
     let machines = || reports.values().map(|report| &report.machine);
-    let of = |Machine { cpu, cores, memory_bytes, kernel, .. }: &Machine| {
-        format!("{cores} cores of {cpu}, {} GiB of memory, Linux {kernel}", memory_bytes >> 30)
-    };
-    let hosts: BTreeSet<String> = machines().map(of).collect();
-    let commits: BTreeSet<&str> = machines().map(|machine| machine.commit.as_str()).collect();
-    let together = |what: Vec<&str>| what.join("; ");
-    let mut lines = vec![
-        format!("{}.", together(hosts.iter().map(String::as_str).collect())),
-        format!("Commit {}.", together(commits.iter().copied().collect())),
-    ];
-    if hosts.len() > 1 || commits.len() > 1 {
+    let hosts: BTreeSet<String> = machines().map(Machine::in_words).collect();
+    let commits = commits(reports);
+    let hosts: Vec<String> = hosts.into_iter().collect();
+    let mut lines = vec![format!("{}.", hosts.join("; ")), format!("Commit {commits}.")];
+    if hosts.len() > 1 || commits.contains(';') {
         lines.push("Not of one run: figures of different benches are not to be compared.".to_owned());
     }
     if machines().any(|machine| machine.quick) {
@@ -80,7 +89,7 @@ fn circumstances(reports: &BTreeMap<&str, Report>) -> Vec<String> {
     lines
 }
 
-fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablation]) -> Markup {
+fn page(reports: &BTreeMap<&str, Report>, figures: &Drawn<Figure>, ablations: &Drawn<Ablation>) -> Markup {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -94,18 +103,19 @@ fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablat
                 h1 { "farfork: figures" }
                 p { (circumstances(reports).join(" ")) }
                 p { "Every figure beside its control of the same run; raw samples are in the JSON files beside this page." }
-                @for figure in figures {
+                @for figure in &figures.whole {
                     figure {
                         h2 { (figure.title) }
                         (PreEscaped(&figure.svg))
                         figcaption { (figure.caption) }
                     }
                 }
+                @for missing in &figures.left_out { p { (missing) } }
                 h2 { "Ablations" }
                 p { (ABLATIONS) }
                 table {
                     tr { @for title in ABLATION_HEADER { th { (title) } } }
-                    @for ablation in ablations {
+                    @for ablation in &ablations.whole {
                         @let [what, of, with, without, ratio, verdict] = ablation_cells(ablation);
                         tr {
                             td { (what) }
@@ -115,6 +125,7 @@ fn page(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablat
                         }
                     }
                 }
+                @for missing in &ablations.left_out { p { (missing) } }
                 @for (bench, title) in BENCHES {
                     details open {
                         summary { (title) }
@@ -161,16 +172,18 @@ fn ablation_cells(ablation: &Ablation) -> [String; 6] {
     ]
 }
 
-fn markdown(reports: &BTreeMap<&str, Report>, figures: &[Figure], ablations: &[Ablation]) -> Result<String> {
+fn markdown(reports: &BTreeMap<&str, Report>, figures: &Drawn<Figure>, ablations: &Drawn<Ablation>) -> Result<String> {
     let mut text = format!("# farfork: figures\n\n{}\n", circumstances(reports).join(" "));
-    for (number, figure) in figures.iter().enumerate() {
-        write!(text, "\n## {}\n\n![{}]({})\n\n{}\n", figure.title, figure.title, picture(number), figure.caption)?;
+    for figure in &figures.whole {
+        write!(text, "\n## {}\n\n![{}]({})\n\n{}\n", figure.title, figure.title, picture(figure), figure.caption)?;
     }
+    figures.left_out.iter().try_for_each(|missing| write!(text, "\n{missing}\n"))?;
     let head = ABLATION_HEADER.join(" | ");
     write!(text, "\n## Ablations\n\n{ABLATIONS}\n\n| {head} |\n|{}\n", "---|".repeat(ABLATION_HEADER.len()))?;
-    for ablation in ablations {
+    for ablation in &ablations.whole {
         writeln!(text, "| {} |", ablation_cells(ablation).join(" | "))?;
     }
+    ablations.left_out.iter().try_for_each(|missing| write!(text, "\n{missing}\n"))?;
     for (bench, title) in BENCHES {
         write!(text, "\n## {title}\n\n| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len()))?;
         for row in &reports[bench].results {
