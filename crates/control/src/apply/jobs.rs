@@ -1,7 +1,6 @@
 //! Rules about jobs and their tasks.
 
-use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -39,33 +38,57 @@ pub(super) fn submit(state: &mut State, id: JobId, spec: &JobSpec) -> Outcomes {
     }
     let image = state.images.get(&spec.image).filter(|image| image.holders.values().any(Holder::is_kept));
     image.ok_or_else(|| Refusal::UnknownImage(spec.image.clone()))?;
-    make_room(state, spec.count)?;
+    make_room(state, &spec.image.tenant, spec.count)?;
     let tasks = Tasks::new(spec.count);
     let deadline = spec.lasts_ms.map(|ms| state.time + Duration::from_millis(ms));
     state.jobs.insert(id, Job { spec: spec.clone(), submitted: state.time, deadline, tasks, failed: None, ended: None });
     Ok(Answer::Done)
 }
 
-/// Forgets jobs that have ended until there is room for another one: of the tenant who takes most of it with them, the oldest first.
-/// Nobody's results go because somebody else submits a lot.
-fn make_room(state: &mut State, count: u32) -> Result<(), Refusal> {
-    let size =
-        |jobs: &mut dyn Iterator<Item = &Job>| jobs.fold((0, 0), |(n, tasks), job| (n + 1, tasks + u64::from(job.spec.count)));
-    let is_room = |(jobs, tasks): (usize, u64)| jobs < JOBS_MAX && tasks + u64::from(count) <= TASKS_IN_ALL_MAX;
-    if !is_room(size(&mut state.jobs.values().filter(|job| job.ended.is_none()))) {
-        return Err(Refusal::TooManyJobs { max: JOBS_MAX, tasks: TASKS_IN_ALL_MAX });
+/// What a tenant has of jobs.
+#[derive(Default)]
+struct Held {
+    /// Of what there is for all: a job takes as much as the tasks that each of as many jobs as there may be has on average.
+    takes: u64,
+    /// The oldest first.
+    ended: BTreeSet<(Tick, JobId)>,
+}
+
+/// Forgets jobs that have ended until there is room for another one of this tenant: of the tenant who has most of all the oldest first.
+/// Nobody's results go because somebody who has more submits more.
+fn make_room(state: &mut State, tenant: &Tenant, count: u32) -> Result<(), Refusal> {
+    const JOB_TAKES: u64 = TASKS_IN_ALL_MAX / JOBS_MAX as u64;
+    let too_many = Refusal::TooManyJobs { max: JOBS_MAX, tasks: TASKS_IN_ALL_MAX };
+    let mut jobs = state.jobs.len();
+    let mut tasks: u64 = state.jobs.values().map(|job| u64::from(job.spec.count)).sum();
+    let is_room = |jobs: usize, tasks: u64| jobs < JOBS_MAX && tasks + u64::from(count) <= TASKS_IN_ALL_MAX;
+    if is_room(jobs, tasks) {
+        return Ok(());
     }
-    while !is_room(size(&mut state.jobs.values())) {
-        let mut ended: BTreeMap<&Tenant, (u64, (Tick, JobId))> = BTreeMap::new();
-        for (id, job) in &state.jobs {
-            let Some(at) = job.ended else { continue };
-            let (takes, oldest) = ended.entry(&job.spec.image.tenant).or_insert((0, (at, *id)));
-            *takes += u64::from(job.spec.count) + TASKS_IN_ALL_MAX / JOBS_MAX as u64;
-            *oldest = (at, *id).min(*oldest);
+    let mut held: BTreeMap<&Tenant, Held> = BTreeMap::new();
+    held.entry(tenant).or_default().takes += u64::from(count) + JOB_TAKES;
+    for (id, job) in &state.jobs {
+        let held = held.entry(&job.spec.image.tenant).or_default();
+        held.takes += u64::from(job.spec.count) + JOB_TAKES;
+        held.ended.extend(job.ended.map(|at| (at, *id)));
+    }
+    let own = held[tenant].takes;
+    let mut forgotten = Vec::new();
+    while !is_room(jobs, tasks) {
+        // Two that have as much: the one whose name comes last.
+        let most = held.iter_mut().filter(|(_, held)| !held.ended.is_empty()).max_by_key(|(_, held)| held.takes);
+        let (whose, most) = most.ok_or_else(|| too_many.clone())?;
+        if *whose != tenant && most.takes < own {
+            return Err(too_many);
         }
-        let most = ended.into_values().max_by_key(|(takes, (at, id))| (*takes, Reverse((*at, *id))));
-        let (_, (_, oldest)) = most.expect("without those that have ended there is room");
-        state.jobs.remove(&oldest);
+        let (_, oldest) = most.ended.pop_first().expect("it is not empty");
+        let its = u64::from(state.jobs[&oldest].spec.count);
+        most.takes -= its + JOB_TAKES;
+        (jobs, tasks) = (jobs - 1, tasks - its);
+        forgotten.push(oldest);
+    }
+    for id in forgotten {
+        state.jobs.remove(&id);
     }
     Ok(())
 }

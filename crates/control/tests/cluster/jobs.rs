@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use control::apply::{JOBS_MAX, TASKS_IN_ALL_MAX};
 use control::command::{Answer, Command, Ended, Kept, Refusal};
 use control::leader::{Heard, tend};
 use control::place::place_all;
@@ -50,6 +51,15 @@ fn who_submits_a_lot_loses_results_before_others_do() {
     let large: Vec<_> = (0..5).map(|_| ended(&mut cluster, spec(1_000_000))).collect();
     let left: Vec<_> = cluster.state.jobs.keys().copied().collect();
     assert_eq!(left, [&[small][..], &large[2..]].concat());
+    // Also if nothing else of it has ended: it is refused.
+    large[2..].iter().for_each(|id| drop(cluster.run(Command::Forget { job: *id }).unwrap()));
+    let going = |number, count| Command::Submit { job: job(number), spec: spec(count) };
+    for (number, count) in [(100, 1_000_000), (101, 1_000_000), (102, 1_000_000), (103, 999_000)] {
+        cluster.run(going(number, count)).unwrap();
+    }
+    let refused = Refusal::TooManyJobs { max: JOBS_MAX, tasks: TASKS_IN_ALL_MAX };
+    assert_eq!(cluster.run(going(104, 1)), Err(refused));
+    assert!(cluster.state.jobs.contains_key(&small));
 }
 
 #[test]
