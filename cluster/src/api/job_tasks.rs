@@ -32,6 +32,8 @@ const PIECE: usize = 256;
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long it is followed what this node has, until it asks whether others agree.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
+/// How long results wait for what their tasks were given, which may be on another node: less than their reader waits for them.
+const INPUTS_WITHIN: Duration = Duration::from_secs(10);
 /// How often, of all results of a job, it is looked again for outputs that nobody has: longer in all than nodes are taken for silent.
 const LOST_TRIES: u32 = 30;
 const LOST_TRY_EVERY: Duration = Duration::from_millis(500);
@@ -62,8 +64,9 @@ pub(crate) async fn results(
     let state = app.member()?.read().await?;
     let id = find(&state, &caller, &given)?;
     let job = &state.jobs[&id];
-    let payload = app.jobs()?.payloads.of(&job.spec).await;
-    let payload = payload.inspect_err(|error| tracing::warn!(job = %id, %error, "results come without inputs")).ok();
+    let payload = tokio::time::timeout(INPUTS_WITHIN, app.jobs()?.payloads.of(&job.spec)).await;
+    let payload = payload.map_err(|late| late.to_string()).and_then(|payload| payload.map_err(|error| error.to_string()));
+    let payload = payload.inspect_err(|error| tracing::warn!(job = %id, error, "results come without inputs")).ok();
     let told = vec![false; job.spec.count as usize];
     let telling = Telling {
         app,

@@ -1,7 +1,7 @@
 //! Finds payloads and outputs again, on whichever node they are.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
@@ -10,11 +10,13 @@ use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use control::State;
 use control::state::{Job, JobId, JobSpec, Life, Outcome, Output, Task, Work};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use types::{Digest, NodeId};
 
-use super::payload::{Payload, PayloadError};
+use super::payload::{OUTPUT_BYTES_MAX, Payload, PayloadError};
 use super::record::{Record, Told, Try};
 use super::store::{Store, StoreError};
 use crate::api::wire::{TaskResult, TaskRun};
@@ -28,14 +30,18 @@ pub const PAYLOADS: &str = "/v1/between/payloads/";
 pub const ANSWER_BYTES: usize = 8 << 20;
 /// How long a node that did not answer is not asked again.
 const SILENT_FOR: Duration = Duration::from_secs(10);
-/// How long another node may take to answer.
+/// How long another node may take to answer,
 const ASK_WITHIN: Duration = Duration::from_secs(5);
-/// The same of a payload, if nobody gave it in that time: it may be large, and the link slow.
+/// with outputs, a second for each MiB more, since links are slow,
+const OUTPUTS_WITHIN: Duration = ASK_WITHIN.saturating_add(Duration::from_secs(ANSWER_BYTES as u64 >> 20));
+/// and with the files of one, which may be larger than that.
+const FILES_WITHIN: Duration = ASK_WITHIN.saturating_add(Duration::from_secs((2 * OUTPUT_BYTES_MAX) >> 20));
+/// How long all may take together to give a payload, if none gave it in that time: it may be large, and the link slow.
 const GIVE_WITHIN: Duration = Duration::from_secs(60);
+/// How long a payload that nobody gave is not asked for again.
+const LOST_FOR: Duration = Duration::from_secs(5);
 /// Payloads in memory.
 const CACHED: usize = 4;
-/// So many are read at a time; of the same one by one.
-const READ_AT_ONCE: usize = 16;
 
 /// Why the payload of a job is not here.
 #[derive(Debug, Error)]
@@ -55,6 +61,9 @@ struct Recent {
     /// The oldest first.
     kept: VecDeque<Arc<Payload>>,
     known: BTreeMap<Digest, Weak<Payload>>,
+    /// Those that are being read: many batches of a job want one at once.
+    reading: BTreeMap<Digest, Weak<tokio::sync::Mutex<()>>>,
+    lost: Option<(Digest, Instant)>,
 }
 
 impl Recent {
@@ -70,6 +79,18 @@ impl Recent {
         self.known.retain(|_, payload| payload.strong_count() > 0);
         self.known.insert(digest, Arc::downgrade(payload));
     }
+
+    /// Whose turn it is to read it.
+    fn turn(&mut self, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        self.reading.retain(|_, turn| turn.strong_count() > 0);
+        let turn = self.reading.get(&digest).and_then(Weak::upgrade).unwrap_or_default();
+        self.reading.insert(digest, Arc::downgrade(&turn));
+        turn
+    }
+
+    fn is_lost(&self, digest: Digest) -> bool {
+        self.lost.is_some_and(|(lost, since)| lost == digest && since.elapsed() < LOST_FOR)
+    }
 }
 
 /// What tasks do, by job.
@@ -78,15 +99,13 @@ pub struct Payloads {
     store: Arc<Store>,
     member: Arc<Membership>,
     recent: Arc<Mutex<Recent>>,
-    /// Locked while one of those with this first digit is read: many batches of a job want it at once, and other jobs do not wait.
-    reading: Arc<[tokio::sync::Mutex<()>; READ_AT_ONCE]>,
 }
 
 impl Payloads {
     /// Of this node.
     #[must_use]
     pub fn new(store: Arc<Store>, member: Arc<Membership>) -> Self {
-        Self { store, member, recent: Arc::default(), reading: Arc::default() }
+        Self { store, member, recent: Arc::default() }
     }
 
     /// What the tasks of a job do. It is fetched from another node if need be, and kept here.
@@ -98,21 +117,32 @@ impl Payloads {
             Work::Here(bytes) => return Ok(Arc::new(Payload::decode(bytes)?)),
             Work::Kept(digest) => *digest,
         };
-        let known = || self.recent.lock().unwrap_or_else(PoisonError::into_inner).get(digest);
-        if let Some(known) = known() {
+        if let Some(known) = self.recent().get(digest) {
             return Ok(known);
         }
-        let _one_at_a_time = self.reading[usize::from(digest.as_bytes()[0]) % READ_AT_ONCE].lock().await;
-        if let Some(known) = known() {
+        let turn = self.recent().turn(digest);
+        let _one_at_a_time = turn.lock().await;
+        if let Some(known) = self.recent().get(digest) {
             return Ok(known);
         }
         let bytes = match self.stored(digest).await? {
-            Some(bytes) => bytes,
-            None => self.fetch(digest).await?,
+            Some(bytes) => bytes.into(),
+            None if self.recent().is_lost(digest) => return Err(PayloadLost::Nowhere(digest)),
+            None => match self.fetch(digest).await {
+                Some(bytes) => bytes,
+                None => {
+                    self.recent().lost = Some((digest, Instant::now()));
+                    return Err(PayloadLost::Nowhere(digest));
+                }
+            },
         };
         let payload = Arc::new(Payload::decode(&bytes)?);
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).add(digest, &payload);
+        self.recent().add(digest, &payload);
         Ok(payload)
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn stored(&self, digest: Digest) -> Result<Option<Vec<u8>>, StoreError> {
@@ -120,22 +150,38 @@ impl Payloads {
         blocking(move || store.payload(digest)).await
     }
 
-    async fn fetch(&self, digest: Digest) -> Result<Vec<u8>, PayloadLost> {
-        let path = format!("{PAYLOADS}{digest}");
-        // One that does not answer is not waited for as long as others may have it.
-        let rounds = [ASK_WITHIN, GIVE_WITHIN].map(|within| self.member.others().into_iter().map(move |node| (node, within)));
-        for (node, within) in rounds.into_iter().flatten() {
-            let asked = self.member.ask_node(node, None, Method::GET, &path, None);
-            let Ok(Ok((status, bytes))) = tokio::time::timeout(within, asked).await else { continue };
-            if status.is_success() && Digest::of(&bytes) == digest {
-                let (store, kept) = (Arc::clone(&self.store), bytes.clone());
-                // The next one asks again, if this node cannot keep it.
-                let kept = blocking(move || store.put_payload(&kept)).await;
-                kept.map(drop).unwrap_or_else(|error| tracing::warn!(%error, "a payload is not kept"));
-                return Ok(bytes.to_vec());
+    /// From whom has it: one after the other, and then, with more patience, from all at once.
+    async fn fetch(&self, digest: Digest) -> Option<Bytes> {
+        let mut late = Vec::new();
+        for node in self.member.others() {
+            match tokio::time::timeout(ASK_WITHIN, self.given(node, digest)).await {
+                Ok(Some(bytes)) => return Some(bytes),
+                Ok(None) => {}
+                Err(_) => late.push(node),
             }
         }
-        Err(PayloadLost::Nowhere(digest))
+        let mut asks: FuturesUnordered<_> = late.into_iter().map(|node| self.given(node, digest)).collect();
+        let first = async {
+            while let Some(given) = asks.next().await {
+                if given.is_some() {
+                    return given;
+                }
+            }
+            None
+        };
+        tokio::time::timeout(GIVE_WITHIN, first).await.ok().flatten()
+    }
+
+    /// What a node gives as this payload, if it is; it is kept here.
+    async fn given(&self, node: NodeId, digest: Digest) -> Option<Bytes> {
+        let path = format!("{PAYLOADS}{digest}");
+        let asked = self.member.ask_node(node, None, Method::GET, &path, None);
+        let (_, bytes) = asked.await.ok().filter(|(status, bytes)| status.is_success() && Digest::of(bytes) == digest)?;
+        let (store, kept) = (Arc::clone(&self.store), bytes.clone());
+        // The next one asks again, if this node cannot keep it.
+        let kept = blocking(move || store.put_payload(&kept)).await;
+        kept.map(drop).unwrap_or_else(|error| tracing::warn!(%error, "a payload is not kept"));
+        Some(bytes)
     }
 
     /// Puts a payload on this node's disk and on those of others, until a majority of the voters has it.
@@ -158,10 +204,10 @@ impl Payloads {
                 asked.is_ok_and(|(status, _)| status.is_success())
             })
         });
-        let mut asks: futures_util::stream::FuturesUnordered<_> = asks.collect();
+        let mut asks: FuturesUnordered<_> = asks.collect();
         let until = tokio::time::Instant::now() + SPREAD_WITHIN;
         while have <= voters.len() / 2 {
-            match tokio::time::timeout_at(until, futures_util::StreamExt::next(&mut asks)).await {
+            match tokio::time::timeout_at(until, asks.next()).await {
                 Ok(Some(kept)) => have += usize::from(kept.unwrap_or(false)),
                 Ok(None) | Err(_) => return Err(SpreadError::NoMajority { have, voters: voters.len() }),
             }
@@ -266,7 +312,7 @@ impl Results {
         }
         let asked = postcard::to_stdvec(&Asked { tries: tries.to_vec(), with_files }).expect("plain data");
         let asking = self.member.ask_node(node, None, Method::POST, OUTPUTS, Some(asked.into()));
-        match tokio::time::timeout(ASK_WITHIN, asking).await {
+        match tokio::time::timeout(if with_files { FILES_WITHIN } else { OUTPUTS_WITHIN }, asking).await {
             Ok(Ok((status, bytes))) if status.is_success() => match postcard::from_bytes(&bytes) {
                 Ok(told) => return told,
                 Err(error) => tracing::warn!(%node, %error, "its outputs are not understood"),
