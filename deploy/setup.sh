@@ -68,6 +68,8 @@ for what in "$@"; do
             echo "setup: building cargo-nextest $NEXTEST_VERSION, which takes some minutes once"
             cargo install --locked --quiet --version "$NEXTEST_VERSION" cargo-nextest
         fi
+        # Hosts of the tests are network namespaces, if this is root.
+        [ "$(id -u)" -ne 0 ] || need_package ip iproute2
         need_schemathesis
         ;;
     *)

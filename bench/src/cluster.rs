@@ -34,7 +34,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
     announce("C3: 10,000 children on 1,000 nodes");
     placement(&mut report, if quick { 20 } else { 200 })?;
     if quick {
-        report.note("C4: left out by --quick: nodes are given up after 15 s, each time");
+        report.leave_out(&["C4"], "--quick, and nodes are given up after 15 s, each time");
     } else {
         announce("C4: nodes that are killed, half a minute each");
         failover::run(&mut report, farfork)?;

@@ -45,10 +45,6 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
     build(&mut report, &mut node, &guests, "base", 64, ("warm", "/bin/true"))?;
     let main = format!("python3 /usr/lib/farfork/main.py {IMPORTS}");
     build(&mut report, &mut node, &guests, "python", 192, ("main", &main))?;
-    if let Some(file) = &given.template {
-        std::fs::remove_file(file).or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
-        verb(&program, node.socket(), &["template", "export", "python"], file)?;
-    }
 
     let (ready, firsts, control) = readiness(&mut report, &mut node, n)?;
     report.add(Row::new("G1", "fork -> first, beside it", &firsts, None));
@@ -60,6 +56,11 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
     exec(&mut report, &mut node, n, &ready)?;
     eval(&mut report, &mut node, n)?;
     memory(&mut report, &mut node, n)?;
+    // Last: what is written to the disk here is in nobody's way.
+    if let Some(file) = &given.template {
+        std::fs::remove_file(file).or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
+        verb(&program, node.socket(), &["template", "export", "python"], file)?;
+    }
     report.finish(json)
 }
 

@@ -16,7 +16,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use time::OffsetDateTime;
 
-use super::{HEADER, Report, Row, in_words};
+use super::{HEADER, Report, Row, in_words, page};
 
 /// What is committed of a run: its rows, and a picture.
 const FIGURES: &str = "docs/figures.json";
@@ -26,30 +26,35 @@ const DOCUMENTS: [&str; 2] = ["README.md", "docs/specification.md"];
 /// By bench, without samples.
 type Figures = BTreeMap<String, Report>;
 
-fn read(root: &Path) -> Result<Figures> {
-    let path = root.join(FIGURES);
-    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+fn read(path: &Path) -> Result<Figures> {
+    let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_slice(&bytes).with_context(|| format!("{} is not what `bench report` writes", path.display()))
 }
 
 /// Writes the numbers of a run into the documents of the repository: of the one that `bench report` made a page of in `from`, or of the
 /// one that is there.
 pub(crate) fn run(root: &Path, from: Option<&Path>) -> Result<()> {
-    if let Some(from) = from {
-        for (name, to) in [("figures.json", FIGURES), ("forks.svg", PICTURE)] {
-            let (from, to) = (from.join(name), root.join(to));
-            std::fs::copy(&from, &to).with_context(|| format!("copying {} to {}", from.display(), to.display()))?;
+    let read_text = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()));
+    let mut all = Vec::new();
+    let figures = match from {
+        None => read(&root.join(FIGURES))?,
+        Some(from) => {
+            let figures = read(&from.join("figures.json"))?;
+            let (picture, described) = (read_text(&from.join("forks.svg"))?, page::description(&page::commits(&figures)));
+            ensure!(picture.contains(&described), "forks.svg is not of the run of figures.json: {described}");
+            all.extend([(FIGURES, read_text(&from.join("figures.json"))?), (PICTURE, picture)]);
+            figures
         }
-    }
-    let figures = read(root)?;
+    };
     for document in DOCUMENTS {
-        let path = root.join(document);
-        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let written = rewritten(&text, &figures).with_context(|| document.to_owned())?;
-        if written != text {
-            std::fs::write(&path, written).with_context(|| format!("writing {}", path.display()))?;
-            println!("{document}");
-        }
+        let text = read_text(&root.join(document))?;
+        all.push((document, rewritten(&text, &figures).with_context(|| document.to_owned())?));
+    }
+    // All or nothing: the numbers of two runs are not to be mixed.
+    for (name, text) in all {
+        let path = root.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        println!("{name}");
     }
     Ok(())
 }
@@ -131,7 +136,7 @@ mod tests {
 
     #[test]
     fn numbers_in_documents_are_those_of_the_run() {
-        let figures = read(root()).unwrap();
+        let figures = read(&root().join(FIGURES)).unwrap();
         for document in DOCUMENTS {
             let text = std::fs::read_to_string(root().join(document)).unwrap();
             let written = rewritten(&text, &figures).unwrap();
@@ -141,7 +146,7 @@ mod tests {
 
     #[test]
     fn what_is_between_marks_is_replaced_and_marks_that_mean_nothing_are_refused() {
-        let figures = read(root()).unwrap();
+        let figures = read(&root().join(FIGURES)).unwrap();
         let stale = "C1 takes <!-- value cluster; C1; (wall; p50 -->99 %<!-- / --> more.\n";
         let written = rewritten(stale, &figures).unwrap();
         assert!(!written.contains("99 %") && written.ends_with("<!-- / --> more.\n"), "{written}");

@@ -9,8 +9,6 @@ use super::{Report, Samples};
 
 /// One picture.
 pub(super) struct Figure {
-    /// Its file is called so.
-    pub(super) name: &'static str,
     pub(super) title: &'static str,
     /// What is to be seen, and of what.
     pub(super) caption: String,
@@ -23,9 +21,9 @@ pub(super) struct Measured<'a> {
     left_out: BTreeSet<&'a str>,
 }
 
-/// Samples that nobody misses: of a row that the host has not what it needs for.
+/// Samples that nobody misses: of a row that was not meant to be measured.
 #[derive(Debug, thiserror::Error)]
-#[error("row {0} was not measurable on this host")]
+#[error("row {0} was left out")]
 pub(super) struct LeftOut(String);
 
 impl<'a> Measured<'a> {
@@ -144,7 +142,7 @@ pub(super) struct Drawn<T> {
     pub(super) left_out: Vec<String>,
 }
 
-/// What is drawn here has been measured, or could not be on this host; otherwise the report is not whole.
+/// What is drawn here has been measured, or was not meant to be; otherwise the report is not whole.
 fn drawn<T>(all: impl IntoIterator<Item = Result<T>>) -> Result<Drawn<T>> {
     let mut drawn = Drawn { whole: Vec::new(), left_out: Vec::new() };
     for one in all {
@@ -160,9 +158,22 @@ fn drawn<T>(all: impl IntoIterator<Item = Result<T>>) -> Result<Drawn<T>> {
 const MS: f64 = 1000.0;
 const SIZES: [u32; 3] = [64, 512, 4096];
 
-/// All of them.
-pub(super) fn all(measured: &Measured<'_>) -> Result<Drawn<Figure>> {
-    drawn([stages, many, sizes, bytes, fan_out, faults, memory].map(|figure| figure(measured)))
+type Draw = fn(&Measured<'_>) -> Result<Figure>;
+
+/// By the names of their files.
+pub(super) const ALL: [(&str, Draw); 7] = [
+    ("forks", stages),
+    ("children", many),
+    ("sizes", sizes),
+    ("bytes", bytes),
+    ("fan-out", fan_out),
+    ("faults", faults),
+    ("memory", memory),
+];
+
+/// All of them, with their names.
+pub(super) fn all(measured: &Measured<'_>) -> Result<Drawn<(&'static str, Figure)>> {
+    drawn(ALL.map(|(name, figure)| Ok((name, figure(measured)?))))
 }
 
 fn stages(of: &Measured<'_>) -> Result<Figure> {
@@ -185,7 +196,6 @@ fn stages(of: &Measured<'_>) -> Result<Figure> {
         of.dot("complete: forked there, its work done", of.named("R2 ", " 1 ms added: remote fork, complete")?, MS, false)?,
     ];
     Ok(Figure {
-        name: "forks",
         title: "A fork by stage",
         caption: "Each stage from the request on, beside its control (grey): what the kernel alone takes, or the same work where nothing \
                   had to be forked. Probe guests of 512 MiB up to first, Linux guests from ready on."
@@ -205,7 +215,6 @@ fn many(of: &Measured<'_>) -> Result<Figure> {
     ]);
     let lines = [of.line("shells ready", false, &with, MS)?, of.line("without shells", false, &without, MS)?];
     Ok(Figure {
-        name: "children",
         title: "Wall time against number of children",
         caption: "From the call until every child has answered with a checksum of its memory (one child: until its first instruction). \
                   512 MiB each, all alive."
@@ -227,7 +236,6 @@ fn sizes(of: &Measured<'_>) -> Result<Figure> {
         )?,
     ];
     Ok(Figure {
-        name: "sizes",
         title: "First instruction against size of the image",
         caption: "Half of the memory written. What is flat here costs nothing more for more memory. There: two hosts, nothing open on the \
                   other one; the answer comes after the first instruction."
@@ -245,7 +253,6 @@ fn bytes(of: &Measured<'_>) -> Result<Figure> {
         of.dot("on the wire until nothing is needed any more", "R3 bytes received on the link until settled", mib, false)?,
     ];
     Ok(Figure {
-        name: "bytes",
         title: "Bytes on the wire against bytes touched",
         caption: "One child on another host, streaming off, and then all of the image; counted on the host's link.".to_owned(),
         svg: plots::dots("MiB", &dots)?,
@@ -266,7 +273,6 @@ fn fan_out(of: &Measured<'_>) -> Result<Figure> {
     };
     let lines = [shape("star", true)?, shape("tree", false)?];
     Ok(Figure {
-        name: "fan-out",
         title: "Fan-out makespan against hosts",
         caption: "Until the working set is done on all of them, each behind a link of its own. In the star all read from one host, in the \
                   tree from at most two readers each."
@@ -290,7 +296,6 @@ fn faults(of: &Measured<'_>) -> Result<Figure> {
         stage("wake")?,
     ];
     Ok(Figure {
-        name: "faults",
         title: "A fault by stage",
         caption: "What a child waits for that touches memory which is on another host, as it feels it, beside its raw parts."
             .to_owned(),
@@ -306,9 +311,9 @@ fn memory(of: &Measured<'_>) -> Result<Figure> {
         of.dot("Linux child: memory of its own, after ready", "G4 private", 1.0, false)?,
     ];
     Ok(Figure {
-        name: "memory",
         title: "Memory of one more idle child",
-        caption: "At 100 probe children of 512 MiB (Linux: 20 of 64 MiB), all alive while it is measured.".to_owned(),
+        caption: "At 100 probe children of 512 MiB, and some Linux children of 64 MiB, all alive while it is measured."
+            .to_owned(),
         svg: plots::dots("MiB", &dots)?,
     })
 }
@@ -323,7 +328,7 @@ mod tests {
         assert!(fan_out(&nothing).is_err_and(|error| error.is::<LeftOut>()));
         assert!(faults(&nothing).is_err_and(|error| !error.is::<LeftOut>()));
         let left_out = drawn([fan_out(&nothing)]).unwrap();
-        assert!(left_out.whole.is_empty() && left_out.left_out == ["row R5 was not measurable on this host"]);
+        assert!(left_out.whole.is_empty() && left_out.left_out == ["row R5 was left out"]);
         assert!(drawn([fan_out(&nothing), faults(&nothing)]).is_err(), "samples are missing");
         let one = Measured {
             samples: BTreeMap::from([("R1 64 MiB: x", Samples::from_us(vec![1.0]))]),

@@ -33,7 +33,7 @@ pub(crate) struct Report {
     results: Vec<Row>,
     /// What was not measured, and why.
     notes: Vec<String>,
-    /// Rows that cannot be measured on this host: nobody misses their samples.
+    /// Rows that were not meant to be measured: nobody misses their samples.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     left_out: BTreeSet<String>,
     /// Every sample behind the rows, in microseconds.
@@ -210,9 +210,9 @@ impl Report {
         self.notes.push(note.into());
     }
 
-    /// Says of rows that this host has not what they need.
+    /// Says of rows that they are not measured: this host has not what they need, or nobody has the time.
     pub(crate) fn leave_out(&mut self, ids: &[&str], why: &str) {
-        self.note(format!("{}: not measurable here: {why}", ids.join(", ")));
+        self.note(format!("{}: left out: {why}", ids.join(", ")));
         self.left_out.extend(ids.iter().map(|id| (*id).to_owned()));
     }
 

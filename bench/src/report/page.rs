@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -37,8 +38,18 @@ pub(crate) fn run(directory: &Path) -> Result<()> {
     }
     let measured = Measured::of(&reports);
     let (figures, ablations) = (figures::all(&measured)?, figures::ablations(&measured)?);
-    for figure in &figures.whole {
-        write(&directory.join(picture(figure)), &described(&figure.svg, &commits(&reports)))?;
+    // Those of a run before, which may have had more.
+    for (name, _) in figures::ALL {
+        let old = directory.join(picture(name));
+        match std::fs::remove_file(&old) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing {}", old.display()));
+            }
+            _ => {}
+        }
+    }
+    for (name, figure) in &figures.whole {
+        write(&directory.join(picture(name)), &described(&figure.svg, &commits(&reports)))?;
     }
     write(&directory.join("report.html"), &page(&reports, &figures, &ablations).into_string())?;
     write(&directory.join("report.md"), &markdown(&reports, &figures, &ablations)?)?;
@@ -52,8 +63,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
-fn picture(figure: &Figure) -> String {
-    format!("{}.svg", figure.name)
+fn picture(name: &str) -> String {
+    format!("{name}.svg")
 }
 
 /// Of which code all this is.
@@ -89,7 +100,7 @@ fn circumstances(reports: &BTreeMap<&str, Report>) -> Vec<String> {
     lines
 }
 
-fn page(reports: &BTreeMap<&str, Report>, figures: &Drawn<Figure>, ablations: &Drawn<Ablation>) -> Markup {
+fn page(reports: &BTreeMap<&str, Report>, figures: &Drawn<(&str, Figure)>, ablations: &Drawn<Ablation>) -> Markup {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -103,7 +114,7 @@ fn page(reports: &BTreeMap<&str, Report>, figures: &Drawn<Figure>, ablations: &D
                 h1 { "farfork: figures" }
                 p { (circumstances(reports).join(" ")) }
                 p { "Every figure beside its control of the same run; raw samples are in the JSON files beside this page." }
-                @for figure in &figures.whole {
+                @for (_, figure) in &figures.whole {
                     figure {
                         h2 { (figure.title) }
                         (PreEscaped(&figure.svg))
@@ -172,10 +183,10 @@ fn ablation_cells(ablation: &Ablation) -> [String; 6] {
     ]
 }
 
-fn markdown(reports: &BTreeMap<&str, Report>, figures: &Drawn<Figure>, ablations: &Drawn<Ablation>) -> Result<String> {
+fn markdown(reports: &BTreeMap<&str, Report>, figures: &Drawn<(&str, Figure)>, ablations: &Drawn<Ablation>) -> Result<String> {
     let mut text = format!("# farfork: figures\n\n{}\n", circumstances(reports).join(" "));
-    for figure in &figures.whole {
-        write!(text, "\n## {}\n\n![{}]({})\n\n{}\n", figure.title, figure.title, picture(figure), figure.caption)?;
+    for (name, figure) in &figures.whole {
+        write!(text, "\n## {}\n\n![{}]({})\n\n{}\n", figure.title, figure.title, picture(name), figure.caption)?;
     }
     figures.left_out.iter().try_for_each(|missing| write!(text, "\n{missing}\n"))?;
     let head = ABLATION_HEADER.join(" | ");
