@@ -39,6 +39,21 @@ fn ended(cluster: &Cluster, at: usize, id: &str) -> Value {
     last
 }
 
+/// Waits until so many tasks have ended, for as long as now and then one more does; says which node knows.
+fn so_many_end(cluster: &Cluster, id: &str, wanted: u64) -> usize {
+    let (mut at, mut ended) = (0, 0);
+    while ended < wanted {
+        in_time("another task ends", || {
+            // What outlives the others is not asked for by number.
+            at = (at + 1) % 3;
+            let before = ended;
+            ended = show(cluster.node(at), id).map_or(0, |job| counts(&job)[2..].iter().sum::<u64>()).max(before);
+            ended > before
+        });
+    }
+    at
+}
+
 #[test]
 fn real_tasks_have_one_result_each_while_leader_and_workers_die() {
     let tasks = u32::try_from(count(200, 2000)).unwrap();
@@ -52,12 +67,7 @@ fn real_tasks_have_one_result_each_while_leader_and_workers_die() {
     let began = Instant::now();
     let id = submitted(cluster.node(0), &asked);
     for percent in [10, 50, 90] {
-        // What outlives the others is not asked for by number.
-        let mut at = 0;
-        in_time("so many have ended", || {
-            at = (at + 1) % 3;
-            show(cluster.node(at), &id).is_some_and(|job| counts(&job)[2] >= u64::from(tasks) * percent / 100)
-        });
+        let at = so_many_end(&cluster, &id, u64::from(tasks) * percent / 100);
         let mut leader = None;
         eventually("one leads", || {
             leader = cluster.leader(at);
@@ -69,6 +79,7 @@ fn real_tasks_have_one_result_each_while_leader_and_workers_die() {
         cluster.crash(victim);
         cluster.start(victim);
     }
+    so_many_end(&cluster, &id, u64::from(tasks));
     let last = ended(&cluster, 0, &id);
     println!("{tasks} tasks after {:?}: {last}", began.elapsed());
     assert_eq!(counts(&last), [0, 0, u64::from(tasks), 0], "{last}");
