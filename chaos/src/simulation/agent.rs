@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use control::command::{Command, Kept};
 use control::reconcile::{Action, Observed, Run, Seen, reconcile};
-use control::state::{Holder, ImageFacts, ImageKey, JobId, NodeFacts, Outcome, Resources};
+use control::state::{ImageFacts, ImageKey, JobId, NodeFacts, Outcome, Resources};
 use control::{State, Tick};
 use types::{Epoch, NodeId, Reason};
 
@@ -88,13 +88,21 @@ impl Agent {
         wrong.map(|key| format!("image {key} on node {}: {:?} is said, {} is so", self.id, said(key), self.percent_of(key)))
     }
 
-    /// What was made here is the cluster's from when the cluster knows of it.
+    /// What was made here is the cluster's from when the cluster knows of it: what the state says of an earlier start, or of the same
+    /// image as one that is being read, may be over before the cluster does.
     fn hand_over(&mut self, state: &State) {
+        if state.nodes.get(&self.id).is_none_or(|node| node.incarnation != self.observed.incarnation) {
+            return;
+        }
         let holder = |key: &ImageKey| state.images.get(key).and_then(|image| image.holders.get(&self.id));
-        let is_known = |key: &ImageKey| holder(key).is_some_and(Holder::is_kept);
-        let known: Vec<ImageKey> = self.made.iter().filter(|key| is_known(key)).cloned().collect();
-        for key in known {
-            self.made.remove(&key);
+        let known: Vec<(ImageKey, bool)> = {
+            let kept = self.made.iter().filter_map(|key| Some((key, holder(key).filter(|holder| holder.is_kept())?)));
+            kept.map(|(key, holder)| (key.clone(), holder.is_settled())).collect()
+        };
+        for (key, is_settled) in known {
+            if is_settled {
+                self.made.remove(&key);
+            }
             self.observed.images.insert(key, Seen { percent: 100, sources: Vec::new() });
         }
     }
