@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::extract::State as Shared;
 use axum::http::Method;
 use axum::{Extension, Json};
-use control::state::Resources;
+use control::state::{ImageKey, Resources};
 use types::{Digest, FullName, ImageId, MemorySize, NodeId, Tenant};
 use vm::Class;
 
@@ -22,8 +22,8 @@ use super::wire::{
     TaskOf, Usage,
 };
 use super::{cluster, images};
-use crate::member::EACH_CPU_MILLIS;
 use crate::member::forward::Forwarded;
+use crate::member::{EACH_CPU_MILLIS, Membership};
 use crate::node::engine::{self, ForkStages};
 use crate::node::peers::ForkedChild;
 use crate::node::registry::{self, MachineState};
@@ -66,6 +66,9 @@ pub(crate) async fn fork(
         && let Ok(member) = app.member()
         && let Some(image) = cluster::image_of(&member.consensus.stale(), &request, &caller)
     {
+        if let Some(answer) = fork_leased(&app, member, &image, &request).await {
+            return Ok(Json(answer));
+        }
         match member.fork(&app, &caller, image, request.clone()).await {
             // What is here can be forked here, whoever leads.
             Err(error) if error.code() == "NO_QUORUM" => {
@@ -88,21 +91,45 @@ pub(crate) async fn fork_here(app: &App, request: ForkRequest) -> Result<ForkAns
     forked(app, order(request)?).await
 }
 
+/// Forks one child of an image that is here in whole, of what this node has been leased: nobody is asked. `None`: it is for the cluster
+/// to place, which also says what is wrong with it.
+async fn fork_leased(app: &App, member: &Membership, image: &ImageKey, request: &ForkRequest) -> Option<ForkAnswer> {
+    if request.count != 1 || !member.holds(image) {
+        return None;
+    }
+    let (from, tenant) = (ForkSource::Image(image.digest.to_string()), Some(image.tenant.to_string()));
+    let order = order(ForkRequest { from, tenant, ..request.clone() }).ok()?;
+    let _room = member.room_leased(claim(app, &order).await.ok()?, || taken(app))?;
+    let forked = app.act(move |service| service.fork(&order)).await;
+    let report =
+        forked.inspect_err(|error| tracing::debug!(%error, "not forked of what is leased: the cluster places it")).ok()?;
+    let mut answer = fork_answer(&report);
+    answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
+    Some(answer)
+}
+
 /// Forks, where there is room for that: in a cluster others may have been promised it.
 async fn forked(app: &App, order: ForkOrder) -> Result<ForkAnswer, ApiError> {
     let _room = match app.member() {
         Ok(member) if order.on.is_none() => {
-            let asked = order.clone();
-            let each_bytes = app.look(move |service| Ok(service.claim_of(&asked))).await?;
-            let taken = || {
-                let (machines, memory_bytes) = app.taken();
-                Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines }
-            };
-            Some(member.room_here(order.count, each_bytes, taken).await?)
+            let each_bytes = claim(app, &order).await?;
+            Some(member.room_here(order.count, each_bytes, || taken(app)).await?)
         }
         _ => None,
     };
     Ok(fork_answer(&app.act(move |service| service.fork(&order)).await?))
+}
+
+/// What each machine of this order is counted as, in bytes.
+async fn claim(app: &App, order: &ForkOrder) -> Result<u64, ApiError> {
+    let asked = order.clone();
+    app.look(move |service| Ok(service.claim_of(&asked))).await
+}
+
+/// What runs here.
+fn taken(app: &App) -> Resources {
+    let (machines, memory_bytes) = app.taken();
+    Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines }
 }
 
 /// Freezes a running machine, which goes on, and forks children of that instant

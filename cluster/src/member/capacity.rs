@@ -2,7 +2,13 @@
 //! placement counts all of it as taken.
 //!
 //! ```text
-//!  fork here ──▶ within the lease? ──▶ goes on                       no message
+//!  one child of an image that is here in whole ──▶ within the lease? ──▶ goes on     no message
+//!                      ┌───────────────────────────────────── │ no
+//!                      ▼
+//!           the cluster places it ──▶ elsewhere
+//!                      │ here
+//!                      ▼
+//!  fork here ──▶ within the lease? ──▶ goes on                                       no message
 //!                      │ no
 //!                      ▼
 //!                GrantCapacity ──▶ granted: what is needed, and some more ──▶ goes on
@@ -109,6 +115,11 @@ impl Purse {
 }
 
 impl Membership {
+    /// Takes room for one machine of what this node has been leased, if it has some.
+    pub(crate) fn room_leased(&self, each_bytes: u64, taken: impl Fn() -> Resources) -> Option<Room<'_>> {
+        self.purse.take(taken(), each(each_bytes), Instant::now())
+    }
+
     /// Takes room for machines that nobody has placed. `taken` says what those take that run here.
     ///
     /// # Errors
@@ -119,8 +130,7 @@ impl Membership {
         each_bytes: u64,
         taken: impl Fn() -> Resources,
     ) -> Result<Room<'_>, ClusterError> {
-        let each = Resources { memory_bytes: each_bytes, cpu_millis: EACH_CPU_MILLIS, machines: 1 };
-        let room = each.times(count);
+        let room = each(each_bytes).times(count);
         if let Some(room) = self.purse.take(taken(), room, Instant::now()) {
             return Ok(room);
         }
@@ -213,6 +223,10 @@ impl Membership {
             }
         }
     }
+}
+
+fn each(memory_bytes: u64) -> Resources {
+    Resources { memory_bytes, cpu_millis: EACH_CPU_MILLIS, machines: 1 }
 }
 
 #[cfg(test)]

@@ -34,6 +34,15 @@ impl Membership {
         plan(state, &Wanted { image, count, each, spread: Spread::Spread, labels: &labels, not_on: None })
     }
 
+    /// Whether all of an image is on this node, which may start something new, as far as this node knows.
+    #[must_use]
+    pub(crate) fn holds(&self, image: &ImageKey) -> bool {
+        let state = self.consensus.stale();
+        let is_open = state.nodes.get(&self.node).is_some_and(control::state::Node::is_open);
+        let holder = state.images.get(image).and_then(|image| image.holders.get(&self.node));
+        is_open && holder.is_some_and(|holder| holder.is_settled() && holder.is_kept())
+    }
+
     /// Forks children of an image wherever they find a place.
     ///
     /// # Errors

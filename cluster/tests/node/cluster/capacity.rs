@@ -1,5 +1,7 @@
 //! What a node may start without asking: its capacity lease.
 
+use serde_json::Value;
+
 use super::stage::Cluster;
 use crate::support::{eventually, ids};
 
@@ -69,4 +71,22 @@ fn a_closed_node_gives_its_lease_back_and_one_that_is_cut_off_goes_on() {
     eventually("no majority is there", || cluster.node(0).cli(&["node", "ls"]).code == Some(4));
     let forked = cluster.node(0).json(&[&FORK[..], &["-n", "2"]].concat());
     assert_eq!(ids(&forked["children"]).len(), 2);
+}
+
+#[test]
+fn single_forks_of_what_is_here_ask_nobody_within_the_lease_and_are_placed_beyond_it() {
+    let mut cluster = small("single");
+    cluster.template(0, "warm");
+    let fork = |cluster: &Cluster| cluster.node(0).json(&["fork", "warm", "--limit", EACH])["children"][0]["node"].clone();
+    // The first is placed where the image is, which asks for a lease.
+    let here = fork(&cluster);
+    let on: Vec<Value> = (0..20).map(|_| fork(&cluster)).collect();
+    let count_here = 1 + on.iter().filter(|node| **node == here).count();
+    assert!(here.is_string() && (2..=16).contains(&count_here) && on.iter().all(Value::is_string), "{here}: {on:?}");
+    cluster.node(0).json(&["kill", "--all"]);
+    // One that was forked since nobody can place anything says who gave it its place, if that was the lease.
+    assert_eq!(fork(&cluster), here);
+    cluster.crash(1);
+    eventually("no majority is there", || cluster.node(0).cli(&["node", "ls"]).code == Some(4));
+    assert_eq!(fork(&cluster), here);
 }
