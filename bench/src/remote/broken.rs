@@ -32,7 +32,7 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let mut dice = fastrand::Rng::with_seed(9);
     let mut ends: BTreeMap<String, u64> = BTreeMap::new();
     let mut took = Vec::new();
-    let injuries = run.n(6, 21);
+    let injuries = run.n(3, 21);
     for number in 0..injuries {
         let injury = [Injury::Killed, Injury::Cut, Injury::Corrupting][number % 3];
         announce(&format!("R9: {injury:?}, {} of {injuries}", number + 1));

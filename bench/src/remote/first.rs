@@ -12,6 +12,7 @@ use crate::report::{Report, Row, Samples, announce};
 
 /// Of the host's memory, what images of all sizes may take: they are half full.
 const SIZES: [u64; 4] = [64, 512, 1024, 4096];
+const SIZES_QUICK: [u64; 2] = [64, 1024];
 
 /// The size of which the table has the stages.
 const STAGES_OF_MIB: u64 = 1024;
@@ -20,7 +21,8 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let host = floor::open_host()?;
     let [mut here, mut there] = bed.sites([&[], &[]])?;
     let mut sizes = Vec::new();
-    for mib in SIZES {
+    let all: &[u64] = if run.quick { &SIZES_QUICK } else { &SIZES };
+    for &mib in all {
         // The file, the image, and what the other side has of it.
         if host.check_memory(MemorySize::from_mib(mib)?).is_err() || vm::host::available_memory()? < (mib << 20) * 2 {
             report.note(format!("R1 at {mib} MiB: not measurable here: the host has less memory"));

@@ -83,6 +83,8 @@ const ROWS: [(&[&str], Rows); 7] = [
 ];
 /// All others count bytes on a link, or change it.
 const WITHOUT_LINKS: &str = "R7";
+/// With `--quick` only if it is asked for.
+const FAN_OUT: &str = "R5";
 
 pub(crate) fn run(json: Option<&Path>, quick: bool, arguments: &Arguments) -> Result<()> {
     ensure!((3..=64).contains(&arguments.hosts), "3 to 64 hosts");
@@ -108,6 +110,10 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, arguments: &Arguments) -> Re
     for (ids, rows) in ROWS.into_iter().filter(|(ids, _)| is_asked(ids)) {
         if let Some(reason) = bed.network.why_shared().filter(|_| !ids.contains(&WITHOUT_LINKS)) {
             report.leave_out(ids, &format!("they take links of their own, and hosts share the loopback: {reason}"));
+            continue;
+        }
+        if quick && arguments.rows.is_empty() && ids.contains(&FAN_OUT) {
+            report.leave_out(ids, "--quick, and links of 100 Mbit/s are slow");
             continue;
         }
         // The others are worth having all the same.

@@ -101,8 +101,9 @@ async fn fork_leased(app: &App, member: &Membership, image: &ImageKey, request: 
     let order = order(ForkRequest { from, tenant, ..request.clone() }).ok()?;
     let _room = member.room_leased(claim(app, &order).await.ok()?, || taken(app))?;
     let forked = app.act(move |service| service.fork(&order)).await;
-    let report =
-        forked.inspect_err(|error| tracing::debug!(%error, "not forked of what is leased: the cluster places it")).ok()?;
+    let refused =
+        |error: &ApiError| tracing::debug!(code = error.code(), "not forked of what is leased: the cluster places it");
+    let report = forked.inspect_err(refused).ok()?;
     let mut answer = fork_answer(&report);
     answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
     Some(answer)
