@@ -163,14 +163,13 @@ fn forks(report: &mut Report, nodes: &mut Nodes, n: usize) -> Result<()> {
             let id = child["id"].as_str().context("an id")?;
             nodes.ask(0, "DELETE", &format!("/v1/machines/{id}"), "")?;
         }
-        rows.push((what, asked == 0, Samples::of(&trips), Samples::from_us(firsts)));
+        rows.push((what, Samples::of(&trips), Samples::from_us(firsts)));
     }
-    for (what, is_local, trips, firsts) in rows {
+    for (what, trips, firsts) in rows {
         report.keep(&format!("C2 in a cluster, {what}"), &trips);
         let met = trips.p50() <= 2000.0;
         let what = format!("in a cluster of {NODES}: API round trip of one fork {what}; beside the fork in it");
-        let row = Row::new("C2", what, &trips, Some(firsts.p50()));
-        report.add(if is_local { row.reaching("p50 <= 2 ms", met) } else { row });
+        report.add(Row::new("C2", what, &trips, Some(firsts.p50())).reaching("p50 <= 2 ms", met));
     }
     Ok(())
 }

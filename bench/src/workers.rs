@@ -355,11 +355,13 @@ fn memory(report: &mut Report, pool: &Pool, image: &Arc<Image>) -> Result<()> {
     );
     report.add(Row::new("L5", "its page tables", &tables, None).in_mib());
     let limit = 0.6 * 1e6 / 1048576.0 + mib(slot_bytes) / 400.0;
-    let what = "all memory for one more: MemAvailable over 100";
+    let of_what = if is_calm { "" } else { " (not measurable this time)" };
+    let what = format!("all memory for one more: MemAvailable over 100{of_what}");
     let row = Row::new("L5", what, &all, Some(limit)).in_mib();
     let is_met = all.p50() <= limit;
     report.add(if is_calm { row.reaching("<= 0.6 MB + 0.25 % of the slot", is_met) } else { row });
-    report.add(Row::new("L5", "  of it not in PSS: page tables, and KVM's tables for the slot", &kernel, None).in_mib());
+    let what = format!("  of it not in PSS: page tables, and KVM's tables for the slot{of_what}");
+    report.add(Row::new("L5", what, &kernel, None).in_mib());
     have_all_answer(&children)?;
     drop(first);
     end(pool, children, 0)

@@ -9,20 +9,29 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use clap::Parser;
 
-const USAGE: &str = "usage:
-  cargo xtask verify                          import rules, unsafe islands, file lengths, links, licences, duplicates
-  cargo xtask soak [--seeds N] [--only TEXT]  tests with their full counts, one row a test and seed in target/soak/soak.json";
+/// Checks of the repository itself, and the driver of make soak
+#[derive(Parser)]
+#[command(name = "cargo xtask", arg_required_else_help = true)]
+enum Task {
+    /// Check import rules, unsafe islands, file lengths, links, licences and duplicates
+    Verify,
+    /// Run tests with their full counts: one row a test and seed in target/soak/soak.json, gone on with where it was stopped
+    Soak {
+        /// How many seeds each test runs with, from 1 on
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        seeds: u64,
+        /// Only tests whose name contains this
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+    },
+}
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let outcome = match arguments.first().map(String::as_str) {
-        Some("verify") if arguments.len() == 1 => verify(),
-        Some("soak") => soak::run(&arguments[1..]),
-        _ => {
-            eprintln!("{USAGE}");
-            return ExitCode::from(2);
-        }
+    let outcome = match Task::parse() {
+        Task::Verify => verify(),
+        Task::Soak { seeds, only } => soak::run(seeds, only.as_deref()),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// The longest that one test may take with its full counts.
@@ -33,14 +33,14 @@ struct Row {
     failure: Option<String>,
 }
 
-pub(crate) fn run(arguments: &[String]) -> Result<bool> {
-    let (seeds, only) = parse(arguments)?;
+pub(crate) fn run(seeds: u64, only: Option<&str>) -> Result<bool> {
     let root = crate::root();
     let commit = output(Command::new("git").arg("-C").arg(&root).args(["describe", "--always", "--dirty"]))?;
     let path = root.join("target/soak/soak.json");
     let mut record = resume(&path, commit.trim())?;
     let tests = list(&root)?;
-    let chosen: Vec<_> = tests.iter().filter(|test| only.as_ref().is_none_or(|only| test.name.contains(only))).collect();
+    let chosen: Vec<_> = tests.iter().filter(|test| only.is_none_or(|only| test.name.contains(only))).collect();
+    ensure!(!chosen.is_empty(), "no test's name contains {:?}", only.unwrap_or_default());
     fs::create_dir_all(path.parent().context("a file in a directory")?)?;
     let total = chosen.len() as u64 * seeds;
     println!("soak of {}: {} tests, {seeds} seeds, into {}", record.commit, chosen.len(), path.display());
@@ -69,20 +69,6 @@ pub(crate) fn run(arguments: &[String]) -> Result<bool> {
     }
     println!("{} passed, {} failed", record.held, record.failed);
     Ok(record.failed == 0)
-}
-
-fn parse(arguments: &[String]) -> Result<(u64, Option<String>)> {
-    let (mut seeds, mut only) = (1, None);
-    let mut rest = arguments.iter();
-    while let Some(argument) = rest.next() {
-        let value = rest.next().with_context(|| format!("{argument} needs a value"))?;
-        match argument.as_str() {
-            "--seeds" => seeds = value.parse().context("--seeds")?,
-            "--only" => only = Some(value.clone()),
-            _ => bail!("unknown argument {argument}"),
-        }
-    }
-    Ok((seeds, only))
 }
 
 /// A record of another commit is no record of this one.

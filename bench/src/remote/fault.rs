@@ -120,6 +120,7 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
         ("fault, verification off", &unverified),
         ("raw QUIC 64 KiB", &quic),
         ("raw QUIC 64 KiB after a pause", &rested),
+        ("raw QUIC 4 KiB", &page),
         ("raw uffd fault", &fault),
         ("publication of 16 pages", &publication),
     ] {
@@ -138,7 +139,7 @@ pub(super) fn parts(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     report.add(Row::new("R7", what, &Samples::from_us(vec![by_pages]), Some(by_extents)));
     report.add(Row::new("R7", "  raw: 64 KiB by QUIC", &quic, None));
     report.add(Row::new("R7", "  raw: 4 KiB by QUIC", &page, None));
-    let what = format!("  raw: the same, {BETWEEN_FAULTS:?} after the one before, which is how they come");
+    let what = format!("  raw: 64 KiB by QUIC, {BETWEEN_FAULTS:?} after the one before, which is how they come");
     report.add(Row::new("R7", what, &rested, None));
     report.add(Row::new("R7", "  raw: fault answered by another thread, nothing placed but its page", &fault, None));
     report.add(Row::new("R7", "  raw: placing 16 pages", &publication, None));

@@ -66,8 +66,8 @@ pub(crate) async fn fork(
         && let Ok(member) = app.member()
         && let Some(image) = cluster::image_of(&member.consensus.stale(), &request, &caller)
     {
-        if let Some(answer) = fork_leased(&app, member, &image, &request).await {
-            return Ok(Json(answer));
+        if let Some(answered) = fork_leased(&app, member, &image, &request).await {
+            return Ok(Json(answered?));
         }
         match member.fork(&app, &caller, image, request.clone()).await {
             // What is here can be forked here, whoever leads.
@@ -92,21 +92,29 @@ pub(crate) async fn fork_here(app: &App, request: ForkRequest) -> Result<ForkAns
 }
 
 /// Forks one child of an image that is here in whole, of what this node has been leased: nobody is asked. `None`: it is for the cluster
-/// to place, which also says what is wrong with it.
-async fn fork_leased(app: &App, member: &Membership, image: &ImageKey, request: &ForkRequest) -> Option<ForkAnswer> {
+/// to place.
+async fn fork_leased(
+    app: &App,
+    member: &Membership,
+    image: &ImageKey,
+    request: &ForkRequest,
+) -> Option<Result<ForkAnswer, ApiError>> {
     if request.count != 1 || !member.holds(image) {
         return None;
     }
     let (from, tenant) = (ForkSource::Image(image.digest.to_string()), Some(image.tenant.to_string()));
     let order = order(ForkRequest { from, tenant, ..request.clone() }).ok()?;
     let _room = member.room_leased(claim(app, &order).await.ok()?, || taken(app))?;
-    let forked = app.act(move |service| service.fork(&order)).await;
-    let refused =
-        |error: &ApiError| tracing::debug!(code = error.code(), "not forked of what is leased: the cluster places it");
-    let report = forked.inspect_err(refused).ok()?;
-    let mut answer = fork_answer(&report);
-    answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
-    Some(answer)
+    match app.act(move |service| service.fork(&order)).await {
+        Ok(report) => {
+            let mut answer = fork_answer(&report);
+            answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
+            Some(Ok(answer))
+        }
+        // It has just been let go of. Whatever else went wrong may have gone wrong after the child ran: there is one try.
+        Err(error) if error.code() == "UNKNOWN_IMAGE" => None,
+        Err(error) => Some(Err(error)),
+    }
 }
 
 /// Forks, where there is room for that: in a cluster others may have been promised it.

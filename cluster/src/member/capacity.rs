@@ -88,10 +88,11 @@ impl Purse {
         (inner.incarnation, inner.lease) = (incarnation, None);
     }
 
-    /// Takes room if the lease has it.
-    fn take(&self, taken: Resources, room: Resources, now: Instant) -> Option<Room<'_>> {
+    /// Takes room if the lease has it. What runs is counted while nobody else takes or leaves a room: what has just begun to run is
+    /// counted twice rather than not at all.
+    fn take(&self, taken: impl Fn() -> Resources, room: Resources, now: Instant) -> Option<Room<'_>> {
         let mut inner = self.lock();
-        let mut wanted = taken;
+        let mut wanted = taken();
         wanted += inner.in_flight;
         wanted += room;
         let lease = inner.lease.as_mut().filter(|lease| lease.until > now && wanted.fits(lease.allowed))?;
@@ -101,9 +102,10 @@ impl Purse {
     }
 
     /// What runs, and what is about to.
-    fn wanted(&self, taken: Resources) -> Resources {
-        let mut wanted = taken;
-        wanted += self.lock().in_flight;
+    fn wanted(&self, taken: impl Fn() -> Resources) -> Resources {
+        let inner = self.lock();
+        let mut wanted = taken();
+        wanted += inner.in_flight;
         wanted
     }
 
@@ -117,7 +119,7 @@ impl Purse {
 impl Membership {
     /// Takes room for one machine of what this node has been leased, if it has some.
     pub(crate) fn room_leased(&self, each_bytes: u64, taken: impl Fn() -> Resources) -> Option<Room<'_>> {
-        self.purse.take(taken(), each(each_bytes), Instant::now())
+        self.purse.take(taken, each(each_bytes), Instant::now())
     }
 
     /// Takes room for machines that nobody has placed. `taken` says what those take that run here.
@@ -131,16 +133,16 @@ impl Membership {
         taken: impl Fn() -> Resources,
     ) -> Result<Room<'_>, ClusterError> {
         let room = each(each_bytes).times(count);
-        if let Some(room) = self.purse.take(taken(), room, Instant::now()) {
+        if let Some(room) = self.purse.take(&taken, room, Instant::now()) {
             return Ok(room);
         }
         let _one_at_a_time = self.purse.asking.lock().await;
         // Who was before may have asked for enough.
-        if let Some(room) = self.purse.take(taken(), room, Instant::now()) {
+        if let Some(room) = self.purse.take(&taken, room, Instant::now()) {
             return Ok(room);
         }
         let held = self.purse.take_anyhow(room);
-        match self.ask_for(self.purse.wanted(taken())).await {
+        match self.ask_for(self.purse.wanted(&taken)).await {
             Ok(()) => Ok(held),
             Err(ClusterError::Refused(Refusal::Full(_))) => {
                 let why = format!("{} has given the rest to others", self.name);
@@ -172,11 +174,10 @@ impl Membership {
         };
         let mut last = Refusal::Full(self.node);
         for wanted in [generous, needed] {
-            // A lease comes on top of what the cluster was told of when it is granted.
             let command = Command::GrantCapacity {
                 node: self.node,
                 incarnation,
-                resources: wanted.less(node.local),
+                resources: wanted,
                 lasts_ms: u64::try_from(TERM.as_millis()).expect("a minute"),
             };
             // Counted from before it was asked for: it ends here no later than there.
@@ -214,7 +215,7 @@ impl Membership {
             }
         } else if lease.is_spent && lease.until - now < RENEW_AT {
             let _one_at_a_time = self.purse.asking.lock().await;
-            if let Err(error) = self.ask_for(self.purse.wanted(taken)).await {
+            if let Err(error) = self.ask_for(self.purse.wanted(|| taken)).await {
                 tracing::debug!(%error, "a lease is not renewed");
             }
             // The next one is renewed if something is forked until then.
@@ -241,17 +242,17 @@ mod tests {
     fn forks_at_once_do_not_spend_a_lease_twice_and_none_is_spent_after_its_end() {
         let purse = Purse::default();
         let now = Instant::now();
-        assert!(purse.take(machines(0), machines(1), now).is_none(), "there is none");
+        assert!(purse.take(|| machines(0), machines(1), now).is_none(), "there is none");
         let lease = Lease { epoch: Epoch(1), allowed: machines(10), until: now + TERM, is_spent: false };
         purse.lock().lease = Some(lease);
-        let first = purse.take(machines(4), machines(3), now).unwrap();
-        assert!(purse.take(machines(4), machines(4), now).is_none(), "three are on their way");
-        let second = purse.take(machines(4), machines(3), now).unwrap();
-        assert!(purse.take(machines(4), machines(1), now).is_none());
+        let first = purse.take(|| machines(4), machines(3), now).unwrap();
+        assert!(purse.take(|| machines(4), machines(4), now).is_none(), "three are on their way");
+        let second = purse.take(|| machines(4), machines(3), now).unwrap();
+        assert!(purse.take(|| machines(4), machines(1), now).is_none());
         drop((first, second));
-        assert!(purse.take(machines(10), machines(1), now).is_none(), "they run, and are counted by who asks");
-        assert!(purse.take(machines(4), machines(6), now + TERM - Duration::from_millis(1)).is_some());
-        assert!(purse.take(machines(0), machines(1), now + TERM).is_none());
+        assert!(purse.take(|| machines(10), machines(1), now).is_none(), "they run, and are counted by who asks");
+        assert!(purse.take(|| machines(4), machines(6), now + TERM - Duration::from_millis(1)).is_some());
+        assert!(purse.take(|| machines(0), machines(1), now + TERM).is_none());
         assert!(purse.lock().lease.unwrap().is_spent);
     }
 }

@@ -84,9 +84,28 @@ fn single_forks_of_what_is_here_ask_nobody_within_the_lease_and_are_placed_beyon
     let count_here = 1 + on.iter().filter(|node| **node == here).count();
     assert!(here.is_string() && (2..=16).contains(&count_here) && on.iter().all(Value::is_string), "{here}: {on:?}");
     cluster.node(0).json(&["kill", "--all"]);
-    // One that was forked since nobody can place anything says who gave it its place, if that was the lease.
+    // While nobody can place anything only what the lease gave a place says where it is.
     assert_eq!(fork(&cluster), here);
     cluster.crash(1);
     eventually("no majority is there", || cluster.node(0).cli(&["node", "ls"]).code == Some(4));
     assert_eq!(fork(&cluster), here);
+    // A closed node has the image, and perhaps its lease, and starts nothing all the same.
+    cluster.start_with(1, &["--machine-memory", "256MiB"]);
+    cluster.settles(2, 2);
+    cluster.node(0).json(&["node", "cordon", "node-0"]);
+    assert_eq!(cluster.row(0, 0)["is_cordoned"], true);
+    assert_ne!(fork(&cluster), here);
+}
+
+/// One that failed may have run: it is for who asked to try again.
+#[test]
+fn a_fork_out_of_the_lease_is_tried_once() {
+    let mut cluster = Cluster::apart("once", 1);
+    cluster.always = vec!["--fake-engine".to_owned(), "fail_every=3".to_owned()];
+    cluster.begin(0);
+    cluster.settles(1, 1);
+    // The engine's first; it took the lease.
+    cluster.template(0, "warm");
+    let forked: Vec<bool> = (0..6).map(|_| cluster.node(0).cli(&["fork", "warm"]).code == Some(0)).collect();
+    assert_eq!(forked, [true, false, true, true, false, true]);
 }

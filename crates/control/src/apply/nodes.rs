@@ -200,18 +200,13 @@ pub(super) fn remove(state: &mut State, id: NodeId) -> Outcomes {
     Ok(Answer::Done)
 }
 
-pub(super) fn grant(
-    state: &mut State,
-    id: NodeId,
-    incarnation: u64,
-    resources: Resources,
-    lasts_ms: u64,
-    flaws: Flaws,
-) -> Outcomes {
+pub(super) fn grant(state: &mut State, id: NodeId, incarnation: u64, all: Resources, lasts_ms: u64, flaws: Flaws) -> Outcomes {
     let node = check_start(state, id, incarnation)?;
     if !node.is_open() {
         return Err(Refusal::Closed(id));
     }
+    // By the time that this is agreed on more may have been told of than who asked had seen.
+    let resources = all.less(node.local);
     let before = node.lease.take();
     let free = state.free(id, &state.usage());
     if !resources.fits(free) && !flaws.leases_what_is_taken {

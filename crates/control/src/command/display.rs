@@ -50,7 +50,7 @@ impl fmt::Display for Command {
             Self::Open { key, node, sources } => write!(f, "node {node} opens image {key} from {}", list(sources)),
             Self::LetGo { key, node } => write!(f, "node {node} may let go of image {key}"),
             Self::GrantCapacity { node, resources, lasts_ms, .. } => {
-                write!(f, "node {node} may start {} machines for {lasts_ms} ms", resources.machines)
+                write!(f, "node {node} may run {} machines of its own for {lasts_ms} ms", resources.machines)
             }
             Self::ReturnCapacity { node, epoch } => write!(f, "node {node} returns its lease {}", epoch.0),
             Self::Submit { job, spec } => write!(f, "job {job}: {} of image {}", spec.count, spec.image),

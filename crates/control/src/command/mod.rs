@@ -166,7 +166,7 @@ pub enum Command {
         node: NodeId,
         /// Its start.
         incarnation: u64,
-        /// How much.
+        /// How much all of them may take that are no tasks, with those that run.
         resources: Resources,
         /// For how long, in milliseconds; an hour at most.
         lasts_ms: u64,

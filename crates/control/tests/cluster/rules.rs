@@ -329,8 +329,8 @@ fn machines_that_are_no_tasks_count() {
     };
     let grant = |count| Command::GrantCapacity { node: node(1), incarnation: 1, resources: machines(count), lasts_ms: 1000 };
     cluster.run(report(machines(2))).unwrap();
-    assert_eq!(cluster.run(grant(9)), Err(Refusal::Full(node(1))), "two are there");
-    cluster.run(grant(4)).unwrap();
+    assert_eq!(cluster.run(grant(11)), Err(Refusal::Full(node(1))), "with the two that are there");
+    cluster.run(grant(6)).unwrap();
     let id = cluster.submit(spec(9));
     assert_eq!(cluster.place(id, &[(1, 0..9)]), (4, 5), "two are there, and four may be started");
     cluster.run(report(machines(6))).unwrap();
