@@ -142,6 +142,9 @@ mod tests {
             let written = rewritten(&text, &figures).unwrap();
             assert!(written == text, "numbers in {document} are not those of {FIGURES}: `bench documents` writes them");
         }
+        let picture = std::fs::read_to_string(root().join(PICTURE)).unwrap();
+        let described = page::description(&page::commits(&figures));
+        assert!(picture.contains(&described), "{PICTURE} is not of the run of {FIGURES}: {described}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Pictures of figures, as SVG that stands for itself.
 
 use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
 use plotters::coord::ranged1d::SegmentValue;
 use plotters::prelude::*;
 
@@ -19,13 +20,20 @@ pub(super) struct Dot {
     pub(super) is_control: bool,
 }
 
+/// White, since black text is looked at on dark pages too.
+fn canvas(svg: &mut String, height: u32) -> Result<DrawingArea<SVGBackend<'_>, Shift>> {
+    let root = SVGBackend::with_string(svg, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE).map_err(drawing)?;
+    Ok(root)
+}
+
 /// Figures below one another, on a logarithmic scale: a dot for the median, a line to the 99th percentile.
 pub(super) fn dots(unit: &str, dots: &[Dot]) -> Result<String> {
     let (low, high) = bounds(dots.iter().flat_map(|dot| [dot.p50, dot.p99]))?;
     let mut svg = String::new();
     {
         let height = 70 + 34 * u32::try_from(dots.len())?;
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+        let root = canvas(&mut svg, height)?;
         let rows = (0..dots.len()).into_segmented();
         let mut chart = ChartBuilder::on(&root)
             .margin(8)
@@ -78,7 +86,7 @@ pub(super) fn lines((x, y): (&str, &str), lines: &[Line]) -> Result<String> {
     let (low, high) = bounds(points().map(|(_, y)| *y))?;
     let mut svg = String::new();
     {
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, 420)).into_drawing_area();
+        let root = canvas(&mut svg, 420)?;
         let mut chart = ChartBuilder::on(&root)
             .margin(12)
             .x_label_area_size(44)
