@@ -12,7 +12,8 @@ use crate::report::{Report, Row, Samples, announce};
 
 /// Of the host's memory, what images of all sizes may take: they are half full.
 const SIZES: [u64; 4] = [64, 512, 1024, 4096];
-const SIZES_QUICK: [u64; 2] = [64, 1024];
+/// Two that the report draws.
+const SIZES_QUICK: [u64; 2] = [64, 512];
 
 /// The size of which the table has the stages.
 const STAGES_OF_MIB: u64 = 1024;
