@@ -92,7 +92,7 @@ pub(crate) async fn fork_here(app: &App, request: ForkRequest) -> Result<ForkAns
 }
 
 /// Forks one child of an image that is here in whole, of what this node has been leased: nobody is asked. `None`: it is for the cluster
-/// to place.
+/// to place, which also says what is wrong with a request that cannot be meant.
 async fn fork_leased(
     app: &App,
     member: &Membership,
@@ -111,8 +111,9 @@ async fn fork_leased(
             answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
             Some(Ok(answer))
         }
-        // It has just been let go of. Whatever else went wrong may have gone wrong after the child ran: there is one try.
-        Err(error) if error.code() == "UNKNOWN_IMAGE" => None,
+        // It has just been let go of, or is found as another tenant's. Whatever else went wrong may have gone wrong after the child ran:
+        // there is one try.
+        Err(error) if matches!(error.code(), "UNKNOWN_IMAGE" | "OTHER_TENANT") => None,
         Err(error) => Some(Err(error)),
     }
 }

@@ -226,7 +226,8 @@ impl Membership {
     }
 }
 
-fn each(memory_bytes: u64) -> Resources {
+/// What one machine is counted as.
+pub(super) fn each(memory_bytes: u64) -> Resources {
     Resources { memory_bytes, cpu_millis: EACH_CPU_MILLIS, machines: 1 }
 }
 

@@ -3,13 +3,14 @@
 use axum::http::Method;
 use control::command::Command;
 use control::place::{Plan, Verdict, Wanted, plan};
-use control::state::{Holder, ImageKey, Resources, Spread, State};
+use control::state::{Holder, ImageKey, Spread, State};
 use types::{Digest, FullName, NodeId};
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::{ClusterError, EACH_CPU_MILLIS, Membership};
+use super::capacity::each;
+use super::{ClusterError, Membership};
 use crate::api::caller::Caller;
 use crate::api::wire::{ErrorAnswer, ErrorBody, Failure, ForkAnswer, ForkRequest, ForkSource, RemoteSource};
 use crate::api::{ApiError, App, machines};
@@ -29,7 +30,7 @@ impl Membership {
     #[must_use]
     pub fn place(state: &State, image: &ImageKey, count: u64, limit_bytes: Option<u64>) -> Plan {
         let dirty = state.images.get(image).map_or(0, |image| image.facts.dirty_bytes);
-        let each = Resources { memory_bytes: limit_bytes.unwrap_or(dirty), cpu_millis: EACH_CPU_MILLIS, machines: 1 };
+        let each = each(limit_bytes.unwrap_or(dirty));
         let labels = BTreeMap::new();
         plan(state, &Wanted { image, count, each, spread: Spread::Spread, labels: &labels, not_on: None })
     }
