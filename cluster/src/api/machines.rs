@@ -1,6 +1,7 @@
 //! Handlers of machines.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::State as Shared;
@@ -95,7 +96,7 @@ pub(crate) async fn fork_here(app: &App, request: ForkRequest) -> Result<ForkAns
 /// to place, which also says what is wrong with a request that cannot be meant.
 async fn fork_leased(
     app: &App,
-    member: &Membership,
+    member: &Arc<Membership>,
     image: &ImageKey,
     request: &ForkRequest,
 ) -> Option<Result<ForkAnswer, ApiError>> {
@@ -104,13 +105,12 @@ async fn fork_leased(
     }
     let (from, tenant) = (ForkSource::Image(image.digest.to_string()), Some(image.tenant.to_string()));
     let order = order(ForkRequest { from, tenant, ..request.clone() }).ok()?;
-    let _room = member.room_leased(claim(app, &order).await.ok()?, || taken(app))?;
-    match app.act(move |service| service.fork(&order)).await {
-        Ok(report) => {
-            let mut answer = fork_answer(&report);
+    match within_lease(app, member, &Arc::new(order)).await {
+        Ok(Ok(mut answer)) => {
             answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
             Some(Ok(answer))
         }
+        Ok(Err(_)) => None,
         // It has just been let go of, or is found as another tenant's. Whatever else went wrong may have gone wrong after the child ran:
         // there is one try.
         Err(error) if matches!(error.code(), "UNKNOWN_IMAGE" | "OTHER_TENANT") => None,
@@ -120,25 +120,37 @@ async fn fork_leased(
 
 /// Forks, where there is room for that: in a cluster others may have been promised it.
 async fn forked(app: &App, order: ForkOrder) -> Result<ForkAnswer, ApiError> {
+    let order = Arc::new(order);
     let _room = match app.member() {
-        Ok(member) if order.on.is_none() => {
-            let each_bytes = claim(app, &order).await?;
-            Some(member.room_here(order.count, each_bytes, || taken(app)).await?)
-        }
+        Ok(member) if order.on.is_none() => match within_lease(app, member, &order).await? {
+            Ok(answer) => return Ok(answer),
+            Err(each_bytes) => Some(member.room_here(order.count, each_bytes, || taken(app.taken())).await?),
+        },
         _ => None,
     };
-    Ok(fork_answer(&app.act(move |service| service.fork(&order)).await?))
+    app.act(move |service| Ok(fork_answer(service, service.fork(&order)?))).await
 }
 
-/// What each machine of this order is counted as, in bytes.
-async fn claim(app: &App, order: &ForkOrder) -> Result<u64, ApiError> {
-    let asked = order.clone();
-    app.look(move |service| Ok(service.claim_of(&asked))).await
+/// Forks, if what this node has been leased has room for that. All in one turn of the engine's: each hand-over to another thread is
+/// waited for. `Err`: what each machine is counted as, in bytes.
+async fn within_lease(
+    app: &App,
+    member: &Arc<Membership>,
+    order: &Arc<ForkOrder>,
+) -> Result<Result<ForkAnswer, u64>, ApiError> {
+    let (member, order) = (Arc::clone(member), Arc::clone(order));
+    app.act(move |service| {
+        let each_bytes = service.claim_of(&order);
+        let Some(_room) = member.room_leased(order.count, each_bytes, || taken(service.taken())) else {
+            return Ok(Err(each_bytes));
+        };
+        Ok(Ok(fork_answer(service, service.fork(&order)?)))
+    })
+    .await
 }
 
-/// What runs here.
-fn taken(app: &App) -> Resources {
-    let (machines, memory_bytes) = app.taken();
+/// What so many machines take that are counted as so much memory together.
+fn taken((machines, memory_bytes): (u64, u64)) -> Resources {
     Resources { memory_bytes, cpu_millis: machines * EACH_CPU_MILLIS, machines }
 }
 
@@ -350,9 +362,9 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
     Ok(ForkOrder { from, count, limit_bytes, verify, network, tenant, on, is_task: false })
 }
 
-fn fork_answer(report: &ForkReport) -> ForkAnswer {
+fn fork_answer(service: &Service, report: ForkReport) -> ForkAnswer {
     ForkAnswer {
-        image: images::image(&report.image),
+        image: images::image(&service.view(report.image)),
         on: report.on.map(|on| OtherNode { node: on.node, address: on.address.to_string() }),
         freeze: report.freeze.map(|freeze| Freeze {
             stall_us: us(freeze.stall),

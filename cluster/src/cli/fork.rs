@@ -191,6 +191,10 @@ async fn source(id: &str, context: &Context) -> Result<ForkSource, CliError> {
     if id_or_digest(id).is_err() {
         return Ok(ForkSource::Template(id.to_owned()));
     }
+    if id.parse::<Digest>().is_ok() {
+        // Which of those with this digest is meant is for who knows the tenant.
+        return Ok(ForkSource::Image(id.to_owned()));
+    }
     let found = match context.client.find(id).await {
         // A name may consist of hex digits.
         Err(ClientError::Refused { body, .. }) if body.code == "UNKNOWN_ID" && full_name(id).is_ok() => {

@@ -117,9 +117,9 @@ impl Purse {
 }
 
 impl Membership {
-    /// Takes room for one machine of what this node has been leased, if it has some.
-    pub(crate) fn room_leased(&self, each_bytes: u64, taken: impl Fn() -> Resources) -> Option<Room<'_>> {
-        self.purse.take(taken, each(each_bytes), Instant::now())
+    /// Takes room for machines of what this node has been leased, if it has some.
+    pub(crate) fn room_leased(&self, count: u64, each_bytes: u64, taken: impl Fn() -> Resources) -> Option<Room<'_>> {
+        self.purse.take(taken, each(each_bytes).times(count), Instant::now())
     }
 
     /// Takes room for machines that nobody has placed. `taken` says what those take that run here.

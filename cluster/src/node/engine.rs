@@ -84,6 +84,12 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError`] of kind [`ErrorKind::UnknownImage`]. An image that was forgotten is known as long as it has children.
     fn residency(&self, image: ImageId) -> Result<Residency, EngineError>;
 
+    /// Memory of an image in bytes that is not zero, wherever it is. Nobody else is asked.
+    ///
+    /// # Errors
+    /// [`EngineError`] of kind [`ErrorKind::UnknownImage`].
+    fn data_bytes(&self, image: ImageId) -> Result<u64, EngineError>;
+
     /// Forks one child of `image` for each id, all at once. The outcomes are in the order of the ids.
     fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>>;
 

@@ -257,6 +257,10 @@ impl Engine for FakeEngine {
         })
     }
 
+    fn data_bytes(&self, image: ImageId) -> Result<u64, EngineError> {
+        Ok(self.residency(image)?.data_bytes)
+    }
+
     fn fork(&self, image: ImageId, ids: &[MachineId], _options: ForkOptions) -> Vec<Result<Forked, EngineError>> {
         std::thread::sleep(self.options.fork);
         if !self.lock().images.contains_key(&image) {

@@ -157,6 +157,24 @@ fn nodes_that_do_not_trust_one_another_do_nothing_for_one_another() {
 }
 
 #[test]
+fn of_two_tenants_with_the_same_image_each_forks_its_own() {
+    let listening = ["--listen", "127.0.0.1:0"];
+    let (a, b) = (Node::start_with("", &listening), Node::start(""));
+    let (image, from) = (image_of(&a, &[]), address(&a));
+    let image = a.json(&["image", "digest", &image])["digest"].as_str().unwrap().to_owned();
+    for tenant in ["default", "team-7"] {
+        b.json(&["fork", &image, "--tenant", tenant, "--from", &from]);
+    }
+    for (tenant, count) in [("default", 2), ("team-7", 2)] {
+        b.json(&["fork", &image, "--tenant", tenant]);
+        let machines = b.json(&["ls"]);
+        let of_tenant = machines["machines"].as_array().unwrap().iter().filter(|machine| machine["tenant"] == tenant);
+        assert_eq!(of_tenant.count(), count, "{machines}");
+    }
+    refused(&b.cli(&["fork", &image, "--tenant", "team-8", "--output", "json"]), 4, "OTHER_TENANT");
+}
+
+#[test]
 fn what_stands_in_the_way_of_a_fork_elsewhere_is_named() {
     let (a, b) = two("", "fail_every=3");
     let (image, on) = (image_of(&a, &[]), address(&b));

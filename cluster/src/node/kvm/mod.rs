@@ -258,6 +258,10 @@ impl Engine for KvmEngine {
         self.residency_of(image)
     }
 
+    fn data_bytes(&self, image: ImageId) -> Result<u64, EngineError> {
+        self.data_bytes_of(image)
+    }
+
     fn fork(&self, image: ImageId, ids: &[MachineId], options: ForkOptions) -> Vec<Result<Forked, EngineError>> {
         let known = self.known(image).and_then(|known| self.check_memory(known.image.class(), ids.len()).map(|()| known));
         let known = match known {

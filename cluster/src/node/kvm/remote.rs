@@ -91,6 +91,11 @@ impl KvmEngine {
         self.keep(KnownImage { image: opened.image, tenant: order.tenant.clone(), pattern_pages })
     }
 
+    pub(super) fn data_bytes_of(&self, image: ImageId) -> Result<u64, EngineError> {
+        let known = self.known(image)?;
+        known.image.host_image().map_or_else(|| Ok(facts(&known)?.stored_bytes), |host_image| Ok(host_image.data_bytes()))
+    }
+
     pub(super) fn residency_of(&self, image: ImageId) -> Result<Residency, EngineError> {
         let (known, children) = {
             let state = self.lock();

@@ -133,7 +133,8 @@ impl Service {
     /// How much memory of its own, in bytes, each child of a fork is counted as.
     #[must_use]
     pub fn claim_of(&self, order: &ForkOrder) -> u64 {
-        let of_image = |given: &str| self.registry.image(given).map_or(0, |image| self.image_bytes(&image));
+        let tenant = order.tenant.as_ref();
+        let of_image = |given: &str| self.image_of(given, tenant).map_or(0, |image| self.image_bytes(&image));
         let image_bytes = match &order.from {
             ForkFrom::Guest(_, class) => class.memory().bytes(),
             ForkFrom::Image(given) => of_image(given),
@@ -147,7 +148,7 @@ impl Service {
     /// Memory of an image in bytes that is not zero, wherever it is.
     pub(super) fn image_bytes(&self, image: &Image) -> u64 {
         match image.origin {
-            Origin::Remote => self.residency(image.facts.id).map_or(0, |residency| residency.data_bytes),
+            Origin::Remote => self.engine.data_bytes(image.facts.id).unwrap_or(0),
             _ => image.facts.stored_bytes,
         }
     }

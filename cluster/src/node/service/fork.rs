@@ -9,7 +9,7 @@ use vm::Class;
 use vm::class::Devices;
 
 use super::cluster::expected_dirty;
-use super::{ImageView, OnDrop, Outcome, Service, check_count, first_if_none, in_parallel};
+use super::{OnDrop, Outcome, Service, check_count, first_if_none, in_parallel};
 use crate::node::address::NodeAddress;
 use crate::node::engine::{Ended, EngineError, ErrorKind, ForkOptions, Forked, FreezeFacts, Guest, OpenOrder};
 use crate::node::error::NodeError;
@@ -69,7 +69,7 @@ pub enum ForkFrom {
 #[derive(Clone, Debug)]
 pub struct ForkReport {
     /// What the children were forked from.
-    pub image: ImageView,
+    pub image: Image,
     /// The node that they run on, if it is another one.
     pub on: Option<OtherNode>,
     /// What it cost the parent, if a machine was frozen.
@@ -119,9 +119,7 @@ impl Service {
         }
         let (image, freeze) = self.origin_of(order)?;
         match self.fork_image(&image, order) {
-            Ok((on, (children, failures))) => {
-                Ok(ForkReport { image: self.view(image), on, freeze, children, failures, wall: began.elapsed() })
-            }
+            Ok((on, (children, failures))) => Ok(ForkReport { image, on, freeze, children, failures, wall: began.elapsed() }),
             Err(error) => {
                 // An image that was made for this fork goes if the fork comes to nothing.
                 let made_for_it = matches!(order.from, ForkFrom::Guest(..) | ForkFrom::Machine(_));
@@ -161,7 +159,7 @@ impl Service {
                 let facts = self.engine.prepare(*guest, *class, &tenant())?;
                 Ok((self.note_image(facts, Origin::Guest(*guest), None), None))
             }
-            ForkFrom::Image(given) => Ok((self.registry.image(given)?, None)),
+            ForkFrom::Image(given) => Ok((self.image_of(given, order.tenant.as_ref())?, None)),
             ForkFrom::Template(name) => Ok((self.template_image(name)?, None)),
             ForkFrom::Machine(given) => {
                 let id = self.registry.running_machine(given)?;

@@ -322,10 +322,18 @@ impl Service {
         self.engine.stop();
     }
 
-    fn view(&self, mut image: Image) -> ImageView {
+    /// An image as it is now.
+    #[must_use]
+    pub fn view(&self, mut image: Image) -> ImageView {
         // It grows while it arrives, and is hashed in the background; of one that was just forgotten, what was known is shown.
         image.facts = self.engine.image(image.facts.id).unwrap_or(image.facts);
         ImageView { residency: self.residency(image.facts.id), image }
+    }
+
+    /// The image that a tenant means: of two with the same digest its own.
+    fn image_of(&self, given: &str, tenant: Option<&Tenant>) -> Result<Image, NodeError> {
+        let own = tenant.and_then(|tenant| self.registry.image_id(given, Some(tenant)).ok());
+        own.map_or_else(|| self.registry.image(given), |id| self.registry.image(&id.to_string()))
     }
 
     /// Hashes an image if need be.

@@ -227,15 +227,21 @@ impl HostImage {
     /// What is here.
     #[must_use]
     pub fn resident(&self) -> Resident {
-        let extents: u64 = self.head.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
         let children = self.children();
         Resident {
-            data_bytes: extents * EXTENT_SIZE,
+            data_bytes: self.data_bytes(),
             resident_bytes: self.resident_bytes(),
             is_settled: self.is_settled(),
             faults: self.past_faults.load(Ordering::Relaxed) + children.iter().map(|child| child.faults()).sum::<u64>(),
             children: children.len(),
         }
+    }
+
+    /// Its memory in bytes that is not zero, here and elsewhere: whole extents.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        let extents: u64 = self.head.regions.iter().map(|region| u64::from(region.map.data_extent_count())).sum();
+        extents * EXTENT_SIZE
     }
 
     /// Whether it has become an ordinary image.
