@@ -186,14 +186,10 @@ impl Store {
         self.wait_for_grant(peer, tenant, image).await?;
         let manifest = manifest(&offered.image).await?;
         let head = manifest.head().encode().map_err(|error| Refusal::new(RefusalCode::Failed, error))?;
-        let hash_pages = (0..manifest.head().regions.len()).flat_map(|region| {
-            let pages = manifest.extent_digests(region).chunks(HASH_PAGE_DIGESTS as usize);
-            pages.map(|page| Blob::new(encode_hash_page(page)).expect("a page has at most 1,024 digests"))
-        });
-        let hash_pages = Opened::pages_ahead(hash_pages);
         let about = Blob::new(offered.about.encode()).expect("short");
         let is_complete = offered.image.unsettled().is_none();
         let first = offered.image.first_touches();
+        let hash_pages = Opened::pages_ahead(first_hash_pages(&manifest, &first));
         let mut state = self.lock();
         // Looked at again, since hashing may have taken long, and under the lock that revoking takes.
         if !self.trust.may_read(peer, tenant) {
@@ -350,8 +346,21 @@ fn distinct(runs: &[WorkingSetRun]) -> Vec<WorkingSetRun> {
     distinct
 }
 
+/// The digests that a reader needs for these extents, each page once. The others can wait until its first child runs.
+fn first_hash_pages(manifest: &Manifest, first: &[(usize, ExtentIndex)]) -> impl Iterator<Item = HashPageBytes> {
+    let pages: BTreeSet<_> = first.iter().map(|(region, extent)| (*region, extent.0 / HASH_PAGE_DIGESTS)).collect();
+    let digests = pages
+        .into_iter()
+        .filter_map(|(region, page)| manifest.extent_digests(region).chunks(HASH_PAGE_DIGESTS as usize).nth(page as usize));
+    digests.map(|page| Blob::new(encode_hash_page(page)).expect("a page has at most 1,024 digests"))
+}
+
 /// The manifest of an image, which takes time for one that was not hashed yet.
 async fn manifest(image: &Arc<Image>) -> Result<Arc<Manifest>, Refusal> {
+    // Another thread is only woken for what takes long.
+    if let Some(made) = image.made_manifest() {
+        return Ok(made);
+    }
     let deadline = tokio::time::Instant::now() + DIGESTS_PATIENCE;
     loop {
         let image = Arc::clone(image);

@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const CHILDREN_FIRST: Duration = Duration::from_millis(50);
 /// How many extents are replayed at once, what any child needs for its first instruction among them; and how much later the others:
 /// a child that has not run yet needs the processor more.
-const REPLAYED_AT_ONCE: usize = 8;
+const REPLAYED_AT_ONCE: usize = 4;
 const FORK_FIRST: Duration = Duration::from_millis(3);
 /// When holders are told what children have touched, after the image was opened.
 const TELL_AFTER: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(10), Duration::from_secs(60)];
@@ -93,6 +93,8 @@ impl Fetch {
     }
 
     async fn learn(self: Rc<Self>) {
+        // What a child needs of it sooner is asked for when it is needed.
+        tokio::time::sleep(FORK_FIRST).await;
         loop {
             let missing: Vec<_> = self.host_image.missing_hash_pages().take(AT_ONCE).collect();
             if missing.is_empty() {

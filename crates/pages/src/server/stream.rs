@@ -171,6 +171,8 @@ impl Exchange {
             if is_last {
                 break;
             }
+            // What sends it may have its turn on this thread: a child waits for the first of them, not for all.
+            tokio::task::yield_now().await;
         }
         self.finish(Vec::new(), held).await;
     }

@@ -243,7 +243,8 @@ pub struct Opened {
     pub hints: Hints,
     /// Whether this holder has every extent.
     pub is_complete: bool,
-    /// The first hash pages, region by region, at most [`HASH_PAGES_AHEAD_MAX`] bytes: a small image needs no more.
+    /// Hash pages that are needed first, at most [`HASH_PAGES_AHEAD_MAX`] bytes. Whoever receives one verifies it, which tells where it
+    /// belongs.
     pub hash_pages: List<HashPageBytes, HASH_PAGES_AHEAD_COUNT_MAX>,
     /// What its holder says of the image besides: opaque here, and advice.
     pub about: Blob<ABOUT_SIZE_MAX>,

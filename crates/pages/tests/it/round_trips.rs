@@ -1,16 +1,17 @@
 //! What honest nodes do with each other.
 
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use chaos::relay::{Config, Direction, Impairment, Relay};
 use futures_util::future::BoxFuture;
 use pages::endpoint::{Limits, Tuning};
-use pages::fakes::{MemoryImage, OpenGate};
+use pages::fakes::{Ask, Gate, MemoryImage, OpenGate};
 use pages::identity::Peer;
 use pages::server::Orders;
-use pages::wire::{Content, EXTENT_BYTES, Hints, Refusal, RefusalCode, Urgency};
+use pages::wire::{Content, EXTENT_BYTES, Hints, Refusal, RefusalCode, Renewed, Urgency};
 use pages::{LinkError, Role};
 use types::manifest::{WorkingSetRun, decode_hash_page};
 use types::{Digest, ExtentIndex, Head, Tenant};
@@ -53,6 +54,53 @@ async fn a_reader_gets_every_extent_as_it_is_and_no_bytes_of_zeros() {
             }
         }
     }
+}
+
+/// Looks at the second extent of a request only when the first has arrived.
+struct AfterTheFirst(Mutex<Receiver<ExtentIndex>>);
+
+impl Gate for AfterTheFirst {
+    fn grant(&self, peer: &Peer, tenant: &Tenant, image: Digest) -> Result<Renewed, Refusal> {
+        OpenGate.grant(peer, tenant, image)
+    }
+
+    fn renew(&self, peer: &Peer, lease: &[u8]) -> Result<Renewed, Refusal> {
+        OpenGate.renew(peer, lease)
+    }
+
+    fn release(&self, peer: &Peer, lease: &[u8]) -> Result<(), Refusal> {
+        OpenGate.release(peer, lease)
+    }
+
+    fn check(&self, _peer: &Peer, _lease: &[u8], ask: &Ask) -> Result<(), Refusal> {
+        if ask.extents.as_ref().is_none_or(|(_, extents)| extents.start != 1) {
+            return Ok(());
+        }
+        match self.0.lock().unwrap().recv_timeout(PATIENCE / 2) {
+            Ok(ExtentIndex(0)) => Ok(()),
+            other => Err(Refusal::new(RefusalCode::Failed, format_args!("the first extent has not arrived: {other:?}"))),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extent_is_sent_before_the_next_one_of_its_request_is_read() {
+    let image = image();
+    let (arrived, arrivals) = channel();
+    // As a node has it: one thread that reads and sends.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let holder = {
+        let _within = runtime.enter();
+        Holder::of(AfterTheFirst(Mutex::new(arrivals)), [image.clone()])
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = std::thread::spawn(move || runtime.block_on(stopped));
+    let (_reader, link) = holder.reader(&["default"]);
+    let opened = link.open(&Tenant::default_tenant(), image.digest(), PATIENCE).await.unwrap();
+    let request = request(&opened.lease, image.digest(), 0..2);
+    link.extents(&request, PATIENCE, |answer| arrived.send(answer.id.extent).unwrap()).await.unwrap();
+    stop.send(()).unwrap();
+    serving.join().unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

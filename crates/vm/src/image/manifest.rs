@@ -42,6 +42,12 @@ impl Image {
         Ok(Arc::clone(manifest.insert(Arc::new(made))))
     }
 
+    /// The manifest, if it has been made. Does not wait for who makes it.
+    #[must_use]
+    pub fn made_manifest(&self) -> Option<Arc<Manifest>> {
+        self.manifest.try_lock().ok()?.clone()
+    }
+
     /// Reads an extent of a region, if it is here.
     ///
     /// # Errors
