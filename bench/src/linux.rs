@@ -14,6 +14,7 @@ use types::MachineId;
 
 use crate::daemon::{self, Daemon};
 use crate::floor;
+use crate::http;
 use crate::report::{Report, Row, Samples, announce};
 
 const NO_MORE: [&str; 0] = [];
@@ -42,9 +43,22 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
     let n = if quick { 5 } else { 20 };
     let mut node = Daemon::start(Command::new(&program), NO_MORE)?;
     // What is warm is in memory: the program that G2 runs, too.
-    build(&mut report, &mut node, &guests, "base", 64, ("warm", "/bin/true"))?;
+    let base = || build(&node, &guests, "base", 64, ("warm", "/bin/true"));
     let main = format!("python3 /usr/lib/farfork/main.py {IMPORTS}");
-    build(&mut report, &mut node, &guests, "python", 192, ("main", &main))?;
+    let python = || build(&node, &guests, "python", 192, ("main", &main));
+    let built = if quick {
+        report.note("--quick: the templates were built at the same time, which takes each longer where cores are few");
+        std::thread::scope(|scope| {
+            let base = scope.spawn(base);
+            let python = python();
+            [base.join().expect("no panic"), python]
+        })
+    } else {
+        [base(), python()]
+    };
+    for built in built {
+        built?.report(&mut report)?;
+    }
 
     let (ready, firsts, control) = readiness(&mut report, &mut node, n)?;
     report.add(Row::new("G1", "fork -> first, beside it", &firsts, None));
@@ -89,17 +103,31 @@ pub(crate) fn order(guests: &Path, rootfs: &str, mib: u64, warm: (&str, &str)) -
     }))
 }
 
-fn build(report: &mut Report, node: &mut Daemon, guests: &Path, rootfs: &str, mib: u64, warm: (&str, &str)) -> Result<()> {
+/// A template that was built, and what the node said of that.
+struct Built {
+    name: String,
+    mib: u64,
+    answer: Value,
+}
+
+fn build(node: &Daemon, guests: &Path, rootfs: &str, mib: u64, warm: (&str, &str)) -> Result<Built> {
     announce(&format!("template build of {rootfs}"));
     let order = order(guests, rootfs, mib, warm)?;
-    let built = node.ask("POST", "/v1/templates", &order.to_string())?;
-    for stage in built["built"].as_array().context("stages")? {
-        let name = stage["stage"].as_str().context("a name")?;
-        let samples = Samples::from_us(vec![stage["took_us"].as_f64().context("a time")?]);
-        report.keep(&format!("template {rootfs}: {name}"), &samples);
-        report.add(Row::new("build", format!("template {rootfs}, {mib} MiB: {name}"), &samples, None));
+    let answer = http::json(&http::request(&mut node.connect()?, "POST", "/v1/templates", &order.to_string())?)?;
+    Ok(Built { name: rootfs.to_owned(), mib, answer })
+}
+
+impl Built {
+    fn report(&self, report: &mut Report) -> Result<()> {
+        let Self { name, mib, answer } = self;
+        for stage in answer["built"].as_array().context("stages")? {
+            let stage_name = stage["stage"].as_str().context("a name")?;
+            let samples = Samples::from_us(vec![stage["took_us"].as_f64().context("a time")?]);
+            report.keep(&format!("template {name}: {stage_name}"), &samples);
+            report.add(Row::new("build", format!("template {name}, {mib} MiB: {stage_name}"), &samples, None));
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// One child of a template; its answer.
@@ -231,7 +259,7 @@ fn exec(report: &mut Report, node: &mut Daemon, n: usize, ready: &Samples) -> Re
 /// G3: an expression in the warm interpreter, beside an interpreter that is started for it.
 fn eval(report: &mut Report, node: &mut Daemon, n: usize) -> Result<()> {
     announce("G3: warm eval, and python3 -c");
-    let cold_runs = if n > 5 { 5 } else { 2 };
+    let cold_runs = if n > 5 { 5 } else { 1 };
     let (mut warm, mut cold) = (Vec::new(), Vec::new());
     let child = fork(node, "python")?;
     let id = id_of(&child)?;

@@ -20,8 +20,13 @@ use crate::{firecracker, floor, proof};
 const BATCH: u32 = 100;
 /// Children of the larger batch.
 const LARGE_BATCH: u32 = 1000;
-/// How long memory may take to come to rest.
-const SETTLING: Duration = Duration::from_secs(40);
+/// How the course of available memory is watched, before and after.
+const LOOKS: u32 = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+/// What has begun when children answer.
+const COMING_TO_REST: Duration = Duration::from_secs(1);
+/// Beyond this share of what children took, it is not known.
+const UNSURE_MAX: f64 = 0.1;
 /// Pages that each child of a batch computes a checksum over.
 const ANSWER_PAGES: u64 = 4;
 
@@ -333,19 +338,31 @@ fn memory(report: &mut Report, pool: &Pool, image: &Arc<Image>) -> Result<()> {
     let slot_bytes = image.class().memory().bytes();
     // One alive before the first look: what all share is there.
     let first = fork(pool, image, 1)?;
-    let (before, calm_before) = settled()?;
+    let began = Instant::now();
+    let before = Course::of(&available(began)?);
+    let last = began.elapsed();
     let children = fork(pool, image, BATCH)?;
-    let (after, calm_after) = settled()?;
-    let is_calm = calm_before && calm_after;
-    if !is_calm {
-        report.note("L5, all memory: not measurable this time: this host's memory did not come to rest");
-    }
+    std::thread::sleep(COMING_TO_REST);
+    let then = began.elapsed();
+    let after = Course::of(&available(began)?);
+    // Where both lines are known best.
+    let at = (last + then).as_secs_f64() / 2.0;
+    let taken_mib = before.at(at) - after.at(at);
+    let unsure_mib = before.farthest + after.farthest + (before.slope - after.slope).abs() * (then - last).as_secs_f64() / 2.0;
+    let is_known = unsure_mib <= UNSURE_MAX * taken_mib;
+    report.note(format!(
+        "L5, all memory: {BATCH} children took {taken_mib:.0} MiB, give or take {unsure_mib:.0}; MemAvailable went by {:.1} MiB a second \
+         before them and {:.1} after, which is not counted{}",
+        before.slope,
+        after.slope,
+        if is_known { "" } else { ": not measurable this time" }
+    ));
     let each: Vec<Memory> =
         children.iter().map(|(child, _)| child.memory()).collect::<std::io::Result<_>>().context("reading /proc")?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let of = |get: fn(&Memory) -> u64| Samples::from_us(each.iter().map(|memory| mib(get(memory))).collect());
     let (pss, tables) = (of(|memory| memory.pss_bytes), of(|memory| memory.page_table_bytes));
-    let all = Samples::from_us(vec![mib(before.saturating_sub(after)) / f64::from(BATCH)]);
+    let all = Samples::from_us(vec![taken_mib.max(0.0) / f64::from(BATCH)]);
     let kernel = Samples::from_us(vec![(all.p50() - pss.p50()).max(0.0)]);
     for (name, samples) in [("PSS", &pss), ("page tables", &tables), ("all", &all), ("kernel", &kernel)] {
         report.keep(&format!("L5 {name}, MiB"), samples);
@@ -355,11 +372,11 @@ fn memory(report: &mut Report, pool: &Pool, image: &Arc<Image>) -> Result<()> {
     );
     report.add(Row::new("L5", "its page tables", &tables, None).in_mib());
     let limit = 0.6 * 1e6 / 1048576.0 + mib(slot_bytes) / 400.0;
-    let of_what = if is_calm { "" } else { " (not measurable this time)" };
+    let of_what = if is_known { "" } else { " (not measurable this time)" };
     let what = format!("all memory for one more: MemAvailable over 100{of_what}");
     let row = Row::new("L5", what, &all, Some(limit)).in_mib();
     let is_met = all.p50() <= limit;
-    report.add(if is_calm { row.reaching("<= 0.6 MB + 0.25 % of the slot", is_met) } else { row });
+    report.add(if is_known { row.reaching("<= 0.6 MB + 0.25 % of the slot", is_met) } else { row });
     let what = format!("  of it not in PSS: page tables, and KVM's tables for the slot{of_what}");
     report.add(Row::new("L5", what, &kernel, None).in_mib());
     have_all_answer(&children)?;
@@ -367,21 +384,54 @@ fn memory(report: &mut Report, pool: &Pool, image: &Arc<Image>) -> Result<()> {
     end(pool, children, 0)
 }
 
-/// Memory that is available, once it does not change any more: the kernel gives back what ended machines had when it finds
-/// time.
-/// Says whether it did.
-fn settled() -> Result<(u64, bool)> {
-    let started = Instant::now();
-    let mut last = vm::host::available_memory()?;
-    let mut calm = 0;
-    while calm < 6 {
-        if started.elapsed() > SETTLING {
-            return Ok((last, false));
-        }
-        std::thread::sleep(Duration::from_millis(500));
-        let now = vm::host::available_memory()?;
-        calm = if now.abs_diff(last) < 2 << 20 { calm + 1 } else { 0 };
-        last = now;
+/// Memory that is available, in MiB, now and then: the kernel gives back what ended machines had when it finds time, and hosts that watch
+/// over memory take some.
+fn available(began: Instant) -> Result<Vec<(f64, f64)>> {
+    let mut seen = Vec::new();
+    for _ in 0..LOOKS {
+        seen.push((began.elapsed().as_secs_f64(), vm::host::available_memory()? as f64 / f64::from(1 << 20)));
+        std::thread::sleep(BETWEEN_LOOKS);
     }
-    Ok((last, true))
+    Ok(seen)
+}
+
+/// The straight line that is nearest to what was seen.
+struct Course {
+    start: f64,
+    slope: f64,
+    /// How far what was seen is from it, at most.
+    farthest: f64,
+}
+
+impl Course {
+    fn of(seen: &[(f64, f64)]) -> Self {
+        let count = seen.len() as f64;
+        let mean = |of: fn(&(f64, f64)) -> f64| seen.iter().map(of).sum::<f64>() / count;
+        let (time, value) = (mean(|seen| seen.0), mean(|seen| seen.1));
+        let sum = |of: &dyn Fn(&(f64, f64)) -> f64| seen.iter().map(of).sum::<f64>();
+        let slope = sum(&|seen| (seen.0 - time) * (seen.1 - value)) / sum(&|seen| (seen.0 - time).powi(2));
+        let line = Self { start: value - slope * time, slope, farthest: 0.0 };
+        let farthest = seen.iter().map(|seen| (seen.1 - line.at(seen.0)).abs()).fold(0.0, f64::max);
+        Self { farthest, ..line }
+    }
+
+    fn at(&self, time: f64) -> f64 {
+        self.start + self.slope * time
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_goes_by_itself_is_not_counted() {
+        let seen: Vec<(f64, f64)> = (0..20).map(f64::from).map(|at| (at / 10.0, 1000.0 - 3.0 * at / 10.0)).collect();
+        let line = Course::of(&seen);
+        assert!((line.slope + 3.0).abs() < 1e-9 && (line.at(10.0) - 970.0).abs() < 1e-6 && line.farthest < 1e-9);
+        let mut off = seen;
+        off[7].1 += 40.0;
+        let line = Course::of(&off);
+        assert!(line.farthest > 30.0 && line.farthest < 40.0, "{}", line.farthest);
+    }
 }

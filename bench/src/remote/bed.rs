@@ -15,6 +15,8 @@ use super::workload::{Images, WorkingSet};
 use crate::daemon::Daemon;
 use crate::http;
 
+/// How long telling may take.
+const TELLING: Duration = Duration::from_secs(1);
 /// Where nodes listen.
 const PORT: u16 = 7117;
 /// Rows that wait for something say that it does not come after so long.
@@ -370,6 +372,14 @@ impl Stages {
         let ((sum, count), (sum_before, count_before)) = (of(self), of(before));
         (sum - sum_before) * 1e6 / (count - count_before).max(1.0)
     }
+}
+
+/// Waits until the holders of an image that was opened then know what children have touched so far: they are told after 2, 12 and 72
+/// seconds.
+pub(super) fn await_told(opened: Instant) {
+    let touched = opened.elapsed();
+    let told = [2, 12, 72].into_iter().map(Duration::from_secs).find(|told| touched < *told);
+    std::thread::sleep(told.map_or(Duration::ZERO, |told| told + TELLING - touched));
 }
 
 /// Has a child touch a working set, and checks what it read.

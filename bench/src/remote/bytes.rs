@@ -1,13 +1,13 @@
 //! R3, R4, R8: what travels for one child, for one more, and for one whose working set is known.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use types::{EXTENT_SIZE, PAGE_SIZE};
 use vm::bare;
 
 use super::Run;
-use super::bed::{Bed, Site};
+use super::bed::{Bed, Site, await_told};
 use super::workload::{WorkingSet, written};
 use crate::floor;
 use crate::report::{Report, Row, Samples, announce};
@@ -15,8 +15,6 @@ use crate::report::{Report, Row, Samples, announce};
 const MIB: u64 = 1024;
 /// How many children share what one has fetched.
 const MANY: u64 = 32;
-/// Holders are told 2, 12 and 72 seconds after an image was opened what children have touched: after the second time.
-const TOLD: Duration = Duration::from_secs(13);
 
 pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let set = WorkingSet::of(MIB)?;
@@ -25,8 +23,8 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let (local, digest) = here.load(&bed.images, MIB)?;
     settled(report, bed, &here, &mut eager, &digest)?;
     let one = touched(report, bed, &here, &mut lazy, &digest, &set)?;
+    await_told(one.opened);
     one_more(report, run, (&mut here, &local), &mut lazy, &one, &set)?;
-    std::thread::sleep(TOLD);
     lazy.close(&one.image)?;
     many(report, bed, (&here, &mut lazy), &digest, &set, &one)?;
     replayed(report, run, &here, &mut knowing, &digest, &set, &one)
@@ -37,12 +35,14 @@ struct One {
     image: String,
     wire_bytes: u64,
     faults: u64,
+    opened: Instant,
 }
 
 /// R3: streaming off, so that only what a child touches travels.
 fn touched(report: &mut Report, bed: &Bed, here: &Site, lazy: &mut Site, digest: &str, set: &WorkingSet) -> Result<One> {
     announce("R3: bytes for a working set, streaming off");
     let before = bed.received_bytes(1)?;
+    let opened = Instant::now();
     let forked = lazy.open(digest, &[here.address], 1)?;
     lazy.touch(&forked.ids[0], set)?;
     let on_the_link = bed.received_bytes(1)? - before;
@@ -69,7 +69,7 @@ fn touched(report: &mut Report, bed: &Bed, here: &Site, lazy: &mut Site, digest:
     );
     let met = ratio(on_the_link, touched_bytes) <= 1.15;
     report.add(row.in_mib().reaching("<= 1.15x", met));
-    Ok(One { image: forked.image, wire_bytes: here_now.wire_bytes, faults: here_now.faults })
+    Ok(One { image: forked.image, wire_bytes: here_now.wire_bytes, faults: here_now.faults, opened })
 }
 
 /// R3: everything, once.

@@ -10,25 +10,26 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use super::Run;
-use super::bed::{Bed, Site};
+use super::bed::{Bed, Site, await_told};
 use super::path;
 use super::workload::WorkingSet;
 use crate::report::{Report, Row, Samples, announce};
 
 const MIB: u64 = 1024;
-/// After the holders were told, 12 s after the image was opened, what was touched.
-const TOLD: Duration = Duration::from_secs(13);
-
 pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     let set = WorkingSet::of(MIB)?;
     let [mut here, mut there, mut cold] = bed.sites([&[], &[], &["--no-replay"]])?;
     let (_, digest) = here.load(&bed.images, MIB)?;
     announce("R2: recording what children touch");
+    let began = Instant::now();
     let forked = cold.open(&digest, &[here.address], 1)?;
     cold.touch(&forked.ids[0], &set)?;
-    std::thread::sleep(TOLD);
+    await_told(began);
     cold.close(&forked.image)?;
-    for delay in [Duration::ZERO, run.delay] {
+    if run.quick {
+        report.note("R2 without added delay: left out: --quick");
+    }
+    for delay in [Duration::ZERO, run.delay].into_iter().skip(usize::from(run.quick)) {
         let relay = (!delay.is_zero()).then(|| bed.relay(0, here.address, delay)).transpose()?;
         let holder = relay.as_ref().map_or(here.address, |relay| relay.address());
         bed.set_rate(3, None)?;
