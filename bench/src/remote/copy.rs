@@ -26,10 +26,11 @@ pub(super) fn run(report: &mut Report, bed: &Bed, run: &Run) -> Result<()> {
     cold.touch(&forked.ids[0], &set)?;
     await_told(began);
     cold.close(&forked.image)?;
-    if run.quick {
+    let without_delay = !run.quick || run.delay.is_zero();
+    if !without_delay {
         report.note("R2 without added delay: left out: --quick");
     }
-    for delay in [Duration::ZERO, run.delay].into_iter().skip(usize::from(run.quick)) {
+    for delay in [Duration::ZERO, run.delay].into_iter().skip(usize::from(!without_delay)) {
         let relay = (!delay.is_zero()).then(|| bed.relay(0, here.address, delay)).transpose()?;
         let holder = relay.as_ref().map_or(here.address, |relay| relay.address());
         bed.set_rate(3, None)?;

@@ -106,11 +106,11 @@ async fn fork_leased(
     let (from, tenant) = (ForkSource::Image(image.digest.to_string()), Some(image.tenant.to_string()));
     let order = order(ForkRequest { from, tenant, ..request.clone() }).ok()?;
     match within_lease(app, member, &Arc::new(order)).await {
-        Ok(Ok(mut answer)) => {
+        Ok(Some(mut answer)) => {
             answer.children.iter_mut().for_each(|child| child.node = Some(member.node()));
             Some(Ok(answer))
         }
-        Ok(Err(_)) => None,
+        Ok(None) => None,
         // It has just been let go of, or is found as another tenant's. Whatever else went wrong may have gone wrong after the child ran:
         // there is one try.
         Err(error) if matches!(error.code(), "UNKNOWN_IMAGE" | "OTHER_TENANT") => None,
@@ -123,8 +123,12 @@ async fn forked(app: &App, order: ForkOrder) -> Result<ForkAnswer, ApiError> {
     let order = Arc::new(order);
     let _room = match app.member() {
         Ok(member) if order.on.is_none() => match within_lease(app, member, &order).await? {
-            Ok(answer) => return Ok(answer),
-            Err(each_bytes) => Some(member.room_here(order.count, each_bytes, || taken(app.taken())).await?),
+            Some(answer) => return Ok(answer),
+            None => {
+                let asked = Arc::clone(&order);
+                let each_bytes = app.look(move |service| Ok(service.claim_of(&asked))).await?;
+                Some(member.room_here(order.count, each_bytes, || taken(app.taken())).await?)
+            }
         },
         _ => None,
     };
@@ -132,19 +136,19 @@ async fn forked(app: &App, order: ForkOrder) -> Result<ForkAnswer, ApiError> {
 }
 
 /// Forks, if what this node has been leased has room for that. All in one turn of the engine's: each hand-over to another thread is
-/// waited for. `Err`: what each machine is counted as, in bytes.
-async fn within_lease(
-    app: &App,
-    member: &Arc<Membership>,
-    order: &Arc<ForkOrder>,
-) -> Result<Result<ForkAnswer, u64>, ApiError> {
+/// waited for.
+async fn within_lease(app: &App, member: &Arc<Membership>, order: &Arc<ForkOrder>) -> Result<Option<ForkAnswer>, ApiError> {
+    // Who is to be placed elsewhere does not wait in this node's line for its turn.
+    if !member.may_have_room(order.count, || taken(app.taken())) {
+        return Ok(None);
+    }
     let (member, order) = (Arc::clone(member), Arc::clone(order));
     app.act(move |service| {
         let each_bytes = service.claim_of(&order);
         let Some(_room) = member.room_leased(order.count, each_bytes, || taken(service.taken())) else {
-            return Ok(Err(each_bytes));
+            return Ok(None);
         };
-        Ok(Ok(fork_answer(service, service.fork(&order)?)))
+        Ok(Some(fork_answer(service, service.fork(&order)?)))
     })
     .await
 }
@@ -363,8 +367,9 @@ fn order(request: ForkRequest) -> Result<ForkOrder, NodeError> {
 }
 
 fn fork_answer(service: &Service, report: ForkReport) -> ForkAnswer {
+    let image = images::image(&service.view(report.image));
     ForkAnswer {
-        image: images::image(&service.view(report.image)),
+        image,
         on: report.on.map(|on| OtherNode { node: on.node, address: on.address.to_string() }),
         freeze: report.freeze.map(|freeze| Freeze {
             stall_us: us(freeze.stall),
@@ -374,7 +379,7 @@ fn fork_answer(service: &Service, report: ForkReport) -> ForkAnswer {
         }),
         children: report.children.iter().map(child).collect(),
         failures: report.failures.iter().map(|(id, error)| failure(id.to_string(), error)).collect(),
-        wall_us: us(report.wall),
+        wall_us: us(report.began.elapsed()),
     }
 }
 

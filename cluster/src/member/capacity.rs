@@ -77,6 +77,16 @@ impl Drop for Room<'_> {
     }
 }
 
+impl Inner {
+    /// The lease, if it has so much room beside what runs.
+    fn lease_with(&mut self, taken: Resources, room: Resources, now: Instant) -> Option<&mut Lease> {
+        let mut wanted = taken;
+        wanted += self.in_flight;
+        wanted += room;
+        self.lease.as_mut().filter(|lease| lease.until > now && wanted.fits(lease.allowed))
+    }
+}
+
 impl Purse {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -92,13 +102,14 @@ impl Purse {
     /// counted twice rather than not at all.
     fn take(&self, taken: impl Fn() -> Resources, room: Resources, now: Instant) -> Option<Room<'_>> {
         let mut inner = self.lock();
-        let mut wanted = taken();
-        wanted += inner.in_flight;
-        wanted += room;
-        let lease = inner.lease.as_mut().filter(|lease| lease.until > now && wanted.fits(lease.allowed))?;
-        lease.is_spent = true;
+        inner.lease_with(taken(), room, now)?.is_spent = true;
         inner.in_flight += room;
         Some(Room { purse: self, room })
+    }
+
+    /// Whether the lease has room now.
+    fn has(&self, taken: impl Fn() -> Resources, room: Resources, now: Instant) -> bool {
+        self.lock().lease_with(taken(), room, now).is_some()
     }
 
     /// What runs, and what is about to.
@@ -120,6 +131,11 @@ impl Membership {
     /// Takes room for machines of what this node has been leased, if it has some.
     pub(crate) fn room_leased(&self, count: u64, each_bytes: u64, taken: impl Fn() -> Resources) -> Option<Room<'_>> {
         self.purse.take(taken, each(each_bytes).times(count), Instant::now())
+    }
+
+    /// Whether it is worth a turn of the engine's to find out how much memory so many machines want.
+    pub(crate) fn may_have_room(&self, count: u64, taken: impl Fn() -> Resources) -> bool {
+        self.purse.has(taken, each(0).times(count), Instant::now())
     }
 
     /// Takes room for machines that nobody has placed. `taken` says what those take that run here.
@@ -244,8 +260,10 @@ mod tests {
         let purse = Purse::default();
         let now = Instant::now();
         assert!(purse.take(|| machines(0), machines(1), now).is_none(), "there is none");
+        assert!(!purse.has(|| machines(0), machines(0), now));
         let lease = Lease { epoch: Epoch(1), allowed: machines(10), until: now + TERM, is_spent: false };
         purse.lock().lease = Some(lease);
+        assert!(purse.has(|| machines(4), machines(6), now) && !purse.lock().lease.unwrap().is_spent, "nothing is taken");
         let first = purse.take(|| machines(4), machines(3), now).unwrap();
         assert!(purse.take(|| machines(4), machines(4), now).is_none(), "three are on their way");
         let second = purse.take(|| machines(4), machines(3), now).unwrap();

@@ -346,11 +346,13 @@ fn distinct(runs: &[WorkingSetRun]) -> Vec<WorkingSetRun> {
     distinct
 }
 
-/// The digests that a reader needs for these extents, each page once. The others can wait until its first child runs.
+/// The digests that a reader needs for these extents, each page once, in the same order. The others can wait until its first child
+/// runs.
 fn first_hash_pages(manifest: &Manifest, first: &[(usize, ExtentIndex)]) -> impl Iterator<Item = HashPageBytes> {
-    let pages: BTreeSet<_> = first.iter().map(|(region, extent)| (*region, extent.0 / HASH_PAGE_DIGESTS)).collect();
+    let mut seen = BTreeSet::new();
+    let pages = first.iter().map(|(region, extent)| (*region, extent.0 / HASH_PAGE_DIGESTS));
     let digests = pages
-        .into_iter()
+        .filter(move |page| seen.insert(*page))
         .filter_map(|(region, page)| manifest.extent_digests(region).chunks(HASH_PAGE_DIGESTS as usize).nth(page as usize));
     digests.map(|page| Blob::new(encode_hash_page(page)).expect("a page has at most 1,024 digests"))
 }
@@ -401,4 +403,33 @@ fn refusal(refused: LeaseRefusal) -> Refusal {
         LeaseRefusal::TooMany { .. } => RefusalCode::Busy,
     };
     Refusal::new(code, refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use types::manifest::hash_page_digests;
+    use types::{CpuProfile, ExtentMap, GuestAddress, Head, LayerIndex, RegionHead, RegionKind, Source};
+
+    use super::*;
+
+    #[test]
+    fn what_is_touched_first_is_known_first() {
+        let count = 3 * HASH_PAGE_DIGESTS;
+        let digests: Vec<Digest> = (0..count).map(|extent| Digest::of(&extent.to_le_bytes())).collect();
+        let map = ExtentMap::from_lengths([(count, Source::Layer(LayerIndex(0)))]).unwrap();
+        let ram = RegionHead { kind: RegionKind::Ram(GuestAddress(0)), map, hash_pages: hash_page_digests(&digests) };
+        let cpu = CpuProfile { vendor: "fake".to_owned(), family: 0, model: 0, cpuid: Digest::of(b"cpuid"), tsc_khz: 1 };
+        let (state, regions) = (vec![1], vec![ram]);
+        let head =
+            Head { cpu, vcpu_count: 1, state, regions, identity_page: None, working_set: Vec::new(), parents: Vec::new() };
+        let manifest = Manifest::new(head, vec![digests.clone()]).unwrap();
+        let pages: Vec<_> = digests.chunks(HASH_PAGE_DIGESTS as usize).map(encode_hash_page).collect();
+        let of = |first: &[u32]| -> Vec<Vec<u8>> {
+            let first: Vec<_> = first.iter().map(|extent| (0, ExtentIndex(*extent))).collect();
+            Opened::pages_ahead(first_hash_pages(&manifest, &first)).into_vec().iter().map(|page| page.to_vec()).collect()
+        };
+        assert_eq!(of(&[2500, 3, 2047, 2048, 0]), [pages[2].clone(), pages[0].clone()], "as many as may come with a head");
+        assert_eq!(of(&[1024]), [pages[1].clone()]);
+        assert!(of(&[]).is_empty());
+    }
 }

@@ -27,8 +27,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// How long nothing is streamed after an image was opened, and nothing supplied that nobody has touched: whoever opened it is about
 /// to fork from it, and both take processor time on both hosts.
 const CHILDREN_FIRST: Duration = Duration::from_millis(50);
-/// How many extents are replayed at once, what any child needs for its first instruction among them; and how much later the others:
-/// a child that has not run yet needs the processor more.
+/// How many extents are replayed at once, the first of what any child needs for its first instruction; and how much later the others,
+/// hash pages, and the search for what is here already: a child that has not run yet needs the processor more.
 const REPLAYED_AT_ONCE: usize = 4;
 const FORK_FIRST: Duration = Duration::from_millis(3);
 /// When holders are told what children have touched, after the image was opened.
@@ -39,7 +39,8 @@ impl Fetch {
     pub(super) fn begin(self: &Rc<Self>, hints: &[WorkingSetRun]) {
         if self.shared.settings.replays {
             let regions = &self.host_image.head().regions;
-            let recorded = self.host_image.head().working_set.iter().chain(hints);
+            // Holders name first what the first instruction needs; what a head has is in the order of addresses.
+            let recorded = hints.iter().chain(&self.host_image.head().working_set);
             // Another node's word: within the image, and not more than all of it.
             let extents = recorded.flat_map(|run| {
                 let most = regions.get(usize::from(run.region)).map_or(0, |region| region.map.extent_count());

@@ -78,8 +78,8 @@ pub struct ForkReport {
     pub children: Vec<ForkedChild>,
     /// Children that do not.
     pub failures: Vec<(MachineId, NodeError)>,
-    /// From the call to its answer.
-    pub wall: Duration,
+    /// When it was called.
+    pub began: Instant,
 }
 
 /// Another node that runs children. They are its machines, not this one's.
@@ -119,7 +119,7 @@ impl Service {
         }
         let (image, freeze) = self.origin_of(order)?;
         match self.fork_image(&image, order) {
-            Ok((on, (children, failures))) => Ok(ForkReport { image, on, freeze, children, failures, wall: began.elapsed() }),
+            Ok((on, (children, failures))) => Ok(ForkReport { image, on, freeze, children, failures, began }),
             Err(error) => {
                 // An image that was made for this fork goes if the fork comes to nothing.
                 let made_for_it = matches!(order.from, ForkFrom::Guest(..) | ForkFrom::Machine(_));
@@ -222,9 +222,10 @@ impl Service {
         self.registry.starting(&ids);
         let _starting = OnDrop(|| self.registry.not_starting(&ids));
         let began = Instant::now();
+        // Before: afterwards its image may have been forgotten.
+        let claim_bytes = order.limit_bytes.unwrap_or_else(|| expected_dirty(self.image_bytes(image)));
         let outcomes = self.engine.fork(image.facts.id, &ids, ForkOptions { limit_bytes: order.limit_bytes });
         assert_eq!(outcomes.len(), ids.len(), "the engine answers for each id");
-        let claim_bytes = order.limit_bytes.unwrap_or_else(|| expected_dirty(self.image_bytes(image)));
         let (mut running, mut failures) = (Vec::new(), Vec::new());
         for (id, outcome) in ids.iter().zip(outcomes) {
             match outcome {

@@ -145,7 +145,11 @@ impl Exchange {
     async fn extents(mut self, request: ExtentsRequest) {
         let wanted = request.extents.as_slice();
         let held = self.budget.hold(wanted.len() * EXTENT_BYTES).await;
-        for id in wanted {
+        for (number, id) in wanted.iter().enumerate() {
+            if number > 0 {
+                // What sends the one before may have its turn on this thread: a child waits for the first of them, not for all.
+                tokio::task::yield_now().await;
+            }
             #[cfg(feature = "testing")]
             if let Some(lie) = self.shared.store.lie(*id)
                 && lie.tell(&mut self.send, *id).await.is_break()
@@ -171,8 +175,6 @@ impl Exchange {
             if is_last {
                 break;
             }
-            // What sends it may have its turn on this thread: a child waits for the first of them, not for all.
-            tokio::task::yield_now().await;
         }
         self.finish(Vec::new(), held).await;
     }
