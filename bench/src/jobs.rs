@@ -21,7 +21,7 @@ const TICK: Duration = Duration::from_millis(10);
 /// Of C1. Where KVM emulates guest kernels one takes five minutes, and is all that there is time for.
 const ROUNDS: usize = 3;
 const ROUNDS_WITHIN: Duration = Duration::from_secs(240);
-const WARM_TASKS: u64 = 9;
+const WARM_TASKS: u64 = 6;
 const REAPED: Duration = Duration::from_millis(200);
 /// Leaders, and then other nodes, whose tasks go on elsewhere.
 const KILLED: usize = 5;
@@ -41,7 +41,7 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, given: &Given, qu
     let keeps = json!({ "template": "python", "inputs": { "count": 1 }, "work": { "eval": "__import__('time').sleep(100000)" }, "replicas": NODES, "retries": 100, "cpu_millis": 1 });
     nodes.ask(0, "POST", "/v1/jobs", &keeps.to_string())?;
     announce("C1: farfork run");
-    tasks(report, &nodes, &program, if quick { 12 } else { 300 })?;
+    tasks(report, &nodes, &program, if quick { 9 } else { 300 })?;
     announce("C2: a fork through a node of a cluster");
     forks(report, &mut nodes, if quick { 30 } else { 300 })?;
     if quick {

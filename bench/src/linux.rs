@@ -19,7 +19,8 @@ use crate::report::{Report, Row, Samples, announce};
 
 const NO_MORE: [&str; 0] = [];
 /// What the template has imported, and the control imports.
-const IMPORTS: &str = "json hashlib random uuid";
+const IMPORTS: &[&str] = &["json", "hashlib", "random", "uuid"];
+const IMPORTS_QUICK: &[&str] = &["json"];
 const MIB: f64 = (1u64 << 20) as f64;
 
 /// Linux guests, and what was made of them before.
@@ -44,10 +45,11 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
     let mut node = Daemon::start(Command::new(&program), NO_MORE)?;
     // What is warm is in memory: the program that G2 runs, too.
     let base = || build(&node, &guests, "base", 64, ("warm", "/bin/true"));
-    let main = format!("python3 /usr/lib/farfork/main.py {IMPORTS}");
+    let imports = if quick { IMPORTS_QUICK } else { IMPORTS };
+    let main = format!("python3 /usr/lib/farfork/main.py {}", imports.join(" "));
     let python = || build(&node, &guests, "python", 192, ("main", &main));
     let built = if quick {
-        report.note("--quick: the templates were built at the same time, which takes each longer where cores are few");
+        report.note("--quick: the templates were built at the same time, which takes each longer where cores are few; imports: json alone");
         std::thread::scope(|scope| {
             let base = scope.spawn(base);
             let python = python();
@@ -67,8 +69,8 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
         Row::new("G1", "fork -> ready; control: the same steps once more in a child", &ready, Some(control.p50()))
             .reaching("<= 3x", met),
     );
-    exec(&mut report, &mut node, n, &ready)?;
-    eval(&mut report, &mut node, n)?;
+    exec(&mut report, &mut node, if quick { 3 } else { n }, &ready)?;
+    eval(&mut report, &mut node, n, imports)?;
     memory(&mut report, &mut node, n)?;
     // Last: what is written to the disk here is in nobody's way.
     if let Some(file) = &given.template {
@@ -257,7 +259,7 @@ fn exec(report: &mut Report, node: &mut Daemon, n: usize, ready: &Samples) -> Re
 }
 
 /// G3: an expression in the warm interpreter, beside an interpreter that is started for it.
-fn eval(report: &mut Report, node: &mut Daemon, n: usize) -> Result<()> {
+fn eval(report: &mut Report, node: &mut Daemon, n: usize, imports: &[&str]) -> Result<()> {
     announce("G3: warm eval, and python3 -c");
     let cold_runs = if n > 5 { 5 } else { 1 };
     let (mut warm, mut cold) = (Vec::new(), Vec::new());
@@ -279,7 +281,7 @@ fn eval(report: &mut Report, node: &mut Daemon, n: usize) -> Result<()> {
         let answer: Value = serde_json::from_slice(&answer)?;
         ensure!(answer["value"] == format!("'{number}'"), "the wrong answer: {answer}");
     }
-    let imports = IMPORTS.replace(' ', ",");
+    let imports = imports.join(",");
     for _ in 0..cold_runs {
         let started = Instant::now();
         let mut stream = agent(node, &id)?;
