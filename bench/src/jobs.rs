@@ -41,7 +41,7 @@ pub(crate) fn run(report: &mut Report, program: Option<&Path>, given: &Given, qu
     let keeps = json!({ "template": "python", "inputs": { "count": 1 }, "work": { "eval": "__import__('time').sleep(100000)" }, "replicas": NODES, "retries": 100, "cpu_millis": 1 });
     nodes.ask(0, "POST", "/v1/jobs", &keeps.to_string())?;
     announce("C1: farfork run");
-    tasks(report, &nodes, &program, if quick { 9 } else { 300 })?;
+    tasks(report, &nodes, &program, if quick { 6 } else { 300 })?;
     announce("C2: a fork through a node of a cluster");
     forks(report, &mut nodes, if quick { 30 } else { 300 })?;
     if quick {

@@ -41,7 +41,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
     let mut report = Report::new(&host, quick);
     let program = daemon::program(farfork)?;
     let guests = given.guests()?;
-    let n = if quick { 5 } else { 20 };
+    let n = if quick { 3 } else { 20 };
     let mut node = Daemon::start(Command::new(&program), NO_MORE)?;
     // What is warm is in memory: the program that G2 runs, too.
     let base = || build(&node, &guests, "base", 64, ("warm", "/bin/true"));
@@ -69,7 +69,7 @@ pub(crate) fn run(json: Option<&Path>, quick: bool, farfork: Option<&Path>, give
         Row::new("G1", "fork -> ready; control: the same steps once more in a child", &ready, Some(control.p50()))
             .reaching("<= 3x", met),
     );
-    exec(&mut report, &mut node, if quick { 3 } else { n }, &ready)?;
+    exec(&mut report, &mut node, n, &ready)?;
     eval(&mut report, &mut node, n, imports)?;
     memory(&mut report, &mut node, n)?;
     // Last: what is written to the disk here is in nobody's way.
